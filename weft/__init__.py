@@ -1,0 +1,1 @@
+"""weft: every weight is an expression, every method a small rewrite, and everything composes."""

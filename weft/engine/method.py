@@ -1,0 +1,135 @@
+"""@method turns one typed function into a method: options, schema, fingerprint, claim. The file is all there is."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from weft.error import OptionError
+
+Kind = Literal[
+    "rewrite", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
+    "branch", "select", "cache", "decode", "route", "law", "probe",
+]  # fmt: skip
+Per = Literal["site", "input"]
+Need = Literal["gram", "gradient"]
+
+
+@dataclass(frozen=True)
+class Beats:
+    """A claim small enough for a unit test: on synthetic sites the method's output error is below the baseline's.
+
+    `start` is a method applied first to both; None starts from the pretrained weight.
+    """
+
+    baseline: str
+    start: str | None = None
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    start_options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass
+class Method:
+    """A registered method: what `@method` makes of a function."""
+
+    fn: Callable[..., Any]
+    kind: Kind
+    rows: tuple[str, ...]
+    paper: str
+    needs: frozenset[Need]
+    per: Per
+    whole: bool
+    rowwise: bool
+    drops: tuple[str, ...]
+    beats: Beats | None
+    options: type[BaseModel]
+    proof: Callable[..., Any] | None = None
+    claims: str = ""
+
+    @property
+    def name(self) -> str:
+        """The function's name, which is the file's."""
+        return self.fn.__name__
+
+    @property
+    def verb(self) -> str:
+        """The folder the file lies in."""
+        return self.fn.__module__.split(".")[-2]
+
+    @property
+    def doc(self) -> str:
+        """The docstring; its first line is the one-line help everywhere."""
+        return inspect.getdoc(self.fn) or ""
+
+    def bind(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Every option by name, defaults filled in. Errors: OptionError for unknown, ill-typed and out-of-range options, all at once."""
+        try:
+            return self.options(**given).model_dump()
+        except ValidationError as e:
+            bad = {".".join(map(str, p["loc"])): p["msg"] for p in e.errors()}
+            raise OptionError(
+                f"{self.name} cannot take these options",
+                where=f"{self.name}: {', '.join(bad)}",
+                got=", ".join(f"{k}={given.get(k)!r}" for k in bad),
+                want="; ".join(f"{k}: {v}" for k, v in bad.items()),
+                fix=f"options: {', '.join(self.options.model_fields) or 'none'} (weft {self.name} --help)",
+            ) from None
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        """Run the function with checked options."""
+        return self.fn(*args, **self.bind(given))
+
+    def claim(self, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Attach the proof of the paper's claim: a function `(lab) -> Claim`."""
+
+        def attach(fn: Callable[..., Any]) -> Callable[..., Any]:
+            self.proof, self.claims = fn, text
+            return fn
+
+        return attach
+
+    def fingerprint(self) -> str:
+        """Hash of the method's file: editing it invalidates its steps and its proof."""
+        return hashlib.blake2b(Path(inspect.getfile(self.fn)).read_bytes(), digest_size=16).hexdigest()
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    *,
+    kind: Kind,
+    rows: str = "",
+    paper: str = "",
+    needs: set[Need] | frozenset[Need] = frozenset(),
+    per: Per = "site",
+    whole: bool = False,
+    rowwise: bool = False,
+    drops: tuple[str, ...] = (),
+    beats: Beats | None = None,
+) -> Callable[[Callable[..., Any]], Method]:
+    """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
+
+    rows: rows of the catalogue it implements. needs: evidence. per: what a group holds. whole: whether it folds all terms of
+    a weight (True) or rewrites the base term and leaves adapters standing (False). rowwise: each row's result depends on that
+    row alone, so that a very large weight may be rewritten in slices. drops: promises it does not keep.
+    """
+
+    def wrap(fn: Callable[..., Any]) -> Method:
+        hints = typing.get_type_hints(fn, include_extras=True)
+        parameters = inspect.signature(fn).parameters.values()
+        given: dict[str, Any] = {p.name: (hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        options = create_model(f"{fn.__name__}_options", __config__=config, **given)
+        made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, options)
+        METHODS[made.name] = made
+        return made
+
+    return wrap

@@ -1,0 +1,24 @@
+"""Models: sites, weave, unweave."""
+
+from weft.model.site import Evidence, Group, Kind, Site, finite
+from weft.model.weave import (
+    Place,
+    expression,
+    expressions,
+    fingerprint,
+    fork,
+    is_woven,
+    match,
+    output_sites,
+    places,
+    plain_tensors,
+    set_expressions,
+    site,
+    unweave,
+    weave,
+)
+
+__all__ = [
+    "Evidence", "Group", "Kind", "Place", "Site", "expression", "expressions", "fingerprint", "finite", "fork", "is_woven",
+    "match", "output_sites", "places", "plain_tensors", "set_expressions", "site", "unweave", "weave",
+]  # fmt: skip

@@ -1,0 +1,165 @@
+"""Site: one weight of one model, as a method sees it. Group: the sites that a method rewrites together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weft.error import NumericError, OptionError
+from weft.expr import Expr
+
+Kind = Literal["linear", "conv1d", "embedding", "vector"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What calibration says of one use of a weight W [m n]: an error dW costs about 1/2 Σ_i weight_i dW_i gram dW_iᵀ a token.
+
+    As a linear map: gram = E[x xᵀ] of its inputs, weight = E[g²] of its output gradients.
+    As an embedding: gram = E[g gᵀ] of its output gradients, weight = the share of tokens that look a row up.
+    """
+
+    gram: Float[Tensor, "n n"]
+    weight: Float[Tensor, "m"]
+    tokens: int = 0
+    mean: Float[Tensor, "n"] | None = None
+    """E[x], where inputs were seen."""
+    mean_abs: Float[Tensor, "n"] | None = None
+    """E[|x|]."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight: its name, its expression now, its pretrained value, and the evidence of its uses (two when tied)."""
+
+    name: str
+    kind: Kind
+    now: Expr
+    source: Callable[[], Float[Tensor, "m n"]]
+    evidence: tuple[Evidence, ...] = ()
+    seed: int = 0
+
+    @property
+    def original(self) -> Float[Tensor, "m n"]:
+        """The pretrained value in float32, read anew each time."""
+        return self.source().float()
+
+    def cost(self, new: Expr) -> float:
+        """Predicted loss a unit of the new value: Σ over uses of 1/2 Σ_i weight_i e_i gram e_iᵀ, e = new - original."""
+        total = 0.0
+        for part, expr in zip(self.slices(), new.slices(), strict=True):
+            error = expr.dense().float() - part.original
+            for e in part.evidence:
+                rows = ((error @ e.gram.float()) * error).sum(1).double()
+                total += 0.5 * float(rows.clamp(min=0) @ e.weight.double())
+        return total
+
+    def slices(self) -> Iterator[Site]:
+        """The site in slices of rows, none larger than `CHUNK` entries."""
+        for s in self.now.row_slices():
+            yield self if s == slice(0, self.now.shape[0]) else self.rows(s)
+
+    def rows(self, rows: slice) -> Site:
+        """These rows as a site of their own; storage is shared."""
+        evidence = tuple(replace(e, weight=e.weight[rows]) for e in self.evidence)
+        return replace(self, now=self.now.take(rows), source=lambda: self.source()[rows], evidence=evidence)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites that a rewrite sees at once: one, or all that read the same input, with their shared evidence."""
+
+    sites: tuple[Site, ...]
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """Declared fallbacks: (where, what). They end in the report."""
+    cache: dict[object, Tensor] = field(default_factory=dict[object, Tensor], repr=False)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    @property
+    def name(self) -> str:
+        """The first site's name."""
+        return self.sites[0].name
+
+    @property
+    def site(self) -> Site:
+        """The only site of a per-site group."""
+        if len(self.sites) != 1:
+            raise OptionError("this group has several sites", where=self.name, got=len(self.sites), want="one", fix='declare per="site"')
+        return self.sites[0]
+
+    @property
+    def now(self) -> Expr:
+        """The only site's expression."""
+        return self.site.now
+
+    @property
+    def original(self) -> Float[Tensor, "m n"]:
+        """The only site's pretrained value."""
+        return self.site.original
+
+    def gram(self) -> Float[Tensor, "n n"]:
+        """Second moment of what the group reads, in float64: E[x xᵀ], uses and sites weighted by their mean row weight.
+
+        Errors: NumericError with the site's name if it is not finite; OptionError if there is no evidence.
+        """
+        if "gram" not in self.cache:
+            self.cache["gram"] = self._gram()
+        return self.cache["gram"]
+
+    def _gram(self) -> Tensor:
+        seen: dict[int, tuple[Tensor, float]] = {}
+        for site in self.sites:
+            if not site.evidence:
+                raise OptionError(
+                    "this method needs calibration data", where=site.name, got="no evidence", want="a Gram matrix", fix="pass data"
+                )
+            for e in site.evidence:
+                finite(e.gram, f"{site.name}.gram")
+                finite(e.weight, f"{site.name}.weight")
+                gram, weight = seen.get(id(e.gram), (e.gram, 0.0))
+                seen[id(e.gram)] = gram, weight + float(e.weight.double().mean())
+        if len(seen) == 1:
+            return next(iter(seen.values()))[0].double()
+        scale = sum(w for _, w in seen.values()) or 1.0
+        return torch.stack([g.double() * (w / scale) for g, w in seen.values()]).sum(0)
+
+    def second_moment(self) -> Float[Tensor, "n"]:
+        """The Gram's diagonal: E[x²] of each input feature, not negative."""
+        return self.gram().diagonal().clamp(min=0)
+
+    def fallback(self, what: str) -> None:
+        """Declare that the method could not do what it says here, and what it did instead."""
+        self.notes.append((self.name, what))
+
+    def rng(self, salt: str) -> torch.Generator:
+        """A generator that depends on the seed, the first site's name and `salt` only, never on order."""
+        word = hashlib.blake2b(f"{self.sites[0].seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(word, "little"))
+
+    def put(self, exprs: Sequence[Expr]) -> Group:
+        """The same group after a rewrite; evidence and what was derived from it are shared."""
+        return replace(self, sites=tuple(replace(s, now=e) for s, e in zip(self.sites, exprs, strict=True)))
+
+
+def finite(t: Tensor, where: str) -> Tensor:
+    """`t`, or NumericError naming `where` if any entry is NaN or infinite."""
+    bad = t.numel() - int(torch.isfinite(t).sum())
+    if bad:
+        raise NumericError(
+            "a statistic is not finite",
+            where=where,
+            got=f"{bad} of {t.numel()} entries NaN or infinite",
+            want="finite values",
+            fix="look for NaN weights or inputs that overflow; calibrate in float32",
+        )
+    return t
+
+

@@ -1,0 +1,49 @@
+"""A tensor that stands where a woven module's weight was: metadata is free, use makes it dense, writes are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from weft.error import ConflictError
+from weft.expr import Expr, tensors
+
+
+class StandIn(Tensor):
+    """The weight of a woven module as code that reads `.weight` sees it. `StandIn.made` counts the times it was made dense."""
+
+    made: int = 0
+    expr: Expr
+
+    @staticmethod
+    def of(expr: Expr, dtype: torch.dtype) -> StandIn:
+        """A stand-in for the expression's value in `dtype`."""
+        first = next(iter(tensors(expr).values()))
+        self: StandIn = Tensor._make_wrapper_subclass(StandIn, expr.shape, dtype=dtype, device=first.device)  # type: ignore[attr-defined]
+        self.expr = expr
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"StandIn({list(self.shape)}, {self.dtype}, {self.expr.describe()})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        written = [a for s, a in zip(func._schema.arguments, args, strict=False) if s.alias_info is not None and s.alias_info.is_write]
+        if any(isinstance(a, StandIn) for a in written):
+            raise ConflictError(
+                "a woven weight cannot be written", where=str(func), got="an in-place write", want="a rewrite", fix="weft.unweave(model) first"
+            )
+
+        def dense(t: Any) -> Any:
+            if not isinstance(t, StandIn):
+                return t
+            StandIn.made += 1
+            return t.expr.dense().detach().to(t.dtype)
+
+        if func is torch.ops.aten.detach.default:
+            return StandIn.of(args[0].expr, args[0].dtype)
+        return func(*tree_map(dense, args), **tree_map(dense, dict(kwargs or {})))

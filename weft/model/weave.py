@@ -1,0 +1,275 @@
+"""Weave: give each matrix of a model an expression, in place; unweave: give it plain weights again."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import hashlib
+import json
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from weft.error import ConflictError, OptionError, ShapeError
+from weft.expr import Dense, Expr, spec, tensors
+from weft.model.site import Kind, Site
+from weft.model.standin import StandIn
+
+Model = TypeVar("Model", bound=nn.Module)
+Source = Callable[[], Tensor]
+
+
+class _Woven(nn.Module):
+    """What woven modules share: an expression where the weight was."""
+
+    expr: Expr
+    compute: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """A read-only stand-in: free metadata; any operation on it makes the value dense."""
+        return StandIn.of(self.expr, self.compute)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ConflictError(
+                "a woven weight cannot be assigned", where=type(self).__name__, got="weight = ...", want="a rewrite", fix="weft.unweave(model) first"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.compute = fn(torch.empty(0, dtype=self.compute)).dtype
+        return super()._apply(fn, recurse)
+
+
+class WovenLinear(_Woven, nn.Linear):
+    """A linear layer whose weight is an expression."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.expr(input)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class WovenEmbedding(_Woven, nn.Embedding):
+    """An embedding whose table is an expression."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.expr.rows(input).to(self.compute)
+
+
+_WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
+    nn.Linear: (WovenLinear, "linear"),
+    nn.Embedding: (WovenEmbedding, "embedding"),
+}
+_PLAIN = {woven: plain for plain, (woven, _) in _WEAVES.items()}
+
+
+class Original:
+    """The pretrained value of a weight: a handle that is never copied with the model."""
+
+    def __init__(self, read: Source) -> None:
+        self.read = read
+
+    def __call__(self) -> Tensor:
+        return self.read()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Original:
+        return self
+
+
+@dataclass
+class Place:
+    """Where a site lives: the modules that use it (several when tied) and its pretrained value."""
+
+    name: str
+    kind: Kind
+    modules: tuple[str, ...]
+    original: Original
+    dtype: torch.dtype
+    """The dtype it had in the checkpoint."""
+
+
+def weave(model: Model) -> Model:
+    """Give every Linear and Embedding of the model an expression, in place; values and tied weights stay as they are.
+
+    The module keeps its class's behaviour (still an `nn.Linear`); the model class keeps its name. Other parameters
+    (norms, biases, convolutions) stay plain and are saved as they are. Everything is frozen: what trains is chosen by a
+    method such as `lora`. Errors: ConflictError if the model is woven.
+    """
+    if is_woven(model):
+        raise ConflictError("this model is woven already", where=type(model).__name__, got="a woven model", want="a plain one", fix="use it as it is")
+    model.requires_grad_(False)
+    places: dict[str, Place] = {}
+    shared: dict[int, tuple[Place, Expr]] = {}
+    for path, module in list(model.named_modules()):
+        if type(module) not in _WEAVES or (isinstance(module, nn.Embedding) and module.max_norm is not None):
+            continue
+        woven, kind = _WEAVES[type(module)]
+        weight = module._parameters.pop("weight")
+        if weight is None:
+            raise ShapeError("a module has no weight", where=path, got="None", want="a parameter", fix="load the model's weights first")
+        if id(weight) not in shared:
+            name = f"{path}.weight" if path else "weight"
+            place = Place(name, kind, (), Original(weight.detach), weight.dtype)
+            places[name], shared[id(weight)] = place, (place, Dense(weight))
+        place, expr = shared[id(weight)]
+        place.modules += (path,)
+        module.__class__ = woven
+        module.compute = weight.dtype  # type: ignore[assignment]
+        module.expr = expr  # type: ignore[assignment]
+    model._weft = places  # type: ignore[assignment]
+    for name, method in _METHODS.items():
+        if hasattr(model, name):
+            object.__setattr__(model, name, types.MethodType(method, model))
+    return model
+
+
+def unweave(model: Model, *, original: bool = False) -> Model:
+    """Plain weights again, in place: today's values, or the pretrained ones. Values keep the checkpoint's dtype."""
+    for place in places(model).values():
+        value = place.original() if original else expression(model, place).dense().to(place.dtype)
+        weight = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+        for path in place.modules:
+            module = model.get_submodule(path)
+            module.__class__ = _PLAIN[type(module)]
+            del module.expr, module.compute
+            module.register_parameter("weight", weight)
+    del model._weft
+    for name in _METHODS:
+        model.__dict__.pop(name, None)
+    return model
+
+
+def is_woven(model: nn.Module) -> bool:
+    """Whether `weave` has been here."""
+    return isinstance(model.__dict__.get("_weft"), dict)
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Site name to place, in module order. Errors: ConflictError if the model is not woven."""
+    if not is_woven(model):
+        raise ConflictError("this model is not woven", where=type(model).__name__, got="a plain model", want="a woven one", fix="weft.weave(model)")
+    return model.__dict__["_weft"]
+
+
+def expression(model: nn.Module, place: Place) -> Expr:
+    """The expression at a place."""
+    return model.get_submodule(place.modules[0]).expr  # type: ignore[return-value]
+
+
+def expressions(model: nn.Module) -> dict[str, Expr]:
+    """Site name to expression; a tied weight once, under its first name."""
+    return {name: expression(model, place) for name, place in places(model).items()}
+
+
+def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
+    """Put these expressions in place; tied uses share one. Errors: OptionError for unknown names, ShapeError for other shapes."""
+    known = places(model)
+    for name, expr in exprs.items():
+        if name not in known:
+            raise OptionError("no such site", where=name, got=name, want="a site of this model", fix="weft show lists them")
+        old = expression(model, known[name])
+        if old.shape != expr.shape:
+            raise ShapeError("an expression has another shape", where=name, got=list(expr.shape), want=list(old.shape), fix="keep the weight's shape")
+        for path in known[name].modules:
+            model.get_submodule(path).expr = expr
+
+
+def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
+    """Sites whose name fits any of these globs: the full name, without `.weight`, or a trailing part (`q_proj`, `mlp.*`).
+
+    `all-linear` is every Linear that is not (tied to) the output head. Errors: OptionError for a pattern that fits nothing.
+    """
+    names, out = places(model), set[str]()
+    for pattern in [at] if isinstance(at, str) else at:
+        if pattern == "all-linear":
+            head = output_sites(model)
+            found = [n for n, p in names.items() if p.kind == "linear" and n not in head]
+        else:
+            found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
+        if not found:
+            raise OptionError("a pattern matches no site", where="at", got=pattern, want="a name or glob, such as *.mlp.*", fix="weft show lists the sites")
+        out.update(found)
+    return [n for n in names if n in out]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def output_sites(model: nn.Module) -> set[str]:
+    """The sites of the output head, where the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    return {n for n, p in places(model).items() if any(model.get_submodule(m) is head for m in p.modules)} if head is not None else set()
+
+
+def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: int = 0) -> Site:
+    """The site as a method sees it."""
+    place = places(model)[name]
+    return Site(name, place.kind, expression(model, place), place.original, evidence, seed)
+
+
+def fork(model: Model) -> Model:
+    """A second model over the same frozen storage; trainable tensors and plain buffers are copied."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().clone() if p.requires_grad else p.detach(), requires_grad=p.requires_grad)
+    for expr in expressions(model).values() if is_woven(model) else ():
+        for b in expr.buffers():
+            memo[id(b)] = b.detach()
+    return copy.deepcopy(model, memo)
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers that belong to no expression: norms, biases, position tables."""
+    inside = {f"{path}.expr." for place in places(model).values() for path in place.modules}
+    prefixes = tuple(inside)
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(prefixes)}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of every value of a woven model, 32 hex digits."""
+    word = hashlib.blake2b(digest_size=16)
+    items: dict[str, Tensor] = dict(plain_tensors(model))
+    for name, expr in expressions(model).items():
+        word.update(json.dumps([name, spec(expr)], sort_keys=True).encode())
+        items |= {f"{name}:{k}": t for k, t in tensors(expr).items()}
+    for name, t in sorted(items.items()):
+        word.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        word.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b"")
+    return word.hexdigest()
+
+
+def _save_pretrained(self: nn.Module, save_directory: str | Path, *_: Any, **options: Any) -> None:
+    """Save as `weft.save` does: an ordinary checkpoint where every weight is plain, else a weft folder."""
+    from weft.store.save import save
+
+    unknown = set(options) - {"is_main_process", "state_dict", "safe_serialization", "max_shard_size"}
+    if unknown:
+        raise OptionError("a woven model's save_pretrained has no such option", where="save_pretrained", got=sorted(unknown), want="a folder", fix="weft.save(model, folder)")
+    if options.get("is_main_process", True):
+        save(self, Path(save_directory), replace=True)
+
+
+def _tie_weights(self: nn.Module, *_: Any, **__: Any) -> None:
+    """Nothing to do: tied sites share one expression."""
+
+
+def _resize(self: nn.Module, *_: Any, **__: Any) -> None:
+    raise ConflictError(
+        "a woven embedding cannot be resized", where=type(self).__name__, got="resize_token_embeddings", want="a plain model", fix="weft.unweave(model), resize, weave again"
+    )
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained,
+    "tie_weights": _tie_weights,
+    "resize_token_embeddings": _resize,
+}
+

@@ -1,0 +1,7 @@
+"""Evidence: mergeable sums, the walker, the stats store."""
+
+from weft.stats.evidence import Stats, collect
+from weft.stats.objective import Objective, objective
+from weft.stats.walker import Edges, Walker, forward
+
+__all__ = ["Edges", "Objective", "Stats", "Walker", "collect", "forward", "objective"]

@@ -1,0 +1,192 @@
+"""Evidence: what calibration data says of every weight, collected in one walk and kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from weft.model import Evidence, finite, fingerprint, places
+from weft.stats.gradients import gradients
+from weft.stats.objective import Objective, objective
+from weft.stats.sums import InputSums, OutputSums
+from weft.stats.walker import Batch, Edges, Walker
+from weft.store.files import read_json, read_tensors, write_json, write_tensors
+
+VERSION = 1
+
+
+class Step(Protocol):
+    """Tells a progress bar that `n` more are done."""
+
+    def __call__(self, n: int, /) -> None: ...
+
+
+class Stats:
+    """Evidence by site, on disk: each block's Grams are read (mapped) when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = read_json(folder / "index.json")
+        self.groups: list[tuple[str, ...]] = [tuple(g) for g in index["groups"]]
+        """Sites that read the same input, in the order of the model's computation; embeddings alone."""
+        self.files: dict[str, str] = index["files"]
+        self.tokens: int = index["tokens"]
+        self.units: int = index["units"]
+
+    def evidence(self, names: Sequence[str]) -> dict[str, tuple[Evidence, ...]]:
+        """Evidence of these sites; those that share an input share the tensors."""
+        made: dict[str, tuple[Evidence, ...]] = {}
+        edges: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            held = read_tensors(self.folder / self.files[name])
+            uses: list[Evidence] = []
+            if f"{name}|edge" in self.files:
+                edge = self.files[f"{name}|edge"]
+                sums = edges.setdefault(edge, {k: held[f"{edge}|{k}"] for k in ("gram", "mean", "mean_abs")})
+                uses.append(Evidence(sums["gram"], held[f"{name}|weight"], self.tokens, sums["mean"], sums["mean_abs"]))
+            if f"{name}|rows.gram" in held:
+                uses.append(Evidence(held[f"{name}|rows.gram"], held[f"{name}|rows.weight"], self.tokens))
+            made[name] = tuple(uses)
+        return made
+
+
+def key(model: nn.Module, batches: Sequence[Batch], seed: int, gradient: bool) -> str:
+    """Content address of the evidence: the model's values, the token ids, the seed."""
+    word = hashlib.blake2b(f"{VERSION} {seed} {gradient} {fingerprint(model)}".encode(), digest_size=16)
+    for batch in batches:
+        for name, t in sorted(batch.items()):
+            word.update(f"{name}{list(t.shape)}".encode() + t.contiguous().numpy().tobytes())
+    return word.hexdigest()
+
+
+def collect(
+    model: nn.Module, batches: Sequence[Batch], folder: Path, *, gradient: bool = True, seed: int = 0, progress: Any = None
+) -> Stats:
+    """Evidence of every woven site from these batches, in `folder` under its content address; read back if it is there.
+
+    Sums over tokens, padding left out; the Gram in float32 a batch, merged in float64. With `gradient`, one backward pass
+    weighs rows by their output gradients' second moments. Peak memory: one block's Grams, all hidden states.
+    Errors: NumericError with the site's name if a statistic is not finite.
+    """
+    place = folder / key(model, batches, seed, gradient)
+    if (place / "index.json").exists():
+        return Stats(place)
+    goal = objective(model)
+    outputs: dict[str, OutputSums] = {}
+    units = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+    if gradient:
+        with _bar(progress, "gradients", len(batches)) as step:
+            outputs, units = gradients(model, batches, goal, seed=seed, progress=step)
+    _Writer(model, place, outputs, units).walk(batches, progress)
+    return Stats(place)
+
+
+class _Writer:
+    """Walks the model and writes one file a stage, then the index."""
+
+    def __init__(self, model: nn.Module, place: Path, outputs: Mapping[str, OutputSums], units: int) -> None:
+        self.model, self.place, self.outputs, self.units = model, place, outputs, units
+        self.groups: list[tuple[str, ...]] = []
+        self.files: dict[str, str] = {}
+        self.tokens = 0
+
+    def walk(self, batches: Sequence[Batch], progress: Any) -> None:
+        self._lookups(batches)
+        walker = Walker(self.model, batches)
+        with _bar(progress, "evidence", len(walker.blocks) + 1) as step:
+            for i in range(len(walker.blocks)):
+                edges = Edges()
+                walker.step(i, edges)
+                self._write(f"block-{i:04d}.safetensors", edges)
+                step(1)
+            edges = Edges()
+            for _ in walker.finish(edges):
+                pass
+            self._write("output.safetensors", edges)
+            step(1)
+        self._unused()
+        index = {"groups": self.groups, "files": self.files, "tokens": self.tokens, "units": self.units}
+        write_json(self.place / "index.json", index)
+
+    def _weight(self, name: str) -> Tensor:
+        """Mean over units of the squared output gradient of each row, over the module that is a Linear; ones without gradients."""
+        rows = places(self.model)[name]
+        squares = [self.outputs[p].squares for p in rows.modules if p in self.outputs]
+        found = next((s for s in squares if s is not None), None)
+        if self.outputs:
+            size = self.model.get_submodule(rows.modules[0]).expr.shape[0]  # type: ignore[union-attr]
+            return (found / self.units).float() if found is not None else torch.zeros(int(size))
+        return torch.ones(int(self.model.get_submodule(rows.modules[0]).expr.shape[0]))  # type: ignore[union-attr]
+
+    def _write(self, file: str, edges: Edges) -> None:
+        out: dict[str, Tensor] = {}
+        for edge, sums in edges.sums.items():
+            self.tokens = max(self.tokens, sums.tokens)
+            out |= {f"{edge}|{k}": t for k, t in _means(edge, sums).items()}
+        for name, edge in edges.of.items():
+            out[f"{name}|weight"] = finite(self._weight(name), f"{name}.output gradient")
+            self.files[f"{name}|edge"] = edge
+            if name in self.files:
+                out |= read_tensors(self.place / self.files[name])
+            self.files[name] = file
+        self.groups = [g for g in self.groups if not set(g) & set(edges.of)] + edges.groups()
+        write_tensors(self.place / file, out)
+
+    def _lookups(self, batches: Sequence[Batch]) -> None:
+        """Embeddings: how often each row is looked up, and the Gram of the gradient at its output (identity without gradients)."""
+        for name, place in places(self.model).items():
+            if place.kind != "embedding":
+                continue
+            sums = next((self.outputs[p] for p in place.modules if p in self.outputs and self.outputs[p].counts is not None), None)
+            rows, width = self.model.get_submodule(place.modules[0]).expr.shape  # type: ignore[misc]
+            counts = sums.counts if sums is not None and sums.counts is not None else torch.zeros(int(rows)).double()
+            if sums is None and not self.outputs:
+                counts = torch.stack([torch.bincount(b["input_ids"].flatten(), minlength=int(rows)) for b in batches]).sum(0).double()
+            gram = sums.gram if sums is not None and sums.gram is not None else torch.eye(int(width)).double()
+            seen = counts.sum().clamp(min=1)
+            weight = (counts / seen).float()
+            per_unit = (gram / self.units).float() if self.outputs else gram.float()
+            file = f"lookup-{len(self.groups):04d}.safetensors"
+            self.files[name] = file
+            self.groups.append((name,))
+            out = {f"{name}|rows.gram": finite(per_unit, f"{name}.output gradient"), f"{name}|rows.weight": weight}
+            write_tensors(self.place / file, out)
+
+    def _unused(self) -> None:
+        """Sites that no data reached: zero evidence, so that nothing is claimed of them."""
+        for i, name in enumerate(n for n in places(self.model) if n not in self.files):
+            m, n = (int(d) for d in self.model.get_submodule(places(self.model)[name].modules[0]).expr.shape)  # type: ignore[union-attr]
+            file = f"unused-{i:04d}.safetensors"
+            self.files |= {name: file, f"{name}|edge": name}
+            self.groups.append((name,))
+            zero = torch.zeros(n)
+            out = {f"{name}|gram": torch.zeros(n, n), f"{name}|mean": zero, f"{name}|mean_abs": zero.clone(), f"{name}|weight": torch.zeros(m)}
+            write_tensors(self.place / file, out)
+
+
+def _means(edge: str, sums: InputSums) -> dict[str, Tensor]:
+    count = max(1, sums.tokens)
+    made = {"gram": sums.gram / count, "mean": sums.total / count, "mean_abs": sums.total_abs / count}
+    return {k: finite(t, f"{edge}.{k}").float() for k, t in made.items()}
+
+
+class _Silent:
+    """A progress bar that shows nothing."""
+
+    def __enter__(self) -> Step:
+        return lambda n, /: None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _bar(progress: Any, label: str, total: int) -> Any:
+    return progress.bar(label, total) if progress is not None else _Silent()
+
+
+__all__ = ["Objective", "Stats", "collect", "key"]

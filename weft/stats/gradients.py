@@ -1,0 +1,83 @@
+"""One backward pass: second moments of the gradient at every site's output, which make errors of different sites comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from weft.model import places
+from weft.model.blocks import blocks
+from weft.stats.objective import Objective
+from weft.stats.sums import OutputSums
+from weft.stats.walker import Batch, forward, forwards
+
+
+def gradients(
+    model: nn.Module, batches: Sequence[Batch], objective: Objective, *, seed: int = 0, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, OutputSums], int]:
+    """Sums over all batches of each module's squared output gradients, and the number of units they are sums over.
+
+    Keys are module paths. The loss is `objective.probe`. Blocks are checkpointed, one sequence at a time goes through,
+    so memory is bounded by one sequence's hidden states, its logits and one block's activations.
+    """
+    sums: dict[str, OutputSums] = {path: OutputSums() for place in places(model).values() for path in place.modules}
+    units, rng = 0, torch.Generator().manual_seed(seed)
+    lean = forwards(blocks(model)[1], lambda plain: partial(checkpoint, plain, use_reentrant=False))
+    with torch.enable_grad(), lean, _tapped(model, sums):
+        for batch in batches:
+            for i in range(len(next(iter(batch.values())))):
+                one = _trim({k: v[i : i + 1] for k, v in batch.items()})
+                vectors = objective.vectors(forward(model, one), one)
+                objective.probe(vectors, rng).backward()
+                units += len(vectors)
+            if progress:
+                progress(1)
+    return sums, units
+
+
+def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the padding at the end of a single sequence."""
+    if "attention_mask" not in batch:
+        return batch
+    length = int(batch["attention_mask"].sum())
+    return {k: v[:, :length] for k, v in batch.items()} if bool(batch["attention_mask"][0, :length].all()) else batch
+
+
+@contextmanager
+def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Iterator[None]:
+    hooks = [model.get_submodule(path).register_forward_hook(_tap(s)) for path, s in sums.items()]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _tap(sums: OutputSums) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            if not out.requires_grad:
+                out = out.detach().requires_grad_()
+            counts = torch.bincount(args[0].flatten(), minlength=module.num_embeddings).double()
+            sums.counts = counts if sums.counts is None else sums.counts + counts
+            out.register_hook(gram)
+        elif out.requires_grad:
+            out.register_hook(squares)
+        return out
+
+    def gram(g: Tensor) -> None:
+        flat = g.flatten(0, -2).float()
+        made = (flat.T @ flat).double()
+        sums.gram = made if sums.gram is None else sums.gram + made
+
+    def squares(g: Tensor) -> None:
+        made = g.flatten(0, -2).float().square().sum(0).double()
+        sums.squares = made if sums.squares is None else sums.squares + made
+
+    return hook

@@ -1,0 +1,42 @@
+"""Plain sums over tokens: they merge by addition, over batches, data sets and resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class InputSums:
+    """What one input edge of n features has seen. Sums in float64, each batch's Gram in float32."""
+
+    tokens: int
+    gram: Float[Tensor, "n n"]
+    total: Float[Tensor, "n"]
+    total_abs: Float[Tensor, "n"]
+
+    @classmethod
+    def zero(cls, n: int, device: torch.device) -> InputSums:
+        """Nothing seen."""
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        return cls(0, torch.zeros(n, n, dtype=wide, device=device), *(torch.zeros(n, dtype=wide, device=device) for _ in range(2)))
+
+    def add(self, x: Float[Tensor, "t n"]) -> None:
+        """Add the tokens x."""
+        x = x.float()
+        self.tokens += x.shape[0]
+        self.gram += x.T @ x
+        self.total += x.sum(0)
+        self.total_abs += x.abs().sum(0)
+
+
+@dataclass
+class OutputSums:
+    """Squared output gradients of one use of a weight; for an embedding their Gram, and how often each row was looked up."""
+
+    squares: Float[Tensor, "m"] | None = None
+    gram: Float[Tensor, "n n"] | None = None
+    counts: Float[Tensor, "m"] | None = None

@@ -1,0 +1,210 @@
+"""The walker: run a model block by block over all batches, so that only one block's work is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weft.error import ConflictError
+from weft.model import places
+from weft.model.blocks import blocks
+from weft.stats.sums import InputSums
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class _Call:
+    """How a block was called: everything but the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Walker:
+    """Hidden states of every batch, moved through the blocks one block at a time.
+
+    The model is run once with its blocks replaced by recorders, which gives the first hidden state and every block's
+    other arguments. Batch 0 is checked against the plain model. Hidden states stay on the CPU.
+    Errors: ConflictError for a model whose blocks cannot be replayed (the hidden state must be their first argument
+    and result, and their other arguments must not depend on it).
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, check: bool = True) -> None:
+        self.model, self.batches = model, batches
+        self.path, self.blocks = blocks(model)
+        self.hidden: list[Float[Tensor, "b t d"]] = []
+        self.calls: list[list[_Call]] = []
+        self.keep = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
+        for batch in batches:
+            calls: list[_Call] = []
+            with torch.no_grad(), self._replaced(lambda h, call, calls=calls: calls.append(call) or h) as first:
+                forward(model, batch)
+            self.calls.append(calls)
+            self.hidden.append(first[0])
+        self._first = self.hidden[0]
+        if check:
+            self._check()
+
+    @contextmanager
+    def _replaced(self, act: Callable[[Tensor, _Call], Tensor]) -> Iterator[list[Tensor]]:
+        """Blocks that call `act(hidden, call)` instead of computing; yields the hidden states that entered."""
+        entered: list[Tensor] = []
+        like = self._tuple_result()
+
+        def recorder(*args: Any, **kwargs: Any) -> Any:
+            named = "hidden_states" in kwargs
+            hidden = kwargs.pop("hidden_states") if named else args[0]
+            entered.append(hidden)
+            out = act(hidden, _Call(() if named else tuple(args[1:]), kwargs))
+            return (out,) if like else out
+
+        with forwards(self.blocks, lambda _: recorder):
+            yield entered
+
+    def _tuple_result(self) -> bool:
+        """Whether blocks return a tuple, found by running the first one once on batch 0."""
+        if not hasattr(self, "_tuple"):
+            results: list[Any] = []
+            hook = self.blocks[0].register_forward_hook(lambda *a: results.append(a[-1]))
+            with torch.no_grad(), _stop_after(self.blocks[0]):
+                forward(self.model, {k: v[:1] for k, v in self.batches[0].items()})
+            hook.remove()
+            self._tuple = isinstance(results[0], tuple)
+        return self._tuple
+
+    def _check(self) -> None:
+        hidden = self._first
+        for i in range(len(self.blocks)):
+            hidden = self._run(i, 0, hidden)
+        seen = self._finish(0, hidden)
+        with torch.no_grad():
+            want = forward(self.model, self.batches[0])
+        gap = float((seen - want).abs().max() / want.abs().max().clamp(min=1e-9))
+        if not gap < 1e-4:
+            raise ConflictError(
+                "this model cannot be walked block by block",
+                where=f"{type(self.model).__name__}.{self.path}",
+                got=f"output off by {gap:.1e} of its largest value",
+                want="the plain model's output",
+                fix="report the model's type; its blocks depend on more than their first argument",
+            )
+
+    def _run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
+        call = self.calls[batch][block]
+        with torch.no_grad():
+            out = self.blocks[block](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _finish(self, batch: int, hidden: Tensor) -> Tensor:
+        with torch.no_grad(), self._replaced(lambda _, __: hidden):
+            return forward(self.model, self.batches[batch])
+
+    def step(self, block: int, edges: Edges | None = None, *, keep: bool = True) -> None:
+        """Run one block over every batch. `edges` sums what its sites read; `keep` adopts the outputs as hidden states."""
+        for i, hidden in enumerate(self.hidden):
+            with observing(self.model, f"{self.path}.{block}.", edges, self.keep[i]):
+                out = self._run(block, i, hidden)
+            if keep:
+                self.hidden[i] = out
+
+    def finish(self, edges: Edges | None = None) -> Iterator[Tensor]:
+        """Run what follows the blocks, from today's hidden states; yields each batch's output."""
+        for i, hidden in enumerate(self.hidden):
+            with observing(self.model, "", edges, self.keep[i]):
+                yield self._finish(i, hidden)
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what it had to."""
+
+
+@contextmanager
+def _stop_after(module: nn.Module) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    hook = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While open, each module's `forward` is `make(forward)`."""
+    before = [(m, m.__dict__.get("forward")) for m in modules]
+    for m, _ in before:
+        m.forward = make(m.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for m, own in before:
+            del m.forward
+            if own is not None:
+                m.forward = own  # type: ignore[method-assign]
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's main output: logits, or the last hidden state of a model without a head."""
+    out = model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+    return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+
+
+class Edges:
+    """Sums of what sites read. Sites that are given the same tensor share an edge, named after the first of them."""
+
+    def __init__(self, only: frozenset[str] | None = None) -> None:
+        self.only = only
+        self.of: dict[str, str] = {}
+        """Site to edge."""
+        self.sums: dict[str, InputSums] = {}
+        self._alive: list[tuple[Tensor, str]] = []
+
+    def see(self, name: str, x: Float[Tensor, "*b n"], keep: Tensor | None) -> None:
+        """Add what site `name` reads; the same tensor counts once a call. Padding (`keep` false) is left out."""
+        if self.only is not None and name not in self.only:
+            return
+        edge = next((e for t, e in self._alive if t is x), None)
+        if edge is None:
+            edge = self.of.setdefault(name, name)
+            self._alive.append((x, edge))
+            sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
+            fits = keep is not None and x.shape[:-1] == keep.shape
+            sums.add(x[keep] if fits else x.reshape(-1, x.shape[-1]))
+        self.of.setdefault(name, edge)
+
+    def end(self) -> None:
+        """A call is over: its tensors may go, and their addresses may be used again."""
+        self._alive = []
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The sites of each edge, in the order they were first called."""
+        return [tuple(s for s, e in self.of.items() if e == edge) for edge in self.sums]
+
+
+@contextmanager
+def observing(model: nn.Module, prefix: str, edges: Edges | None, keep: Tensor | None) -> Iterator[None]:
+    """While open, `edges` sees what each woven Linear under `prefix` reads."""
+    hooks: list[Any] = []
+    for name, place in places(model).items() if edges is not None else ():
+        for path in place.modules:
+            module = model.get_submodule(path)
+            if path.startswith(prefix) and isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: edges.see(name, args[0], keep)))
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+        if edges is not None:
+            edges.end()

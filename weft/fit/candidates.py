@@ -1,0 +1,117 @@
+"""Candidates: what each site could become, with exact bytes and predicted loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from weft.engine import Group, get
+from weft.engine.run import Chain, Step, chain_key, code_version, group_of, groups, run
+from weft.expr import CHUNK, Expr
+from weft.fit.cache import Cache, key
+from weft.model import expressions
+from weft.stats import Stats
+
+GROUPS = (0, 128, 64, 32)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def uniform_chains(method: str) -> list[Chain]:
+    """Every (bits, group) of a quantizer, with a zero point up to 4 bits: the choices of the uniform baselines."""
+    return [(Step.of(method, bits=b, group=g, symmetric=b > 4),) for b in BITS for g in GROUPS]
+
+
+def chains() -> list[Chain]:
+    """What fit chooses from: both roundings at every (bits, group), with eigenspace compensation, on sparse weights, and NF4."""
+    rounded = uniform_chains("gptq")
+    low = [c for c in rounded if dict(c[0].options)["bits"] <= 4 and dict(c[0].options)["group"] in (0, 64)]
+    compensated = [(*c, Step.of("eora", rank=r)) for c in low for r in (4, 16)]
+    sparse = [(Step.of("sparsegpt", sparsity=s), *_gptq(b)) for s in (0.5, 0.7) for b in (3, 4)]
+    halved = [(Step.of("sparsegpt", pattern="2:4"), *_gptq(b)) for b in (2, 3, 4)]
+    return [*uniform_chains("rtn"), *rounded, *compensated, *sparse, *halved, (Step.of("nf4", group=64),)]
+
+
+def _gptq(bits: int) -> Chain:
+    return (Step.of("gptq", bits=bits, group=64, symmetric=False),)
+
+
+def describe(chain: Chain) -> str:
+    """A chain for people."""
+    return " then ".join(s.describe() for s in chain)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Bytes and predicted loss [s c] of every site as every candidate; infinite where a candidate does not apply."""
+
+    sites: list[str]
+    chains: list[Chain]
+    nbytes: np.ndarray
+    loss: np.ndarray
+
+    def columns(self, wanted: Sequence[Chain]) -> list[int]:
+        """The indices of these chains."""
+        at = {c: i for i, c in enumerate(self.chains)}
+        return [at[c] for c in wanted]
+
+
+def table(model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache, *, seed: int, progress: Any = None) -> Table:
+    """Solve every candidate of every site from dense evidence. One group's results are one cache entry, so a run resumes."""
+    sites = list(expressions(model))
+    row = {s: i for i, s in enumerate(sites)}
+    nbytes = np.zeros((len(sites), len(wanted)), dtype=np.int64)
+    loss = np.full((len(sites), len(wanted)), np.inf)
+    keys = [chain_key(c) for c in wanted]
+    todo = groups(model, sites, stats)
+    with progress.bar("candidates", len(todo)) as step:
+        for names in todo:
+            name = key("candidates", stats.folder.name, names, keys, code_version(), seed)
+            held = cache.json("candidates", name, lambda names=names: _solve(model, names, wanted, stats, seed))
+            for s in names:
+                nbytes[row[s]] = held[s]["bytes"]
+                loss[row[s]] = [np.inf if v is None else v for v in held[s]["loss"]]
+            step(1)
+    return Table(sites, list(wanted), nbytes, loss)
+
+
+def _solve(model: nn.Module, names: tuple[str, ...], wanted: Sequence[Chain], stats: Stats, seed: int) -> dict[str, Any]:
+    group = group_of(model, names, stats, seed=seed)
+    made: dict[str, Any] = {n: {"bytes": [], "loss": []} for n in names}
+    begun: dict[Chain, Group] = {(): group}
+    for chain in wanted:
+        exprs = _run(begun, chain) if _fits(group.sites[0].now.shape, chain) else None
+        for i, s in enumerate(group):
+            made[s.name]["bytes"].append(exprs[i].nbytes() if exprs else 0)
+            made[s.name]["loss"].append(s.cost(exprs[i]) if exprs else None)
+    return made
+
+
+def _run(begun: dict[Chain, Group], chain: Chain) -> list[Expr]:
+    """Run a chain; first steps that several chains share are taken once."""
+    before = begun[()]
+    for i, step in enumerate(chain, 1):
+        if chain[:i] not in begun:
+            after = before.put(run(before, (step,)))
+            if i < len(chain) or len(chain) == 1:
+                begun[chain[:i]] = after
+            before = after
+        else:
+            before = begun[chain[:i]]
+    return [s.now for s in before]
+
+
+def _fits(shape: tuple[int, int], chain: Chain) -> bool:
+    """Whether a chain applies: patterns and groups divide the columns; a very large weight takes rowwise methods only."""
+    options = {k: v for s in chain for k, v in s.options}
+    m, n = shape
+    if m * n > CHUNK and not all(get(s.method).rowwise for s in chain):
+        return False
+    if ":" in str(options.get("pattern", "")) and n % int(str(options["pattern"]).split(":")[1]):
+        return False
+    return options.get("group", 0) < n and options.get("rank", 0) < min(m, n)
+
+

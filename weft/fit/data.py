@@ -1,0 +1,131 @@
+"""What fit learns from and is judged by: texts to calibrate on, to choose by, to tune on and to test on, kept apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from weft.error import ConflictError, FormatError
+from weft.fit.measure import padded, windows
+from weft.lab import metrics, tasks
+from weft.learn.data import Example, Pair, Response, Text, read
+from weft.learn.data import fingerprint as examples_fingerprint
+
+Kind = Literal["lm", "response", "retrieval", "distance"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Four disjoint sets of examples, and how the last one is scored."""
+
+    name: str
+    kind: Kind
+    calibration: list[Example]
+    train: list[Example]
+    select: list[Example]
+    test: list[Example]
+
+    @property
+    def metric(self) -> tuple[str, str]:
+        """Name and unit of the score; lower is better for all."""
+        return {
+            "lm": ("bits per byte", "bits/byte"),
+            "response": ("bits per byte of the response", "bits/byte"),
+            "retrieval": ("1 - mean reciprocal rank", ""),
+            "distance": ("distance to the original", ""),
+        }[self.kind]
+
+    def fingerprint(self) -> str:
+        """Hash of every example."""
+        return "-".join(examples_fingerprint(part)[:12] for part in (self.calibration, self.train, self.select, self.test))
+
+
+def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
+    """The data of a lab task's name, a file or folder, or (None) weft's own calibration texts.
+
+    A file is split by a hash of each example: 80 % to tune and calibrate on, 10 % to choose by, 10 % to test on.
+    Errors: FormatError for fewer than 20 examples; ConflictError where the model cannot use them.
+    """
+    if source is None or source in tasks.names():
+        task = tasks.task(source or "python", seed=seed)
+        kind: Kind = "distance" if source is None else ("retrieval" if task.kind == "retrieval" else "lm")
+        made = Data(source or "own texts", kind, task.calibration, task.train, task.select, task.test)
+    else:
+        made = _split(source, read(source), seed)
+    if (made.kind == "retrieval") != embeds and made.kind != "distance":
+        raise ConflictError(
+            "this model cannot be tuned on these examples",
+            where=str(source),
+            got=f"{made.kind} examples, a model of {'embeddings' if embeds else 'text'}",
+            want="query and positive for an embedding model; text, prompt and response or messages for a language model",
+            fix="use data of the other kind, or leave out --data",
+        )
+    return made
+
+
+def _split(source: str, examples: Sequence[Example], seed: int) -> Data:
+    if len(examples) == 1 and isinstance(examples[0], Text):
+        examples = _pieces(examples[0])
+    unique = {hashlib.blake2b(repr(e).encode(), digest_size=8).digest(): e for e in examples}
+    if len(unique) < 20:
+        raise FormatError("too few examples to choose and test on", where=source, got=len(unique), want="at least 20", fix="give more data, or leave out --data")
+    order = [unique[k] for k in sorted(unique)]
+    tenth = max(1, len(order) // 10)
+    test, select, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
+    shuffled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
+    first = order[0]
+    kind: Kind = "retrieval" if isinstance(first, Pair) else "lm" if isinstance(first, Text) else "response"
+    return Data(Path(source).name, kind, shuffled, shuffled, select, test)
+
+
+def _pieces(whole: Text, size: int = 2048) -> list[Example]:
+    """One long text in pieces, cut at line ends."""
+    lines, pieces, held = whole.text.splitlines(keepends=True), list[Example](), ""
+    for line in lines:
+        held += line
+        if len(held) >= size:
+            pieces.append(Text(held, whole.name))
+            held = ""
+    return [*pieces, Text(held, whole.name)] if held.strip() else pieces
+
+
+def texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """The texts that a model reads of these examples."""
+    made: list[str] = []
+    for e in examples:
+        if isinstance(e, Text):
+            made.append(e.text)
+        elif isinstance(e, Response):
+            made.append(e.prompt + e.response)
+        elif isinstance(e, Pair):
+            made += [e.query, e.positive]
+        else:
+            made.append(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in e.messages], tokenize=False))
+    return made
+
+
+def batches(examples: Sequence[Example], tokenizer: Any, *, embeds: bool, length: int, tokens: int) -> list[dict[str, Tensor]]:
+    """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings."""
+    cut = padded if embeds else windows
+    return cut(texts(examples, tokenizer), tokenizer, length=length, tokens=tokens)
+
+
+def score(model: nn.Module, tokenizer: Any, data: Data, distance: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Per-document scores and weights [k]; the metric is their weighted mean, lower is better."""
+    if data.kind == "distance":
+        held = distance.units(model)
+        return held, np.ones_like(held)
+    if data.kind == "retrieval":
+        made = metrics.retrieval(model, tokenizer, data.test)
+        return 1 - np.asarray(made.reciprocal_ranks), np.ones(len(made.reciprocal_ranks))
+    if data.kind == "response":
+        return metrics.response_bits(model, tokenizer, data.test)
+    made = metrics.bits_per_byte(model, tokenizer, [e.text for e in data.test if isinstance(e, Text)])
+    size = np.asarray(made.bytes, dtype=np.float64)
+    return np.asarray(made.nats) / np.log(2) / np.maximum(size, 1), size

@@ -1,0 +1,83 @@
+"""Measure a model: its distance to the original on texts that the choice is made by, and its score on texts that it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weft.fit.cache import Cache, key
+from weft.stats import Objective, forward
+
+REFERENCE_BYTES = 1 << 30
+"""At most this much of the original's output is kept (on disk) to compare with."""
+
+
+class Distance:
+    """Distance to the original on fixed batches, whose outputs of the original are kept on disk."""
+
+    def __init__(self, original: nn.Module, batches: Sequence[Mapping[str, Tensor]], goal: Objective, cache: Cache, name: str) -> None:
+        self.goal = goal
+        self.batches: list[Mapping[str, Tensor]] = []
+        self.held: list[Tensor] = []
+        used = 0
+        for i, batch in enumerate(batches):
+            made = cache.tensors("reference", key(name, i), lambda batch=batch: {"out": self._vectors(original, batch)})["out"]
+            if self.batches and used + made.nbytes > REFERENCE_BYTES:
+                break
+            used += made.nbytes
+            self.batches.append(batch)
+            self.held.append(made)
+
+    def _vectors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return self.goal.vectors(forward(model, batch), batch).float()
+
+    def units(self, model: nn.Module) -> np.ndarray:
+        """The distance of each unit [u]."""
+        parts = [
+            self.goal.distance(self._vectors(model, b), ref).double().numpy() for b, ref in zip(self.batches, self.held, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean distance."""
+        return float(self.units(model).mean())
+
+
+def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8) -> list[dict[str, Tensor]]:
+    """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there."""
+    ids: list[int] = []
+    end = tokenizer.eos_token_id
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + ([end] if end is not None else [])
+        if len(ids) >= tokens:
+            break
+    count = max(1, min(len(ids), tokens) // length)
+    rows = torch.tensor(ids[: count * length]).view(count, -1)
+    return [{"input_ids": r} for r in rows.split(batch)]
+
+
+def padded(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 16) -> list[dict[str, Tensor]]:
+    """Batches of whole texts of like length, padded, until about `tokens` are there."""
+    encoded: list[list[int]] = []
+    used = 0
+    for text in texts:
+        encoded.append(tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"])
+        used += len(encoded[-1])
+        if used >= tokens:
+            break
+    encoded.sort(key=len)
+    made: list[dict[str, Tensor]] = []
+    for i in range(0, len(encoded), batch):
+        part = encoded[i : i + batch]
+        width = max(map(len, part))
+        ids = torch.full((len(part), width), tokenizer.pad_token_id or 0)
+        mask = torch.zeros(len(part), width, dtype=torch.long)
+        for j, row in enumerate(part):
+            ids[j, : len(row)], mask[j, : len(row)] = torch.tensor(row), 1
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made

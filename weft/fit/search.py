@@ -1,0 +1,128 @@
+"""Choose: which candidate each site becomes, by predicted loss corrected with a few measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from weft.engine import get
+from weft.engine.run import Chain, group_of, groups, run
+from weft.error import ConflictError
+from weft.fit.candidates import Table
+from weft.model import expressions, set_expressions
+from weft.stats import Stats
+
+Choice = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A choice, what was predicted of it and what it measured."""
+
+    label: str
+    choice: Choice
+    nbytes: int
+    predicted: float
+    measured: float
+
+
+class Search:
+    """Choices on one table. `measure(choice)` builds from dense evidence and measures; `fixed` bytes are spent in any case."""
+
+    def __init__(self, table: Table, fixed: int, measure: Callable[[Choice], float]) -> None:
+        self.table, self.fixed, self._measure = table, fixed, measure
+        self.roles = [role(s) for s in table.sites]
+        self.factor: dict[str, float] = {}
+        """Measured over predicted loss of a role's sites, compressed alone."""
+        self.seen: dict[Choice, float] = {}
+
+    def measure(self, label: str, choice: Choice) -> Measured:
+        """The choice, measured once."""
+        if choice not in self.seen:
+            self.seen[choice] = self._measure(choice)
+        return Measured(label, choice, self.nbytes(choice), self.predicted(choice), self.seen[choice])
+
+    def nbytes(self, choice: Choice) -> int:
+        """Bytes of the saved model."""
+        return self.fixed + int(sum(self.table.nbytes[i, c] for i, c in enumerate(choice)))
+
+    def predicted(self, choice: Choice) -> float:
+        """Predicted distance, corrected where roles were measured."""
+        return float(sum(self.factor.get(r, 1.0) * self.table.loss[i, c] for i, (r, c) in enumerate(zip(self.roles, choice, strict=True))))
+
+    def uniform(self, wanted: Sequence[Chain], limit: int, tries: int = 3) -> Measured:
+        """The best uniform choice within the limit: the `tries` best predicted ones are measured. Errors: ConflictError if none fits."""
+        fits = [(c,) * len(self.table.sites) for c in self.table.columns(wanted)]
+        fits = [c for c in fits if np.isfinite(self.predicted(c)) and self.nbytes(c) <= limit]
+        if not fits:
+            raise ConflictError(
+                "no uniform choice fits", where="--budget", got=f"{limit} bytes", want="a width that fits", fix="raise the budget"
+            )
+        best = sorted(fits, key=self.predicted)[:tries]
+        return min((self.measure(f"uniform {self.label(c)}", c) for c in best), key=lambda m: m.measured)
+
+    def mixed(self, limit: int) -> Choice:
+        """The choice of least predicted loss within the limit. Errors: ConflictError with the smallest reachable size."""
+        weight = np.array([self.factor.get(r, 1.0) for r in self.roles])[:, None]
+        loss = np.where(np.isfinite(self.table.loss), self.table.loss * weight, np.inf)
+        made = get("knapsack")(torch.tensor(self.table.nbytes), torch.tensor(loss), limit - self.fixed)
+        return tuple(int(c) for c in made)
+
+    def correct(self, choice: Choice, alone: Callable[[Mapping[str, int]], float]) -> None:
+        """Measure each role's sites alone at this choice, and scale predictions by what was found (between 1/4 and 4)."""
+        for name in dict.fromkeys(self.roles):
+            part = {s: c for s, r, c in zip(self.table.sites, self.roles, choice, strict=True) if r == name}
+            row = {s: i for i, s in enumerate(self.table.sites)}
+            predicted = sum(self.table.loss[row[s], c] for s, c in part.items())
+            if predicted > 1e-9:
+                self.factor[name] = float(np.clip(alone(part) / predicted, 0.25, 4.0))
+
+    def label(self, choice: Choice) -> str:
+        """`gptq int3 g64 asymmetric` for a uniform choice, `mixed` for others."""
+        if len(set(choice)) > 1:
+            return "mixed"
+        chain = self.table.chains[choice[0]]
+        o = dict(chain[0].options)
+        where = f"g{o['group']}" if o["group"] else "channel"
+        return f"{chain[0].method} int{o['bits']} {where}{'' if o['symmetric'] else ' asymmetric'}"
+
+
+def role(site: str) -> str:
+    """What a site is in its block: the module's own name."""
+    parts = site.removesuffix(".weight").split(".")
+    digits = [i for i, p in enumerate(parts) if p.isdigit()]
+    return ".".join(parts[digits[-1] + 1 :]) if digits else parts[-1]
+
+
+def put(model: nn.Module, chains: Mapping[str, Chain], stats: Stats, *, seed: int) -> None:
+    """Rewrite these sites in place from dense evidence, each from its pretrained expression."""
+    for names in groups(model, list(chains), stats):
+        group = group_of(model, names, stats, seed=seed)
+        for chain in dict.fromkeys(chains[n] for n in names):
+            part = tuple(s for s in group if chains[s.name] == chain)
+            made = run(type(group)(part, group.notes, group.cache), chain)
+            set_expressions(model, {s.name: e for s, e in zip(part, made, strict=True)})
+
+
+class Bench:
+    """A model on which choices are tried and taken back."""
+
+    def __init__(self, model: nn.Module, table: Table, stats: Stats, distance: Callable[[nn.Module], float], seed: int) -> None:
+        self.model, self.table, self.stats, self.distance, self.seed = model, table, stats, distance, seed
+        self.plain = expressions(model)
+
+    def alone(self, part: Mapping[str, int]) -> float:
+        """The distance with only these sites rewritten."""
+        put(self.model, {s: self.table.chains[c] for s, c in part.items()}, self.stats, seed=self.seed)
+        try:
+            return self.distance(self.model)
+        finally:
+            set_expressions(self.model, self.plain)
+
+    def __call__(self, choice: Choice) -> float:
+        """The distance of a whole choice."""
+        return self.alone(dict(zip(self.table.sites, choice, strict=True)))

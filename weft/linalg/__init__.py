@@ -1,0 +1,1 @@
+"""What methods share: grid fitting, the column solver, low-rank factors."""

@@ -53,13 +53,13 @@ _SHRINK = {2: 0.45, 3: 0.6, 4: 0.7}
 """The smallest share of the range worth trying, by bits: fewer levels gain more from clipping."""
 
 
-def search(w: Float[Tensor, "m n"], weight: Float[Tensor, "n"], name: str, group: int, symmetric: bool, *, steps: int = 8) -> Fitted:
-    """The grid of least Σ_j weight_j (w_j - q_j)² in each group, among shrunken ranges; never worse than `minmax`.
+def search(w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], name: str, group: int, symmetric: bool, *, steps: int = 8) -> Fitted:
+    """The grid of least Σ_j weight_ij (w_ij - q_ij)² in each group, among shrunken ranges; never worse than `minmax`.
 
     A symmetric integer grid has one more level below zero than above, so its full range is tried from both sides.
     """
     spec, x = grid(name), grouped(w.float(), group)  # [m g k]
-    v = grouped(weight.float().clamp(min=0).expand(1, -1), group)  # [1 g k]
+    v = grouped(weight.float().clamp(min=0), group)  # [1 g k] or [m g k]
     v = torch.where(v.sum(-1, keepdim=True) > 0, v, torch.ones_like(v))
     start = minmax(w, name, group, symmetric)
     best, scales, zeros = _miss(x, v, start), start.scales, start.zero()
@@ -92,11 +92,11 @@ def _scale(s: Float[Tensor, "m g"]) -> Float[Tensor, "m g"]:
     return torch.where(s > TINY, s, torch.ones_like(s))
 
 
-def _miss(x: Float[Tensor, "m g k"], v: Float[Tensor, "1 g k"], fit: Fitted) -> Float[Tensor, "m g"]:
+def _miss(x: Float[Tensor, "m g k"], v: Float[Tensor, "#m g k"], fit: Fitted) -> Float[Tensor, "m g"]:
     """The weighted squared error of each group."""
     scale, zero = fit.scales.unsqueeze(-1), fit.zero().unsqueeze(-1)
     miss = value(_codes(x / scale, zero, fit.name), zero, fit.name).mul_(scale).sub_(x).square_()
-    return torch.einsum("mgk,gk->mg", miss, v[0])
+    return torch.einsum("mgk,mgk->mg", miss, v.expand_as(miss))
 
 
 def _codes(x: Tensor, zero: Tensor, name: str) -> Tensor:

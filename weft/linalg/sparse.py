@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
-from weft.expr import Expr, Quantized
+from weft.expr import Expr, Quantized, spread
 from weft.linalg.grids import Fitted
+
+def compact(w: Shaped[Tensor, "m n"], mask: Bool[Tensor, "m n"]) -> Shaped[Tensor, "m k"]:
+    """The kept entries of each row, in order; every row keeps k."""
+    return w[mask].view(mask.shape[0], -1)
+
+
+def expand(per_group: Float[Tensor, "m g"], group: int, n: int, mask: Bool[Tensor, "m n"] | None) -> Float[Tensor, "m n"]:
+    """One value a group of kept entries, at every column; where nothing is kept, that of the group before."""
+    if mask is None:
+        return spread(per_group, group, n)
+    rank = (mask.cumsum(1) - 1).clamp(min=0)
+    return per_group.gather(1, rank // group if group else torch.zeros_like(rank))
+
 
 Round = Callable[[Float[Tensor, "m k"]], tuple[Fitted, UInt8[Tensor, "m k"]]]
 

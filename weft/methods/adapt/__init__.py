@@ -1,1 +1,1 @@
-
+"""Methods that fine-tune few parameters."""

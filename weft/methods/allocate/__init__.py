@@ -1,1 +1,1 @@
-
+"""Methods that spend a budget."""

@@ -1,1 +1,1 @@
-
+"""Methods that add or take low-rank factors."""

@@ -1,1 +1,1 @@
-
+"""Methods that zero weights."""

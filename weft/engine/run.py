@@ -158,7 +158,8 @@ def propagate(
     """Rewrite every site by its chain, in place, each behind the errors of what comes before it. Returns the fallbacks.
 
     Embeddings (and a head tied to one) come first, from dense evidence; then, block by block, each group of sites that
-    read one input sees the Gram of what today's model feeds it, with the dense row weights; the head comes last.
+    read one input sees the Gram of what the compressed blocks before it feed this one, with the dense row weights; the
+    head comes last.
     With a `journal` folder each stage's result is kept there, and a run that was interrupted goes on behind them.
     Errors: those of the methods; NumericError if an input is not finite.
     """
@@ -174,7 +175,7 @@ def propagate(
     walker = Walker(model, batches)
     with progress.bar("compress", len(walker.blocks)) if progress is not None else _quiet() as bar:
         for i in range(len(walker.blocks)):
-            log.stage(f"block-{i:04d}", lambda i=i: _block(model, walker, i, stages.get(i, []), chains, stats, seed))
+            log.stage(f"block-{i:04d}", lambda i=i: _behind(model, stages.get(i, []), chains, stats, seed, lambda edges: walker.step(i, edges, keep=False)))
             walker.step(i)
             bar(1)
     if last:
@@ -216,22 +217,16 @@ def _solve(group: Group, chains: Mapping[str, Chain]) -> dict[str, Expr]:
     return made
 
 
-def _block(model: nn.Module, walker: Walker, i: int, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int) -> Done:
-    return _behind(model, todo, chains, stats, seed, lambda edges: walker.step(i, edges, keep=False))
-
-
 def _behind(model: nn.Module, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int, walk: Callable[[Edges], Any]) -> Done:
-    """Rewrite groups one after the other, each from the inputs that today's model gives it."""
+    """Rewrite groups from the inputs that today's model gives them."""
     made: dict[str, Expr] = {}
     notes: list[tuple[str, str]] = []
+    edges = Edges(frozenset(n for names in todo for n in names))
+    walk(edges)
     for names in todo:
-        edges = Edges(frozenset(names))
-        walk(edges)
         group = group_of(model, names, stats, seed=seed)
         group = replace(group, sites=tuple(replace(s, evidence=_seen(s, edges)) for s in group))
-        new = _solve(group, chains)
-        set_expressions(model, new)
-        made |= new
+        made |= _solve(group, chains)
         notes += group.notes
     return made, notes
 

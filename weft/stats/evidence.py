@@ -18,6 +18,8 @@ from weft.stats.walker import Batch, Edges, Walker
 from weft.store.files import read_json, read_tensors, write_json, write_tensors
 
 VERSION = 1
+GRADIENT_TOKENS = 8192
+"""The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
 
 
 class Step(Protocol):
@@ -80,8 +82,10 @@ def collect(
     outputs: dict[str, OutputSums] = {}
     units = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     if gradient:
-        with _bar(progress, "gradients", len(batches)) as step:
-            outputs, units = gradients(model, batches, goal, seed=seed, progress=step)
+        enough = max(1, -(-GRADIENT_TOKENS * len(batches) // max(1, units)))
+        some = batches[:: max(1, len(batches) // enough)][:enough]
+        with _bar(progress, "gradients", len(some)) as step:
+            outputs, units = gradients(model, some, goal, seed=seed, progress=step)
     _Writer(model, place, outputs, units).walk(batches, progress)
     return Stats(place)
 

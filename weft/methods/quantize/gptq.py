@@ -65,18 +65,15 @@ def _solve(w: Float[Tensor, "m n"], mask: Tensor | None, upper: Tensor, by: Tens
     scale, zero = (expand(t, fit.group, w.shape[1], mask).T[by].contiguous() for t in (fit.scales, fit.zero()))
     inverse, top = 1 / scale, 2**bits - 1
     keep = None if mask is None else mask.T[by].float()
-    codes = torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
 
     def settle(x: Tensor, j: int, rows: slice) -> Tensor:
-        q = (x * inverse[j, rows]).add_(zero[j, rows]).round_().clamp_(0, top)
-        codes[j, rows] = q
-        q.sub_(zero[j, rows]).mul_(scale[j, rows])
+        q = (x * inverse[j, rows]).add_(zero[j, rows]).round_().clamp_(0, top).sub_(zero[j, rows]).mul_(scale[j, rows])
         return q if keep is None else q.mul_(keep[j, rows])
 
-    solve(w[:, by], upper, settle)
-    back = torch.empty_like(codes)
-    back[by] = codes
-    found = back.T.contiguous() if mask is None else compact(back.T, mask)
+    settled = solve(w[:, by], upper, settle).T
+    codes = torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
+    codes[by] = settled.mul(inverse).add_(zero).round_().clamp_(0, top).to(torch.uint8)
+    found = codes.T.contiguous() if mask is None else compact(codes.T, mask)
     return Quantized.encode(found, fit.scales, fit.zeros, grid=fit.name, group=fit.group)
 
 

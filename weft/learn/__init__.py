@@ -1,0 +1,1 @@
+"""Learning: data, objectives, one trainer."""

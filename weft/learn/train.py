@@ -1,0 +1,205 @@
+"""Train what is trainable of a woven model, through one small subclass of the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from weft.error import FormatError, OptionError
+from weft.learn.data import IGNORE, Encoded, Example, Pair, encode
+from weft.learn.objective import contrast, likelihood
+from weft.stats.objective import objective
+from weft.stats.walker import forward
+from weft.store.files import read_tensors, write_tensors
+
+TRAINABLE = "trainable.safetensors"
+
+
+@dataclass
+class History:
+    """What training did: the loss after each step, tokens seen, seconds."""
+
+    losses: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Trainer(transformers.Trainer):
+    """The Hugging Face Trainer for woven models: checkpoints hold the trainable tensors only, matched strictly on resume."""
+
+    loss_of: Callable[[nn.Module, Mapping[str, Tensor], Any], Tensor]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:  # type: ignore[override]
+        loss = self.loss_of(model, inputs, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        out = Path(output_dir or str(self.args.output_dir))
+        write_tensors(out / TRAINABLE, trainable(self.model))  # type: ignore[arg-type]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.model, Path(resume_from_checkpoint))  # type: ignore[arg-type]
+
+    def _load_best_model(self) -> None:
+        restore(self.model, Path(str(self.state.best_model_checkpoint)))  # type: ignore[arg-type]
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's tensors back. Errors: FormatError if they are not exactly the model's trainable ones."""
+    held, mine = read_tensors(checkpoint / TRAINABLE), trainable(model)
+    if {n: t.shape for n, t in held.items()} != {n: p.shape for n, p in mine.items()}:
+        raise FormatError("a checkpoint is of another model", where=str(checkpoint), got=sorted(set(held) ^ set(mine))[:5], want="the model's trainable tensors", fix="remove the checkpoint folder")
+    with torch.no_grad():
+        for name, p in mine.items():
+            p.copy_(held[name])
+
+
+class _Items(Dataset[Any]):
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.items[i]
+
+
+class _Watch(transformers.TrainerCallback):
+    """Keeps losses and moves the progress bar."""
+
+    def __init__(self, history: History, step: Callable[[int], None]) -> None:
+        self.history, self.move = history, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.move(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.history.losses.append((int(state.global_step), float(logs["loss"])))
+
+
+def train(
+    model: nn.Module,
+    data: Sequence[Example],
+    *,
+    tokenizer: Any,
+    steps: int = 200,
+    batch: int = 8,
+    length: int = 512,
+    lr: float = 2e-3,
+    seed: int = 0,
+    out: Path | None = None,
+    save_every: int = 100,
+    original: nn.Module | None = None,
+    checkpointing: bool = False,
+    progress: Any = None,
+) -> History:
+    """Train the model's trainable tensors in place; the loss is over target tokens only.
+
+    Pairs train an embedding model by contrast; with `original`, any model is trained towards that one's outputs. AdamW, linear
+    warm-up over a twentieth of the steps, cosine decay to a tenth. With `out`, checkpoints are kept there every `save_every`
+    steps and a later call goes on from the last one, bit for bit. Deterministic for a seed on one machine.
+    Errors: OptionError if nothing is trainable; FormatError if no token is a target.
+    """
+    if not trainable(model):
+        raise OptionError("nothing is trainable", where=type(model).__name__, got="a frozen model", want="an adapter", fix='weft.apply(model, "lora") first')
+    items, loss = _task(model, data, tokenizer, length, original)
+    history = History(tokens=0)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(out or scratch)
+        args = transformers.TrainingArguments(
+            output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed, data_seed=seed,
+            lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=max(1, steps // 20),
+            logging_steps=1, save_strategy="steps" if out else "no", save_steps=save_every, save_total_limit=2, report_to=[],
+            disable_tqdm=True, remove_unused_columns=False, weight_decay=0.0, use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=checkpointing, label_names=["labels"], dataloader_pin_memory=False, logging_nan_inf_filter=False,
+        )  # fmt: skip
+        if checkpointing:
+            model.enable_input_require_grads()  # type: ignore[operator]
+        trainer = Trainer(model=model, args=args, train_dataset=_Items(items), data_collator=_Pad(tokenizer))
+        trainer.loss_of = loss
+        trainer.model_accepts_loss_kwargs = original is None and not isinstance(data[0], Pair)
+        trainer.remove_callback(transformers.PrinterCallback)
+        with progress.bar("tune", steps) if progress is not None else _nothing() as step:
+            trainer.add_callback(_Watch(history, step))
+            last = transformers.trainer_utils.get_last_checkpoint(str(work)) if out and work.is_dir() else None
+            trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    history.tokens = sum(len(i.input_ids) for i in items if isinstance(i, Encoded)) * steps * batch // max(1, len(items))
+    history.seconds = time.monotonic() - start
+    return history
+
+
+class _nothing:
+    def __enter__(self) -> Callable[[int], None]:
+        return lambda _: None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int, original: nn.Module | None) -> tuple[list[Any], Any]:
+    """What the batches are made of, and the loss of one."""
+    goal = objective(model)
+    if original is None and isinstance(data[0], Pair):
+        items = [{"texts": (e.query, e.positive)} for e in data if isinstance(e, Pair)]
+        return items, lambda m, x, _: contrast(*(goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1)))
+    if original is not None and goal.embeds:
+        flat = [t for e in data for t in ((e.query, e.positive) if isinstance(e, Pair) else (getattr(e, "text", ""),))]
+        items = [{"texts": (t,)} for t in flat if t]
+    else:
+        items = encode(data, tokenizer, length=length)
+    if original is None:
+        return list(items), lambda m, x, count: likelihood(forward(m, _inputs(x)), x["labels"], count)
+
+    def towards(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
+        with torch.no_grad():
+            want = goal.vectors(forward(original, _inputs(x)), _inputs(x))
+        return goal.distance(goal.vectors(forward(m, _inputs(x)), _inputs(x)), want).mean()
+
+    return list(items), towards
+
+
+def _inputs(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: x[k] for k in ("input_ids", "attention_mask")}
+
+
+def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:
+    """The queries (0) or positives (1) of a batch of pairs."""
+    return {k: v[which::2] for k, v in _inputs(x).items()}
+
+
+class _Pad:
+    """Batches: ids and labels padded to the longest; texts tokenized, the two of a pair beside each other."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        if isinstance(items[0], dict):
+            texts = [t for i in items for t in i["texts"]]
+            made = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            return {k: made[k] for k in ("input_ids", "attention_mask")}
+        width = max(len(i.input_ids) for i in items)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return {
+            "input_ids": torch.tensor([i.input_ids + [pad] * (width - len(i.input_ids)) for i in items]),
+            "attention_mask": torch.tensor([[1] * len(i.input_ids) + [0] * (width - len(i.input_ids)) for i in items]),
+            "labels": torch.tensor([i.labels + [IGNORE] * (width - len(i.labels)) for i in items]),
+        }

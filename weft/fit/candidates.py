@@ -12,7 +12,7 @@ from torch import nn
 from weft.engine import Group, get
 from weft.engine.run import Chain, Step, chain_key, code_version, group_of, groups, run
 from weft.expr import CHUNK, Expr
-from weft.fit.cache import Cache, key
+from weft.store.cache import Cache, key
 from weft.model import expressions
 from weft.stats import Stats
 

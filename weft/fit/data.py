@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError
-from weft.fit.measure import padded, windows
+from weft.lab.distance import padded, windows
 from weft.lab import metrics, tasks
 from weft.learn.data import Example, Pair, Response, Text, read
 from weft.learn.data import fingerprint as examples_fingerprint

@@ -21,10 +21,10 @@ from weft.engine import get
 from weft.engine.run import Chain, Step, apply, chain_key, code_version, propagate
 from weft.expr import spec, tensors
 from weft.fit import budget as budgets
-from weft.fit.cache import Cache, key
+from weft.store.cache import Cache, key
 from weft.fit.candidates import Table, chains, describe, table, uniform_chains
 from weft.fit.data import Data, batches, resolve, score
-from weft.fit.measure import Distance
+from weft.lab.distance import Distance
 from weft.fit.search import Bench, Choice, Measured, Search, role
 from weft.lab.bootstrap import seeds as over_seeds
 from weft.learn.train import train

@@ -1,4 +1,4 @@
-"""Measure a model: its distance to the original on texts that the choice is made by, and its score on texts that it is not."""
+"""Batches of text, and a model's distance to the original on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.fit.cache import Cache, key
+from weft.store.cache import Cache, key
 from weft.stats import Objective, forward
 
 REFERENCE_BYTES = 1 << 30
@@ -61,8 +61,8 @@ def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, b
     return [{"input_ids": r} for r in rows.split(batch)]
 
 
-def padded(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 16) -> list[dict[str, Tensor]]:
-    """Batches of whole texts of like length, padded, until about `tokens` are there."""
+def padded(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 16, sort: bool = True) -> list[dict[str, Tensor]]:
+    """Batches of whole texts, padded, until about `tokens` are there; texts of like length together unless told not to `sort`."""
     encoded: list[list[int]] = []
     used = 0
     for text in texts:
@@ -70,7 +70,8 @@ def padded(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, ba
         used += len(encoded[-1])
         if used >= tokens:
             break
-    encoded.sort(key=len)
+    if sort:
+        encoded.sort(key=len)
     made: list[dict[str, Tensor]] = []
     for i in range(0, len(encoded), batch):
         part = encoded[i : i + batch]

@@ -1,0 +1,94 @@
+"""What a model is scored by, document by document: bits per byte, and retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weft.error import FormatError
+from weft.lab.distance import padded
+from weft.learn.data import IGNORE, Chat, Encoded, Example, Pair, Response, Text, encode
+from weft.stats import forward, objective
+
+Scores = tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]
+"""A value and a weight for every document; the score is the weighted mean."""
+
+
+def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 512, batch: int = 16) -> Scores:
+    """Bits per UTF-8 byte of each text, and its bytes. Every token is predicted once, the first of a text from the end token.
+
+    Long texts are cut into windows of `length` tokens that share one token.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    windows: list[tuple[int, Encoded]] = []
+    for k, text in enumerate(texts):
+        ids: list[int] = ([end] if end is not None else []) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows += [(k, Encoded(w, [IGNORE, *w[1:]])) for i in range(0, max(1, len(ids) - 1), length) if len(w := ids[i : i + length + 1]) > 1]
+    size = np.array([len(t.encode()) for t in texts], dtype=np.float64)
+    return _bits(model, windows, len(texts), batch) / np.maximum(size, 1), size
+
+
+def response_bits(model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, length: int = 1024, batch: int = 8) -> Scores:
+    """Bits per byte of what each example wants answered, given its prompt, and those bytes."""
+    windows = [(k, e) for k, example in enumerate(examples) for e in encode([example], tokenizer, length=length)]
+    size = np.array([len(_answer(e).encode()) for e in examples], dtype=np.float64)
+    return _bits(model, windows, len(examples), batch) / np.maximum(size, 1), size
+
+
+def _answer(e: Example) -> str:
+    if isinstance(e, Response):
+        return e.response
+    if isinstance(e, Chat):
+        return "".join(c for r, c in e.messages if r == "assistant")
+    raise FormatError("this example has no response", where=e.name, got=type(e).__name__, want="prompt and response, or messages", fix="use other data")
+
+
+def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, batch: int) -> Float[np.ndarray, "k"]:
+    """Σ -log2 p(target) of each document."""
+    made = np.zeros(count)
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][1].input_ids))
+    for a in range(0, len(order), batch):
+        part = [windows[i] for i in order[a : a + batch]]
+        width = max(len(e.input_ids) for _, e in part)
+        ids = torch.tensor([e.input_ids + [0] * (width - len(e.input_ids)) for _, e in part])
+        labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for _, e in part])
+        mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for _, e in part])
+        with torch.no_grad():
+            logits = forward(model, {"input_ids": ids, "attention_mask": mask})
+            nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none")
+        for (k, _), total in zip(part, nats.view(len(part), -1).double().sum(1).tolist(), strict=True):
+            made[k] += total / math.log(2)
+    return made
+
+
+def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 128) -> Float[Tensor, "k d"]:
+    """The normalised embedding of each text."""
+    goal = objective(model)
+    made: list[Tensor] = []
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for batch in padded([texts[i] for i in order], tokenizer, length=length, tokens=1 << 60, batch=32, sort=False):
+        with torch.no_grad():
+            made.append(goal.vectors(forward(model, batch), batch).float())
+    return torch.cat(made)[torch.tensor(order).argsort()]
+
+
+def retrieval(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Scores:
+    """1 - reciprocal rank of each query's positive among all positives (lower is better), and weights of one."""
+    pairs = [e for e in examples if isinstance(e, Pair)]
+    q = embeddings(model, tokenizer, [e.query for e in pairs])
+    p = embeddings(model, tokenizer, [e.positive for e in pairs])
+    scores = q @ p.T
+    rank = (scores > scores.diagonal().unsqueeze(1)).sum(1) + 1
+    return 1 - 1 / rank.double().numpy(), np.ones(len(pairs))
+
+
+def texts_of(examples: Sequence[Example]) -> list[str]:
+    """The texts of plain-text examples."""
+    return [e.text for e in examples if isinstance(e, Text)]

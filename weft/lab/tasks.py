@@ -1,0 +1,66 @@
+"""Tasks without downloads: texts to calibrate, tune and choose on, and others, from elsewhere, to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from weft.error import OptionError
+from weft.lab import corpora
+from weft.learn.data import Example
+
+
+@dataclass(frozen=True)
+class Task:
+    """Disjoint sets of examples. `train` and `calibration` come in another order for another seed; the others never change."""
+
+    name: str
+    kind: Literal["lm", "retrieval"]
+    calibration: list[Example]
+    train: list[Example]
+    select: list[Example]
+    test: list[Example]
+
+
+def names() -> list[str]:
+    """Every task."""
+    return list(_TASKS)
+
+
+def task(name: str, *, seed: int = 0) -> Task:
+    """The task of that name. Errors: OptionError for an unknown one."""
+    if name not in _TASKS:
+        raise OptionError("unknown task", where="task", got=name, want=", ".join(_TASKS), fix="choose one of these")
+    return _TASKS[name](seed)
+
+
+def _python(seed: int) -> Task:
+    test: list[Example] = [*corpora.python_source(corpora.HELD_OUT, 160_000)]
+    return _lm("python", [*corpora.python_source(corpora.TRAIN, 1_200_000)], test, seed)
+
+
+def _cpp(seed: int) -> Task:
+    test: list[Example] = [*corpora.cpp_headers(corpora.HEADERS_HELD_OUT, 160_000)]
+    return _lm("cpp", [*corpora.cpp_headers(corpora.HEADERS_TRAIN, 1_200_000)], test, seed)
+
+
+def _docstrings(seed: int) -> Task:
+    pairs: list[Example] = [*corpora.docstring_pairs(corpora.TRAIN, 3000)]
+    test: list[Example] = [*corpora.docstring_pairs(corpora.HELD_OUT, 500)]
+    select, calibration, train = pairs[:400], pairs[400:1000], pairs[1000:]
+    return Task("docstrings", "retrieval", _turned(calibration, seed), _turned(train, seed), select, test)
+
+
+def _lm(name: str, texts: list[Example], test: list[Example], seed: int) -> Task:
+    a, b = len(texts) // 10, len(texts) // 3
+    return Task(name, "lm", _turned(texts[a:b], seed), _turned(texts[b:], seed), texts[:a], test)
+
+
+def _turned(examples: list[Example], seed: int) -> list[Example]:
+    """The examples from another place on: the order changes with the seed, the set does not."""
+    at = seed * 7919 % max(1, len(examples))
+    return examples[at:] + examples[:at]
+
+
+_TASKS: dict[str, Callable[[int], Task]] = {"python": _python, "cpp": _cpp, "docstrings": _docstrings}

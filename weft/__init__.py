@@ -1,1 +1,82 @@
-"""weft: every weight is an expression, every method a small rewrite, and everything composes."""
+"""weft: every weight is an expression, every method a small rewrite, and everything composes.
+
+    model = weft.load("ref-lm")
+    weft.apply(model, "gptq", bits=4)
+    weft.save(model, "out")
+
+Importing weft imports nothing heavy; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from weft.api import (
+        Changes,
+        apply,
+        export,
+        fit,
+        load,
+        merge,
+        methods,
+        plan,
+        prove,
+        save,
+        show,
+        stale,
+        train,
+        verify,
+    )
+    from weft.error import WeftError
+    from weft.fitting.work import Settings
+    from weft.model import expressions, fork, unweave, weave
+    from weft.progress import Bars, Silent
+    from weft.score import evaluate, generate, tokenizer
+
+_HOME = {
+    "weft.api": (
+        "Changes", "apply", "export", "fit", "load", "merge", "methods", "plan", "prove", "save", "show", "stale",
+        "train", "verify",
+    ),
+    "weft.error": ("WeftError",),
+    "weft.fitting.fit": ("Settings",),
+    "weft.model": ("expressions", "fork", "unweave", "weave"),
+    "weft.progress": ("Bars", "Silent"),
+    "weft.score": ("evaluate", "generate", "tokenizer"),
+}  # fmt: skip
+_WHERE = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "evaluate", "export", "expressions", "fit", "fork",
+    "generate", "load", "merge", "methods", "plan", "prove", "save", "show", "stale", "tokenizer", "train", "unweave",
+    "verify", "weave",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Weft(ModuleType):
+    """`weft.methods` is a function, and importing the package of that name does not replace it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Weft

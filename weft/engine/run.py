@@ -17,7 +17,8 @@ from weft.engine.registry import get
 from weft.error import OptionError
 from weft.expr import Expr, build, spec, stack, tensors, terms_of, total
 from weft.model import Evidence, Group, Site, finite, match, places, set_expressions, site
-from weft.model.blocks import block_of
+from weft.model.blocks import block_of, blocks
+from weft.progress import Progress, Silent
 from weft.stats import Edges, Stats, Walker
 from weft.store.files import parse_json, read_tensors, write_json, write_tensors
 
@@ -51,7 +52,12 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
     if len(group.sites) == 1 and len(parts := list(group.site.slices())) > 1 and all(get(s.method).rowwise for s in chain):
         if group.site.evidence:
             group.gram()  # of the whole weight, before its slices share the cache
-        return [stack([run(replace(group, sites=(part,)), chain)[0] for part in parts])]
+        if any(get(s.method).whole for s in chain):
+            return [stack([run(replace(group, sites=(part,)), chain)[0] for part in parts])]
+        terms = terms_of(group.site.now)  # all but the base stay as they are: a slice of a trainable leaf is frozen
+        bare = group.put([terms.pop("base", group.site.now)])
+        made = stack([run(replace(bare, sites=(part,)), chain)[0] for part in bare.site.slices()])
+        return [_with(made, terms)]
     for step in chain:
         group = group.put(_step(group, get(step.method), dict(step.options)))
     return [s.now for s in group]
@@ -69,7 +75,13 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
     if method.whole:
         return made
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
-    return [total({**others, **terms_of(new), **_adapters(others)}) for new, others in zip(made, rest, strict=True)]
+    return [_with(new, others) for new, others in zip(made, rest, strict=True)]
+
+
+def _with(new: Expr, others: Mapping[str, Expr]) -> Expr:
+    """What a method made of the base, then the weight's other terms; adapters stay, a compensation may be replaced."""
+    fresh = terms_of(new)
+    return total({"base": fresh["base"], **others, **fresh, **_adapters(others)})
 
 
 def _adapters(terms: Mapping[str, Expr]) -> dict[str, Expr]:
@@ -153,7 +165,7 @@ def propagate(
     *,
     seed: int = 0,
     journal: Path | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> list[tuple[str, str]]:
     """Rewrite every site by its chain, in place, each behind the errors of what comes before it. Returns the fallbacks.
 
@@ -164,16 +176,21 @@ def propagate(
     Errors: those of the methods; NumericError if an input is not finite.
     """
     names = list(chains)
+    log = _Journal(journal, model)
+    if not any(get(s.method).needs for chain in chains.values() for s in chain):
+        log.stage("all", lambda: _rewrite(model, groups(model, names, stats), chains, stats, seed))
+        return log.notes
     stages: dict[int | str, list[tuple[str, ...]]] = {"first": []}
     last = [g for g in groups(model, names, stats) if block_of(model, g[0]) is None and _is_head(model, g[0])]
     for g in groups(model, names, stats):
         where = block_of(model, g[0])
         if g not in last:
             stages.setdefault("first" if where is None else where, []).append(g)
-    log = _Journal(journal, model)
     log.stage("first", lambda: _rewrite(model, stages["first"], chains, stats, seed))
+    if log.replay([f"block-{i:04d}" for i in range(len(blocks(model)[1]))] + (["last"] if last else [])):
+        return log.notes
     walker = Walker(model, batches)
-    with progress.bar("compress", len(walker.blocks)) if progress is not None else _quiet() as bar:
+    with (progress or Silent()).bar("compress", len(walker.blocks)) as bar:
         for i in range(len(walker.blocks)):
             log.stage(f"block-{i:04d}", lambda i=i: _behind(model, stages.get(i, []), chains, stats, seed, lambda edges: walker.step(i, edges, keep=False)))
             walker.step(i)
@@ -181,14 +198,6 @@ def propagate(
     if last:
         log.stage("last", lambda: _behind(model, last, chains, stats, seed, lambda edges: [None for _ in walker.finish(edges)]))
     return log.notes
-
-
-class _quiet:
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda _: None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
@@ -256,6 +265,16 @@ class _Journal:
         set_expressions(self.model, made)
         self.notes += notes
 
+    def replay(self, names: Sequence[str]) -> bool:
+        """Take all these stages from the journal, if it has every one."""
+        made = [self._read(name) for name in names]
+        if not all(made):
+            return False
+        for exprs, notes in filter(None, made):
+            set_expressions(self.model, exprs)
+            self.notes += notes
+        return True
+
     def _read(self, name: str) -> Done | None:
         if self.folder is None or not (self.folder / f"{name}.json").exists():
             return None
@@ -265,11 +284,11 @@ class _Journal:
         return made, [(w, t) for w, t in index["notes"]]
 
 
-def code_version() -> str:
-    """Hash of the code that results depend on: the algebra, the solvers, the evidence and the engine."""
+def code_version(*more: str) -> str:
+    """Hash of the code that results depend on: the algebra, the solvers, the evidence and the engine, and `more` folders."""
     root = Path(__file__).parent.parent
     word = hashlib.blake2b(digest_size=8)
-    for folder in ("grid", "expr", "linalg", "model", "stats", "engine"):
+    for folder in ("grid", "expr", "linalg", "model", "stats", "engine", *more):
         for path in sorted((root / folder).glob("*.py")):
             word.update(path.read_bytes())
     return word.hexdigest()

@@ -152,6 +152,8 @@ class Expr(nn.Module):
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         """The rows with these indices (an embedding look-up)."""
+        if not self.frozen():  # `take` makes frozen leaves, which would cut the gradient
+            return F.embedding(ids, self.dense())
         return self.take(ids.flatten()).dense().view(*ids.shape, self.shape[1])
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:

@@ -49,6 +49,10 @@ class LowRank(Expr):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
+    def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        return F.embedding(ids, self.b).to(wide) @ self.a.to(wide)
+
     def promises(self) -> Promises:
         return Promises(rank=self.a.shape[0])
 
@@ -143,7 +147,7 @@ class Quantized(Expr):
     def scales(self) -> Float[Tensor, "m g"]:
         """The scales as float32."""
         at = packed_bytes(self.n, _bits(self.grid))
-        return self.data[:, at : at + 2 * self.groups].contiguous().view(torch.bfloat16).float()
+        return self.data[:, at : at + 2 * self.groups].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
 
     def zeros(self) -> Float[Tensor, "m g"] | float:
         """The zero points as float32; one number where symmetric."""

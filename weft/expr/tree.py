@@ -149,12 +149,15 @@ def terms_of(expr: Expr) -> dict[str, Expr]:
         return {"base": expr}
     terms = expr.named()
     inner = terms.get("base")
-    return {**terms_of(inner), **{r: t for r, t in terms.items() if r != "base"}} if isinstance(inner, Sum) else terms
+    rest = {r: t for r, t in terms.items() if r != "base"}
+    if not isinstance(inner, Sum) or (held := terms_of(inner)).keys() & rest.keys():
+        return terms  # one role twice: stays a free tree
+    return {**held, **rest}
 
 
 def total(terms: Mapping[str, Expr]) -> Expr:
     """The expression of these terms: flat, and no sum around a lone base."""
-    flat = {**terms_of(terms["base"]), **{r: t for r, t in terms.items() if r != "base"}} if "base" in terms else dict(terms)
+    flat = terms_of(Sum(terms)) if "base" in terms else dict(terms)
     return flat["base"] if list(flat) == ["base"] else Sum(flat)
 
 
@@ -209,6 +212,8 @@ def stack(parts: Sequence[Expr]) -> Expr:
         return first
     if isinstance(first, Sum):
         return Sum({r: stack([p.named()[r] for p in parts if isinstance(p, Sum)]) for r in first.named()})
+    if isinstance(first, Product):
+        return Product(stack([next(p.kids()) for p in parts]), *list(first.kids())[1:])
     changed: dict[str, Any] = {}
     for f in fields(type(first)):
         held = [getattr(p, f.name) for p in parts]

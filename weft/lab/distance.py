@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.store.cache import Cache, key
 from weft.stats import Objective, forward
 
+ROWS = 128
+"""Distributions that are compared at a time."""
 REFERENCE_BYTES = 1 << 30
 """At most this much of the original's output is kept (on disk) to compare with."""
 
@@ -36,20 +39,31 @@ class Distance:
         with torch.no_grad():
             return self.goal.vectors(forward(model, batch), batch).float()
 
-    def units(self, model: nn.Module) -> np.ndarray:
-        """The distance of each unit [u]."""
-        parts = [
-            self.goal.distance(self._vectors(model, b), ref).double().numpy() for b, ref in zip(self.batches, self.held, strict=True)
-        ]
-        return np.concatenate(parts)
+    def documents(self, model: nn.Module) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+        """The mean distance of each window or text, and its units (tokens or texts)."""
+        values: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        for batch, ref in zip(self.batches, self.held, strict=True):
+            out = self._vectors(model, batch)
+            each = torch.cat([self.goal.distance(a, b).double() for a, b in zip(out.split(ROWS), ref.split(ROWS), strict=True)])
+            rows = each.view(len(batch["input_ids"]), -1) if "attention_mask" not in batch or self.goal.embeds else each.unsqueeze(1)
+            values.append(rows.mean(1).numpy())
+            weights.append(np.full(len(rows), rows.shape[1], dtype=np.float64))
+        return np.concatenate(values), np.concatenate(weights)
 
     def __call__(self, model: nn.Module) -> float:
-        """The mean distance."""
-        return float(self.units(model).mean())
+        """The mean distance of a unit."""
+        values, weights = self.documents(model)
+        return float((values * weights).sum() / weights.sum())
+
+
+LOGITS = 1 << 26
+"""Logits that a batch of windows gives at most (256 MiB in float32)."""
 
 
 def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8) -> list[dict[str, Tensor]]:
     """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there."""
+    batch = max(1, min(batch, LOGITS // (length * len(tokenizer))))
     ids: list[int] = []
     end = tokenizer.eos_token_id
     for text in texts:

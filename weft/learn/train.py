@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from weft.error import FormatError, OptionError
 from weft.learn.data import IGNORE, Encoded, Example, Pair, encode
 from weft.learn.objective import contrast, likelihood
+from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward
 from weft.store.files import read_tensors, write_tensors
@@ -105,20 +106,18 @@ def train(
     seed: int = 0,
     out: Path | None = None,
     save_every: int = 100,
-    original: nn.Module | None = None,
     checkpointing: bool = False,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> History:
     """Train the model's trainable tensors in place; the loss is over target tokens only.
 
-    Pairs train an embedding model by contrast; with `original`, any model is trained towards that one's outputs. AdamW, linear
-    warm-up over a twentieth of the steps, cosine decay to a tenth. With `out`, checkpoints are kept there every `save_every`
-    steps and a later call goes on from the last one, bit for bit. Deterministic for a seed on one machine.
+    Pairs train an embedding model by contrast. AdamW, linear warm-up over a twentieth of the steps, cosine decay to a tenth.
+    With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit. Deterministic for a seed on one machine.
     Errors: OptionError if nothing is trainable; FormatError if no token is a target.
     """
     if not trainable(model):
         raise OptionError("nothing is trainable", where=type(model).__name__, got="a frozen model", want="an adapter", fix='weft.apply(model, "lora") first')
-    items, loss = _task(model, data, tokenizer, length, original)
+    items, loss = _task(model, data, tokenizer, length)
     history = History(tokens=0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -128,15 +127,16 @@ def train(
             lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=max(1, steps // 20),
             logging_steps=1, save_strategy="steps" if out else "no", save_steps=save_every, save_total_limit=2, report_to=[],
             disable_tqdm=True, remove_unused_columns=False, weight_decay=0.0, use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=checkpointing, label_names=["labels"], dataloader_pin_memory=False, logging_nan_inf_filter=False,
+            label_names=["labels"], dataloader_pin_memory=False, logging_nan_inf_filter=False,
+            **({"gradient_checkpointing": True} if checkpointing else {}),
         )  # fmt: skip
         if checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
         trainer = Trainer(model=model, args=args, train_dataset=_Items(items), data_collator=_Pad(tokenizer))
         trainer.loss_of = loss
-        trainer.model_accepts_loss_kwargs = original is None and not isinstance(data[0], Pair)
+        trainer.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         trainer.remove_callback(transformers.PrinterCallback)
-        with progress.bar("tune", steps) if progress is not None else _nothing() as step:
+        with (progress or Silent()).bar("tune", steps) as step:
             trainer.add_callback(_Watch(history, step))
             last = transformers.trainer_utils.get_last_checkpoint(str(work)) if out and work.is_dir() else None
             trainer.train(resume_from_checkpoint=last)
@@ -146,34 +146,13 @@ def train(
     return history
 
 
-class _nothing:
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda _: None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int, original: nn.Module | None) -> tuple[list[Any], Any]:
+def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int) -> tuple[list[Any], Any]:
     """What the batches are made of, and the loss of one."""
-    goal = objective(model)
-    if original is None and isinstance(data[0], Pair):
+    if data and isinstance(data[0], Pair):
+        goal = objective(model)
         items = [{"texts": (e.query, e.positive)} for e in data if isinstance(e, Pair)]
         return items, lambda m, x, _: contrast(*(goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1)))
-    if original is not None and goal.embeds:
-        flat = [t for e in data for t in ((e.query, e.positive) if isinstance(e, Pair) else (getattr(e, "text", ""),))]
-        items = [{"texts": (t,)} for t in flat if t]
-    else:
-        items = encode(data, tokenizer, length=length)
-    if original is None:
-        return list(items), lambda m, x, count: likelihood(forward(m, _inputs(x)), x["labels"], count)
-
-    def towards(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
-        with torch.no_grad():
-            want = goal.vectors(forward(original, _inputs(x)), _inputs(x))
-        return goal.distance(goal.vectors(forward(m, _inputs(x)), _inputs(x)), want).mean()
-
-    return list(items), towards
+    return list(encode(data, tokenizer, length=length)), lambda m, x, count: likelihood(forward(m, _inputs(x)), x["labels"], count)
 
 
 def _inputs(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weft.error import NumericError
-from weft.model import Group
 
 BLOCK = 128
 ROWS = 1 << 23
@@ -40,22 +39,6 @@ def inverse_factor(gram: Float[Tensor, "n n"], damp: float, where: str) -> tuple
     raise NumericError("a Gram matrix cannot be inverted", where=where, got=f"not positive definite at damping {1000 * damp:g}", want="a positive definite matrix", fix="raise damp, or use more calibration tokens")
 
 
-def order_of(g: Group) -> Tensor:
-    """Columns by falling second moment: those that matter most are settled while all others can still make up for them."""
-    return g.second_moment().argsort(descending=True, stable=True)
-
-
-def damped(g: Group, damp: float, by: Tensor | None = None) -> Float[Tensor, "n n"]:
-    """`inverse_factor` of the group's Gram, columns in the order `by`; made once for all methods and widths. More damping is declared."""
-    key = ("inverse factor", damp, by is not None)
-    if key not in g.cache:
-        gram = g.gram() if by is None else g.gram()[by][:, by]
-        g.cache[key], used = inverse_factor(gram, damp, f"{g.name}.gram")
-        if used != damp:
-            g.fallback(f"damping raised from {damp:g} to {used:g}")
-    return g.cache[key]
-
-
 Settle = Callable[[Float[Tensor, "m"], int, slice], Float[Tensor, "m"]]
 
 
@@ -71,7 +54,7 @@ def solve(w: Float[Tensor, "m n"], upper: Float[Tensor, "n n"], settle: Settle, 
     step = max(1, ROWS // max(1, w.shape[1]))
     for i in range(0, w.shape[0], step):
         rows = slice(i, min(i + step, w.shape[0]))
-        out[rows] = _solve(w[rows].float().T.contiguous(), unit, settle, start, rows).T
+        out[rows] = _solve(w[rows].to(torch.float32, copy=True).T.contiguous(), unit, settle, start, rows).T
     return out
 
 

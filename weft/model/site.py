@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from weft.error import NumericError, OptionError
 from weft.expr import Expr
+from weft.linalg.columns import inverse_factor
 
 Kind = Literal["linear", "conv1d", "embedding", "vector"]
 
@@ -111,7 +112,11 @@ class Group:
         Errors: NumericError with the site's name if it is not finite; OptionError if there is no evidence.
         """
         if "gram" not in self.cache:
-            self.cache["gram"] = self._gram()
+            gram = self._gram()
+            if not bool((gram.diagonal() > 0).any()):
+                self.fallback("no input was seen: every feature counts alike")
+                gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            self.cache["gram"] = gram
         return self.cache["gram"]
 
     def _gram(self) -> Tensor:
@@ -134,6 +139,20 @@ class Group:
     def second_moment(self) -> Float[Tensor, "n"]:
         """The Gram's diagonal: E[x²] of each input feature, not negative."""
         return self.gram().diagonal().clamp(min=0)
+
+    def order(self) -> Int[Tensor, "n"]:
+        """Columns by falling second moment: those that matter most are settled while all others can still make up for them."""
+        return self.second_moment().argsort(descending=True, stable=True)
+
+    def inverse_factor(self, damp: float, *, ordered: bool = False) -> Float[Tensor, "n n"]:
+        """Upper U with (G + λI)^-1 = Uᵀ U, columns by `order` if asked; made once for all methods and widths. More damping is declared."""
+        key = ("inverse factor", damp, ordered)
+        if key not in self.cache:
+            by = self.order() if ordered else slice(None)
+            self.cache[key], used = inverse_factor(self.gram()[by][:, by], damp, f"{self.name}.gram")
+            if used != damp:
+                self.fallback(f"damping raised from {damp:g} to {used:g}")
+        return self.cache[key]
 
     def fallback(self, what: str) -> None:
         """Declare that the method could not do what it says here, and what it did instead."""

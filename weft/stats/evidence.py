@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from weft.model import Evidence, finite, fingerprint, places
+from weft.model import Evidence, fingerprint, finite, places
+from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients
-from weft.stats.objective import Objective, objective
+from weft.stats.objective import objective
 from weft.stats.sums import InputSums, OutputSums
 from weft.stats.walker import Batch, Edges, Walker
 from weft.store.files import read_json, read_tensors, write_json, write_tensors
@@ -20,12 +20,6 @@ from weft.store.files import read_json, read_tensors, write_json, write_tensors
 VERSION = 1
 GRADIENT_TOKENS = 8192
 """The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
-
-
-class Step(Protocol):
-    """Tells a progress bar that `n` more are done."""
-
-    def __call__(self, n: int, /) -> None: ...
 
 
 class Stats:
@@ -67,7 +61,7 @@ def key(model: nn.Module, batches: Sequence[Batch], seed: int, gradient: bool) -
 
 
 def collect(
-    model: nn.Module, batches: Sequence[Batch], folder: Path, *, gradient: bool = True, seed: int = 0, progress: Any = None
+    model: nn.Module, batches: Sequence[Batch], folder: Path, *, gradient: bool = True, seed: int = 0, progress: Progress | None = None
 ) -> Stats:
     """Evidence of every woven site from these batches, in `folder` under its content address; read back if it is there.
 
@@ -78,15 +72,15 @@ def collect(
     place = folder / key(model, batches, seed, gradient)
     if (place / "index.json").exists():
         return Stats(place)
-    goal = objective(model)
+    goal, bars = objective(model), progress or Silent()
     outputs: dict[str, OutputSums] = {}
     units = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     if gradient:
         enough = max(1, -(-GRADIENT_TOKENS * len(batches) // max(1, units)))
         some = batches[:: max(1, len(batches) // enough)][:enough]
-        with _bar(progress, "gradients", len(some)) as step:
+        with bars.bar("gradients", len(some)) as step:
             outputs, units = gradients(model, some, goal, seed=seed, progress=step)
-    _Writer(model, place, outputs, units).walk(batches, progress)
+    _Writer(model, place, outputs, units).walk(batches, bars)
     return Stats(place)
 
 
@@ -99,10 +93,10 @@ class _Writer:
         self.files: dict[str, str] = {}
         self.tokens = 0
 
-    def walk(self, batches: Sequence[Batch], progress: Any) -> None:
+    def walk(self, batches: Sequence[Batch], progress: Progress) -> None:
         self._lookups(batches)
         walker = Walker(self.model, batches)
-        with _bar(progress, "evidence", len(walker.blocks) + 1) as step:
+        with progress.bar("evidence", len(walker.blocks) + 1) as step:
             for i in range(len(walker.blocks)):
                 edges = Edges()
                 walker.step(i, edges)
@@ -177,20 +171,3 @@ def _means(edge: str, sums: InputSums) -> dict[str, Tensor]:
     count = max(1, sums.tokens)
     made = {"gram": sums.gram / count, "mean": sums.total / count, "mean_abs": sums.total_abs / count}
     return {k: finite(t, f"{edge}.{k}").float() for k, t in made.items()}
-
-
-class _Silent:
-    """A progress bar that shows nothing."""
-
-    def __enter__(self) -> Step:
-        return lambda n, /: None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _bar(progress: Any, label: str, total: int) -> Any:
-    return progress.bar(label, total) if progress is not None else _Silent()
-
-
-__all__ = ["Objective", "Stats", "collect", "key"]

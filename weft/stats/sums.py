@@ -15,8 +15,8 @@ class InputSums:
 
     tokens: int
     gram: Float[Tensor, "n n"]
-    total: Float[Tensor, "n"]
-    total_abs: Float[Tensor, "n"]
+    total: Float[Tensor, n]
+    total_abs: Float[Tensor, n]
 
     @classmethod
     def zero(cls, n: int, device: torch.device) -> InputSums:
@@ -37,6 +37,6 @@ class InputSums:
 class OutputSums:
     """Squared output gradients of one use of a weight; for an embedding their Gram, and how often each row was looked up."""
 
-    squares: Float[Tensor, "m"] | None = None
+    squares: Float[Tensor, m] | None = None
     gram: Float[Tensor, "n n"] | None = None
-    counts: Float[Tensor, "m"] | None = None
+    counts: Float[Tensor, m] | None = None

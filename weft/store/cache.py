@@ -25,11 +25,11 @@ def key(*parts: Any) -> str:
 
 
 class Cache:
-    """A folder of results. `hits` counts those that were there."""
+    """A folder of results. `hits` counts those that were there, `misses` those that were made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.hits = 0
+        self.hits = self.misses = 0
 
     def json(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value called `name`, made when it is not there."""
@@ -37,6 +37,7 @@ class Cache:
         if path.exists():
             self.hits += 1
         else:
+            self.misses += 1
             write_json(path, make())
         return read_json(path)
 
@@ -46,6 +47,7 @@ class Cache:
         if path.exists():
             self.hits += 1
         else:
+            self.misses += 1
             write_tensors(path, make())
         return read_tensors(path)
 

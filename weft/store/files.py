@@ -121,19 +121,22 @@ def read_json(path: Path) -> Any:
 def parse_json(raw: bytes, where: str) -> Any:
     """JSON without duplicate keys, NaN or infinity. Errors: FormatError."""
 
+    def bad(got: str) -> FormatError:
+        return FormatError("a file is not JSON", where=where, got=got, want="JSON, unique keys, finite numbers", fix="copy the file again")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise ValueError("duplicate key")
+            raise bad("a duplicate key")
         return made
 
     def constant(name: str) -> Any:
-        raise ValueError(name)
+        raise bad(name)
 
     try:
         return json.loads(raw, object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as e:
-        raise FormatError("a file is not JSON", where=where, got=str(e), want="JSON, unique keys, finite numbers", fix="copy the file again") from None
+        raise bad(str(e)) from None
 
 
 @contextmanager

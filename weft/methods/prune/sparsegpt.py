@@ -10,14 +10,14 @@ from torch import Tensor
 
 from weft.engine import Beats, Group, method
 from weft.expr import Expr
-from weft.linalg.columns import damped, solve
+from weft.linalg.columns import solve
 from weft.linalg.masks import best, sparse
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2301.00774", needs={"gram"}, rowwise=True, beats=Beats("wanda"))
+@method(kind="rewrite", paper="2301.00774", needs={"gram"}, rowwise=True, beats=Beats("wanda", options={"pattern": "2:4"}))
 def sparsegpt(
     g: Group,
     *,
@@ -31,7 +31,7 @@ def sparsegpt(
     block rather than in the block as a whole, so that all rows keep the same count and the mask is stored without offsets.
     """
     w = g.now.dense()
-    upper = damped(g, damp)
+    upper = g.inverse_factor(damp)
     strength = upper.diagonal().float()
     held = g.now.mask()
     mask = torch.zeros(w.shape, dtype=torch.bool, device=w.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.engine import Beats, Group, method
 from weft.expr import Expr, Quantized
-from weft.linalg.columns import damped, order_of, solve
+from weft.linalg.columns import solve
 from weft.linalg.grids import Fitted, minmax, search
 from weft.linalg.sparse import compact, expand
 
@@ -35,8 +35,8 @@ def gptq(
     with (G + λI)^-1 = Uᵀ U. A zero pattern stays: a pruned entry's whole value is error. Departure from the paper: scales are
     searched and fixed before the solve, so that the order of columns costs nothing at run time.
     """
-    by = order_of(g) if order else None
-    upper = damped(g, damp, by)
+    by = g.order() if order else None
+    upper = g.inverse_factor(damp, ordered=order)
     weight = g.second_moment().float()
 
     def fit(w: Float[Tensor, "m k"], v: Float[Tensor, "#m k"]) -> Fitted:

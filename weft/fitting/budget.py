@@ -48,6 +48,14 @@ def parse(text: str, model: Size) -> int:
     return int(limit)
 
 
+def percentage(text: str, where: str) -> float:
+    """`1%` as 0.01. Errors: OptionError."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
+    if not found:
+        raise OptionError("a percentage cannot be read", where=where, got=text, want="a number and %", fix="write 1%")
+    return float(found[1]) / 100
+
+
 def share(nbytes: int, model: Size) -> float:
     """Bytes as a share of the bfloat16 bytes."""
     return nbytes / model.bf16_bytes

@@ -12,7 +12,7 @@ from torch import nn
 from weft.engine import get
 from weft.engine.run import Chain, group_of, groups, run
 from weft.error import ConflictError
-from weft.fit.candidates import Table
+from weft.fitting.candidates import Table
 from weft.model import expressions, set_expressions
 from weft.stats import Stats
 
@@ -54,7 +54,7 @@ class Search:
         """Predicted distance, corrected where roles were measured."""
         return float(sum(self.factor.get(r, 1.0) * self.table.loss[i, c] for i, (r, c) in enumerate(zip(self.roles, choice, strict=True))))
 
-    def uniform(self, wanted: Sequence[Chain], limit: int, tries: int = 3) -> Measured:
+    def uniform(self, wanted: Sequence[Chain], limit: int, tries: int) -> Measured:
         """The best uniform choice within the limit: the `tries` best predicted ones are measured. Errors: ConflictError if none fits."""
         fits = [(c,) * len(self.table.sites) for c in self.table.columns(wanted)]
         fits = [c for c in fits if np.isfinite(self.predicted(c)) and self.nbytes(c) <= limit]
@@ -72,14 +72,15 @@ class Search:
         made = get("knapsack")(torch.tensor(self.table.nbytes), torch.tensor(loss), limit - self.fixed)
         return tuple(int(c) for c in made)
 
-    def correct(self, choice: Choice, alone: Callable[[Mapping[str, int]], float]) -> None:
-        """Measure each role's sites alone at this choice, and scale predictions by what was found (between 1/4 and 4)."""
+    def factors(self, choice: Choice, alone: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
+        """Measured over predicted loss of each role's sites, compressed alone as in this choice (between 1/4 and 4)."""
+        made: dict[str, float] = {}
         for name in dict.fromkeys(self.roles):
-            part = {s: c for s, r, c in zip(self.table.sites, self.roles, choice, strict=True) if r == name}
-            row = {s: i for i, s in enumerate(self.table.sites)}
-            predicted = sum(self.table.loss[row[s], c] for s, c in part.items())
+            part = {s: (i, c) for i, (s, r, c) in enumerate(zip(self.table.sites, self.roles, choice, strict=True)) if r == name}
+            predicted = float(sum(self.table.loss[i, c] for i, c in part.values()))
             if predicted > 1e-9:
-                self.factor[name] = float(np.clip(alone(part) / predicted, 0.25, 4.0))
+                made[name] = float(np.clip(alone({s: c for s, (_, c) in part.items()}) / predicted, 0.25, 4.0))
+        return made
 
     def label(self, choice: Choice) -> str:
         """`gptq int3 g64 asymmetric` for a uniform choice, `mixed` for others."""

@@ -12,36 +12,35 @@ from torch import nn
 from weft.engine import Group, get
 from weft.engine.run import Chain, Step, chain_key, code_version, group_of, groups, run
 from weft.expr import CHUNK, Expr
-from weft.store.cache import Cache, key
 from weft.model import expressions
+from weft.progress import Progress
 from weft.stats import Stats
+from weft.store.cache import Cache, key
 
 GROUPS = (0, 128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def uniform_chains(method: str) -> list[Chain]:
+def uniform_chains(method: str, bits: Sequence[int] = BITS, widths: Sequence[int] = GROUPS) -> list[Chain]:
     """Every (bits, group) of a quantizer, with a zero point up to 4 bits: the choices of the uniform baselines."""
-    return [(Step.of(method, bits=b, group=g, symmetric=b > 4),) for b in BITS for g in GROUPS]
+    return [(Step.of(method, bits=b, group=g, symmetric=b > 4),) for b in bits for g in widths]
 
 
-def chains() -> list[Chain]:
-    """What fit chooses from: both roundings at every (bits, group), with eigenspace compensation, on sparse weights, and NF4."""
-    rounded = uniform_chains("gptq")
-    low = [c for c in rounded if dict(c[0].options)["bits"] <= 4 and dict(c[0].options)["group"] in (0, 64)]
-    compensated = [(*c, Step.of("eora", rank=r)) for c in low for r in (4, 16)]
-    sparse = [(Step.of("sparsegpt", sparsity=s), *_gptq(b)) for s in (0.5, 0.7) for b in (3, 4)]
-    halved = [(Step.of("sparsegpt", pattern="2:4"), *_gptq(b)) for b in (2, 3, 4)]
-    return [*uniform_chains("rtn"), *rounded, *compensated, *sparse, *halved, (Step.of("nf4", group=64),)]
+def chains(bits: Sequence[int] = BITS, widths: Sequence[int] = GROUPS) -> list[Chain]:
+    """What fit chooses from: as it is, both roundings at every (bits, group), NF4, compensated low widths, and sparse weights."""
+    low = [(Step.of("gptq", bits=b, group=0, symmetric=False), Step.of("eora", rank=8)) for b in (2, 3, 4)]
+    sparse = [(Step.of("sparsegpt", pattern="2:4"), _gptq(b)) for b in (3, 4)]
+    half = (Step.of("sparsegpt", sparsity=0.5), _gptq(4))
+    return [(), *uniform_chains("rtn", bits, widths), *uniform_chains("gptq", bits, widths), *low, *sparse, half, (Step.of("nf4", group=64),)]
 
 
-def _gptq(bits: int) -> Chain:
-    return (Step.of("gptq", bits=bits, group=64, symmetric=False),)
+def _gptq(bits: int) -> Step:
+    return Step.of("gptq", bits=bits, group=64, symmetric=False)
 
 
 def describe(chain: Chain) -> str:
     """A chain for people."""
-    return " then ".join(s.describe() for s in chain)
+    return " then ".join(s.describe() for s in chain) or "as it is"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Table:
         return [at[c] for c in wanted]
 
 
-def table(model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache, *, seed: int, progress: Any = None) -> Table:
+def table(model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache, *, seed: int, progress: Progress) -> Table:
     """Solve every candidate of every site from dense evidence. One group's results are one cache entry, so a run resumes."""
     sites = list(expressions(model))
     row = {s: i for i, s in enumerate(sites)}

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError
-from weft.lab.distance import padded, windows
 from weft.lab import metrics, tasks
+from weft.lab.distance import Distance, padded, windows
 from weft.learn.data import Example, Pair, Response, Text, read
 from weft.learn.data import fingerprint as examples_fingerprint
 
@@ -53,7 +53,7 @@ def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
     Errors: FormatError for fewer than 20 examples; ConflictError where the model cannot use them.
     """
     if source is None or source in tasks.names():
-        task = tasks.task(source or "python", seed=seed)
+        task = tasks.task(source or ("docstrings" if embeds else "python"), seed=seed)
         kind: Kind = "distance" if source is None else ("retrieval" if task.kind == "retrieval" else "lm")
         made = Data(source or "own texts", kind, task.calibration, task.train, task.select, task.test)
     else:
@@ -116,16 +116,12 @@ def batches(examples: Sequence[Example], tokenizer: Any, *, embeds: bool, length
     return cut(texts(examples, tokenizer), tokenizer, length=length, tokens=tokens)
 
 
-def score(model: nn.Module, tokenizer: Any, data: Data, distance: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Per-document scores and weights [k]; the metric is their weighted mean, lower is better."""
+def score(model: nn.Module, tokenizer: Any, data: Data, examples: Sequence[Example], distance: Distance) -> metrics.Scores:
+    """Scores and weights by document [k]; the metric is their weighted mean, lower is better."""
     if data.kind == "distance":
-        held = distance.units(model)
-        return held, np.ones_like(held)
+        return distance.documents(model)
     if data.kind == "retrieval":
-        made = metrics.retrieval(model, tokenizer, data.test)
-        return 1 - np.asarray(made.reciprocal_ranks), np.ones(len(made.reciprocal_ranks))
+        return metrics.retrieval(model, tokenizer, examples)
     if data.kind == "response":
-        return metrics.response_bits(model, tokenizer, data.test)
-    made = metrics.bits_per_byte(model, tokenizer, [e.text for e in data.test if isinstance(e, Text)])
-    size = np.asarray(made.bytes, dtype=np.float64)
-    return np.asarray(made.nats) / np.log(2) / np.maximum(size, 1), size
+        return metrics.response_bits(model, tokenizer, examples)
+    return metrics.bits_per_byte(model, tokenizer, metrics.texts_of(examples))

@@ -1,0 +1,129 @@
+"""Write docs/methods.md from the methods themselves and their proofs; --check only says whether it is fresh."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from weft.engine import Method, get, names
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, PROOFS = ROOT / "docs" / "methods.md", ROOT / "proofs"
+HEAD = """# Methods
+
+Every file in `weft/methods/VERB/` is a method. This page is written from those files and from `proofs/` by
+`python scripts/docs.py`; what is wrong here is wrong there. A verdict is what `weft prove NAME` found on the lab's
+models: **reproduced**, **no detectable difference** or **contradicted**.
+"""
+
+
+def plain(text: str) -> str:
+    """Text as Markdown that shows it literally; `code` stays code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([\\*_\[\]<>|#~^])", r"\\\1", p) for p in parts)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def options(method: Method) -> str:
+    """The options with their ranges and defaults."""
+    fields: dict[str, Any] = method.options.model_json_schema().get("properties", {})
+    if not fields:
+        return "No options."
+    rows = [["option", "default", "values", "meaning"]]
+    for name, f in fields.items():
+        default = f"`{json.dumps(f['default'])}`" if "default" in f else "needed"
+        rows.append([f"`{name}`", default, values(f), plain(f.get("description", ""))])
+    return table(rows)
+
+
+def values(field: dict[str, Any]) -> str:
+    """What an option may be."""
+    if "enum" in field:
+        return ", ".join(f"`{json.dumps(v)}`" for v in field["enum"])
+    low = f"{field['minimum']:g} ≤ " if "minimum" in field else ""
+    low = f"{field['exclusiveMinimum']:g} < " if "exclusiveMinimum" in field else low
+    high = f" ≤ {field['maximum']:g}" if "maximum" in field else ""
+    high = f" < {field['exclusiveMaximum']:g}" if "exclusiveMaximum" in field else high
+    kind = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text"}
+    named = kind.get(field.get("type", ""), field.get("type", "any"))
+    shape = f" like `{field['pattern']}`" if "pattern" in field else ""
+    return f"{low}{named}{high}{shape}"
+
+
+def facts(method: Method) -> str:
+    """Kind, paper and needs in one line."""
+    made = [method.kind]
+    if method.paper:
+        made.append(f"arXiv [{method.paper}](https://arxiv.org/abs/{method.paper})")
+    if method.needs:
+        made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
+    if method.per == "input":
+        made.append("solves the weights that read one input together")
+    if method.kind == "rewrite":
+        made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
+    return "; ".join(made) + "."
+
+
+def proof(method: Method) -> str:
+    """The claim and its verdict."""
+    if not method.claims:
+        return ""
+    path = PROOFS / f"{method.name}.json"
+    if not path.exists():
+        return f"Claim: {plain(method.claims)}. Not tried yet."
+    held = json.loads(path.read_text("utf8"))
+    each = "; ".join(f"{m['model']}: {m['verdict']}" for m in held.get("models", []) if "verdict" in m)
+    return f"Claim: {plain(method.claims)}. Verdict: **{held['verdict']}**" + (f" ({each})." if each else ".")
+
+
+def section(method: Method) -> str:
+    """One method."""
+    parts = [f"### {method.name}", plain(module_line(method)), facts(method)]
+    parts += [plain(" ".join(p.split())) for p in method.doc.split("\n\n")]
+    return "\n\n".join(p for p in [*parts, options(method), proof(method)] if p)
+
+
+def page() -> str:
+    """The whole page."""
+    held = sorted((get(n) for n in names()), key=lambda m: (m.verb, m.name))
+    rows = [["method", "verb", "what it does"]]
+    rows += [[f"[{m.name}](#{m.name})", m.verb, plain(module_line(m))] for m in held]
+    parts = [HEAD.strip(), table(rows)]
+    for verb, group in groupby(held, key=lambda m: m.verb):
+        about = importlib.import_module(f"weft.methods.{verb}").__doc__ or ""
+        parts += [f"## {verb}", plain(about.strip()), *(section(m) for m in group)]
+    return "\n\n".join(parts) + "\n"
+
+
+def module_line(method: Method) -> str:
+    """The first line of the method's file."""
+    return (importlib.import_module(method.fn.__module__).__doc__ or "").strip().splitlines()[0]
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--check", action="store_true", help="fail if the page is stale, write nothing")
+    made = page()
+    if given.parse_args().check:
+        if not PAGE.exists() or PAGE.read_text("utf8") != made:
+            print("docs/methods.md is stale: run python scripts/docs.py")
+            return 1
+        return 0
+    PAGE.write_text(made, "utf8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

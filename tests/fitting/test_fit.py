@@ -1,0 +1,181 @@
+"""weft fit end to end on a tiny model: budgets hold, comparisons are fair, a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from weft.error import ConflictError, OptionError
+from weft.expr import tensors
+from weft.fitting.fit import fit, plan
+from weft.fitting.work import ADAPTER_SHARE, ARMS, Settings, Work
+from weft.model import expressions
+from weft.progress import Silent
+from weft.report.schema import Report
+from weft.store import load, nbytes
+from weft.store.cache import Cache
+
+
+@pytest.fixture(scope="module")
+def fitted(lm: Path, examples: Path, small: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    """One run with data, two budgets and two seeds."""
+    home = tmp_path_factory.mktemp("fit")
+    made = fit(lm, home / "out", budget=["40%", "20%"], data=str(examples), settings=small, cache=home / "cache", command="weft fit x")
+    return made, home
+
+
+def test_every_arm_fits_its_budget(fitted: tuple[Report, Path]) -> None:
+    """No row takes more bytes than the budget, adapters included, and all adapters are the same size."""
+    for b in fitted[0].budgets:
+        assert {(r.arm, r.stage) for r in b.rows} == {(a, s) for a in ARMS for s in ("compress", "compress + tune")}
+        assert all(r.bytes <= b.limit_bytes for r in b.rows)
+        sizes = {r.adapter_bytes for r in b.rows if r.stage == "compress + tune"}
+        assert len(sizes) == 1 and 0 < sizes.pop() <= ADAPTER_SHARE * b.limit_bytes
+
+
+def test_bytes_are_those_on_disk(fitted: tuple[Report, Path]) -> None:
+    """The saved model loads, holds no more bytes than its budget, and the table's bytes are its tensors' bytes."""
+    for b in fitted[0].budgets:
+        model = load(Path(b.out or ""))
+        on_disk = sum(t.numel() * t.element_size() for e in expressions(model).values() for t in tensors(e).values())
+        assert nbytes(model) <= b.limit_bytes and on_disk < nbytes(model)
+        assert nbytes(model) in {r.bytes for r in b.rows if r.arm == "fit"}
+        assert nbytes(model) == json.loads((Path(b.out or "") / "weft.json").read_text())["bytes"]
+
+
+def test_fit_is_never_behind_on_the_data_it_picks_by(fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings) -> None:
+    """Of all that is built, fit is the one of least distance on the choosing data."""
+    report, home = fitted
+    work = Work(str(lm), str(examples), small, Cache(home / "cache"), Silent())
+    for b in report.budgets:
+        arms = work.arms(work.run(0), b.limit_bytes)
+        assert arms["fit"].measured == min(a.measured for a in arms.values())
+
+
+def test_comparison_is_paired(fitted: tuple[Report, Path]) -> None:
+    """A difference to fit is the difference of the scores."""
+    for b in fitted[0].budgets:
+        for stage in ("compress", "compress + tune"):
+            rows = {r.arm: r for r in b.rows if r.stage == stage}
+            for arm in ARMS[1:]:
+                gap = rows[arm].versus_fit
+                assert gap is not None
+                assert np.isclose(gap.mean, rows[arm].score.mean - rows["fit"].score.mean, atol=1e-9)
+                assert gap.low <= gap.mean <= gap.high
+
+
+def test_second_run_takes_everything_from_the_cache(fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings) -> None:
+    """The same call again finds every result, and says the same."""
+    report, home = fitted
+    again = fit(lm, budget=["40%", "20%"], data=str(examples), settings=small, cache=home / "cache", command="weft fit x")
+    assert all(s.cache == "hit" for s in again.steps if s.name in ("candidates", "tune", "score"))
+    strip = {"steps": [], "next": [], "fallbacks": []}
+    mine, theirs = (r.model_copy(update=strip | {"budgets": [b.model_copy(update={"out": None}) for b in r.budgets]}) for r in (report, again))
+    assert mine == theirs
+
+
+def test_report_lies_beside_the_models(fitted: tuple[Report, Path]) -> None:
+    """report.json is the report; report.html is there."""
+    report, home = fitted
+    assert Report.model_validate_json((home / "out" / "report.json").read_text()) == report
+    assert "<html" in (home / "out" / "report.html").read_text()
+
+
+def test_without_data_nothing_is_tuned(lm: Path, small: Settings, tmp_path: Path) -> None:
+    """Own texts calibrate, the distance to the original is the score, and one budget's folder holds model and report."""
+    made = fit(lm, tmp_path / "out", budget="30%", settings=small, cache=tmp_path / "cache")
+    assert {r.stage for r in made.budgets[0].rows} == {"compress"} and made.metric.name == "distance to the original"
+    assert made.original.score == pytest.approx(0, abs=1e-6)
+    assert (tmp_path / "out" / "report.html").exists() and nbytes(load(tmp_path / "out")) <= made.budgets[0].limit_bytes
+
+
+def test_smallest_within_a_loss(lm: Path, examples: Path, small: Settings, tmp_path: Path) -> None:
+    """--max-loss gives a model within the loss on the choosing data, smaller than the original."""
+    from dataclasses import replace
+
+    quick = replace(small, seeds=1, tune_steps=1)
+    made = fit(lm, tmp_path / "out", max_loss="2%", data=str(examples), settings=quick, cache=tmp_path / "cache")
+    assert made.budgets[0].limit_bytes < made.original.bytes
+    work = Work(str(lm), str(examples), quick, Cache(tmp_path / "cache"), Silent())
+    run = work.run(0)
+    build = work.mixed(run, made.budgets[0].limit_bytes)
+    before, after = (work.score(run, m, n, "select") for m, n in ((work.plain, work.print), (work.model(run, build.chains), work.about(run, build.chains))))
+    assert np.average(after[0], weights=after[1]) <= 1.02 * np.average(before[0], weights=before[1])
+
+
+def test_refusals(lm: Path, small: Settings, tmp_path: Path) -> None:
+    """No budget, two wishes, and a budget that nothing fits are refused; the last names what would fit."""
+    with pytest.raises(OptionError):
+        fit(lm, settings=small, cache=tmp_path)
+    with pytest.raises(OptionError):
+        fit(lm, budget="20%", max_loss="1%", settings=small, cache=tmp_path)
+    with pytest.raises(ConflictError):
+        fit(lm, budget="2%", settings=small, cache=tmp_path)
+
+
+def test_plan_computes_nothing(lm: Path, small: Settings, tmp_path: Path) -> None:
+    """The plan names sizes, candidates and budgets, and leaves the cache empty."""
+    lines = plan(lm, budget=["20%"], data="python", settings=small, cache=tmp_path / "cache")
+    assert any("budget 20%" in line for line in lines) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_anywhere_ends_with_the_same_bytes(lm: Path, examples: Path, tmp_path: Path, seed: int) -> None:
+    """SIGKILL at random moments, started again until it ends: the model's files are those of a straight run."""
+    rng = random.Random(seed)
+    straight = _process(lm, examples, tmp_path / "a", tmp_path / "cache-a")
+    begun = time.monotonic()
+    assert straight.wait() == 0, straight.stderr and straight.stderr.read().decode()
+    whole = time.monotonic() - begun
+    kills, delay = 0, 0.3
+    while True:
+        process = _process(lm, examples, tmp_path / "b", tmp_path / "cache-b")
+        try:
+            process.wait(timeout=whole * delay if kills < 4 else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, delay = kills + 1, rng.uniform(0.35, 0.9)
+            continue
+        assert process.returncode == 0
+        break
+    assert kills >= 1
+    assert _digests(tmp_path / "a") == _digests(tmp_path / "b")
+
+
+def _process(lm: Path, examples: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path; from weft.fitting.fit import fit; from weft.fitting.work import Settings\n"
+        "s = Settings(seeds=1, tokens=1024, select_tokens=512, length=32, tries=1, tune_steps=12, tune_batch=2, lr=1e-2)\n"
+        "fit(sys.argv[1], sys.argv[3], budget='25%', data=sys.argv[2], settings=s, cache=Path(sys.argv[4]), replace=True)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(lm), str(examples), str(out), str(cache)], env=dict(os.environ), stderr=subprocess.PIPE)
+
+
+def _digests(out: Path) -> dict[str, str]:
+    """The model's own files: tensors, configuration and expressions."""
+    found: dict[str, Any] = {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in out.glob("*") if p.suffix == ".safetensors" or p.name == "config.json"}
+    manifest = json.loads((out / "weft.json").read_text())
+    return {**found, "sites": json.dumps(manifest["sites"]), "bytes": manifest["bytes"]}
+
+
+def test_reload_is_what_was_scored(fitted: tuple[Report, Path]) -> None:
+    """The saved model's logits are finite and repeatable after loading twice."""
+    out = Path(fitted[0].budgets[0].out or "")
+    ids = {"input_ids": torch.arange(2, 34)[None]}
+    with torch.no_grad():
+        a, b = (load(out)(**ids).logits for _ in range(2))
+    assert torch.isfinite(a).all() and torch.equal(a, b)

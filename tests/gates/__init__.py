@@ -1,0 +1,1 @@
+"""Gates: what the source itself must keep to, read from its syntax trees."""

@@ -1,0 +1,232 @@
+"""Claims on a tiny model: verdicts of a true, a false and an empty claim; proofs that are written and go stale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from weft.engine import get, names
+from weft.error import NumericError, OptionError
+from weft.lab import claims, prove, realism, trial, tuning
+from weft.lab.bootstrap import Interval
+from weft.lab.claims import Lab
+from weft.lab.tasks import Task
+from weft.lab.trial import Subject
+from weft.learn.data import Example, Pair, Text
+from weft.model import weave
+from weft.store.cache import Cache
+
+NOUNS = ["cat", "dog", "bird", "mat", "hill", "tree"]
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Word salad with some grammar."""
+    rng = np.random.default_rng(seed)
+    made: list[str] = []
+    for _ in range(count):
+        a, b, c = rng.choice(NOUNS, 3)
+        verb, where = rng.choice(["sat", "ran", "flew"]), rng.choice(["on", "under", "over"])
+        made.append(f"the old {a} {verb} {where} the {b} , a red {c} {verb} {where} a blue {a} .")
+    return made
+
+
+def small(name: str, seed: int) -> Task:
+    """A task of a few sentences, with pairs for `pairs`."""
+    parts = [sentences(n, 10 * i + (seed if i < 2 else 0)) for i, n in enumerate((40, 60, 10, 60))]
+    if name == "pairs":
+        pairs: list[list[Example]] = [[Pair(s, f"yes {s}") for s in part] for part in parts]
+        return Task(name, "retrieval", *pairs)
+    texts: list[list[Example]] = [[Text(s) for s in part] for part in parts]
+    return Task(name, "lm", *texts)
+
+
+@pytest.fixture(autouse=True)
+def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (trial, tuning):
+        monkeypatch.setattr(module, "task_of", small)
+    monkeypatch.setattr(tuning, "STEPS", 6)
+    monkeypatch.setattr(tuning, "RATES", (1e-2, 3e-2))
+
+
+@pytest.fixture
+def subject(tiny: Callable[..., nn.Module], words: Any) -> Subject:
+    """A tiny language model."""
+    model = weave(tiny("llama", max_position_embeddings=256))
+    return Subject("tiny", model, words, "words", "words", calibration=256, units=40, length=16)
+
+
+@pytest.fixture
+def embedder(tiny: Callable[..., nn.Module], words: Any) -> Subject:
+    """A tiny embedding model."""
+    model = weave(tiny("bert", max_position_embeddings=256))
+    return Subject("tiny-embed", model, words, "pairs", "pairs", calibration=256, units=24, length=32)
+
+
+@pytest.fixture
+def lab(subject: Subject, embedder: Subject, tmp_path: Path) -> Lab:
+    """Both, and a cache."""
+    return Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
+
+
+FINE, COARSE = [("rtn", {"bits": 8, "group": 0})], [("rtn", {"bits": 2, "group": 0})]
+
+
+def test_a_true_claim_is_reproduced(lab: Lab) -> None:
+    """Eight bits lose less than two, on every model, with every number there."""
+    made = lab.compare(ours=FINE, baseline=COARSE)
+    assert made.verdict == "reproduced" and made.models == ["tiny-embed", "tiny"] and made.seeds == 3
+    for f in made.findings:
+        assert f.verdict == "reproduced" and 0 < f.ours < f.baseline and f.difference.high < 0
+        assert f.difference.mean == pytest.approx(f.ours - f.baseline)
+    assert made.arms == {"ours": "rtn(bits=8, group=0)", "baseline": "rtn(bits=2, group=0)"}
+    assert made.methods == {"rtn": get("rtn").fingerprint()}
+    assert [f.units for f in made.findings] == [24, 10]
+
+
+def test_a_false_claim_is_contradicted(lab: Lab) -> None:
+    """And the other way round, also by a factor and by a floor that is not beaten."""
+    assert lab.compare(ours=COARSE, baseline=FINE).verdict == "contradicted"
+    assert lab.compare(ours=FINE, baseline=COARSE, factor=1e-9).verdict == "contradicted"
+    beaten = lab.compare(ours=FINE, baseline=COARSE, floor=[("rtn", {"bits": 7, "group": 0})])
+    assert beaten.verdict == "reproduced"
+    floored = lab.compare(ours=[("rtn", {"bits": 4})], baseline=COARSE, floor=FINE)
+    assert floored.verdict == "contradicted" and all(f.difference.high < 0 for f in floored.findings)
+
+
+def test_an_empty_claim_shows_no_difference(lab: Lab) -> None:
+    """A method against itself."""
+    made = lab.compare(ours=COARSE, baseline=COARSE)
+    assert made.verdict == "no detectable difference" and made.findings[0].difference.mean == 0
+
+
+def test_results_are_shared_and_resumed(lab: Lab, subject: Subject, embedder: Subject) -> None:
+    """A lab begun anew on the same cache computes nothing again and says the same."""
+    first = lab.compare(ours=FINE, baseline=COARSE)
+    store = lab.trials["tiny"][0].store
+    files = sorted((store.folder / "lab").iterdir())
+    again = Lab([embedder, subject], cache=store).compare(ours=FINE, baseline=COARSE)
+    assert again == first and sorted((store.folder / "lab").iterdir()) == files and len(files) == 12
+
+
+def test_seeds_have_other_texts(lab: Lab) -> None:
+    """To calibrate and to measure on."""
+    for trials in lab.trials.values():
+        assert len({t.data for t in trials}) == 3
+        held = [{tuple(r) for b in t.held_out for r in b["input_ids"].tolist()} for t in trials]
+        assert held[0] != held[1] != held[2]
+
+
+def test_what_no_output_depends_on_is_left_alone(lab: Lab) -> None:
+    """BERT's pooler is no site of a claim."""
+    sites = lab.trials["tiny-embed"][0].sites
+    assert len(sites) == 12 and not any("pooler" in s for s in sites)
+
+
+def test_searches_are_compared_at_the_same_bytes(lab: Lab) -> None:
+    """The knapsack loses no more than the uniform choice; a quarter of the bytes loses more than a half."""
+    made = lab.allocate(ours="knapsack", baseline="uniform", share=0.5)
+    assert set(made.methods) == {"knapsack", "uniform", "rtn"} and made.verdict != "contradicted"
+    assert lab.allocate(ours="uniform", baseline="uniform", share=0.25, baseline_share=0.5).verdict == "contradicted"
+
+
+def test_tuned_arms_gain(lab: Lab) -> None:
+    """The same rank gains half of what it gains, and not twice as much; gains are above nothing."""
+    lm = lab.only("tiny")
+    made = lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=0.5)
+    found = made.findings[0]
+    assert made.verdict == "reproduced" and found.ours == found.baseline > 0 and found.floor == 0
+    assert found.metric == "gain in bits per byte" and made.arms["floor"] == "untuned"
+    assert lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=2.0).verdict == "contradicted"
+    assert lab.only("tiny-embed").tune(ours={"rank": 2}, baseline={"rank": 1}, share=1.0).findings[0].units == 60
+
+
+@pytest.mark.parametrize(
+    ("spans", "side", "verdict"),
+    [
+        ([(-2, -1)], "less", "reproduced"),
+        ([(1, 2)], "less", "contradicted"),
+        ([(-1, 1)], "less", "no detectable difference"),
+        ([(-2, 0)], "less", "no detectable difference"),
+        ([(1, 2)], "more", "reproduced"),
+        ([(-2, -1)], "more", "contradicted"),
+        ([(-2, -1), (-1, 1)], "less", "no detectable difference"),
+        ([(-2, -1), (1, 2)], "less", "contradicted"),
+    ],
+)
+def test_verdicts(spans: list[tuple[float, float]], side: Any, verdict: str) -> None:
+    """Intervals entirely on one side of zero decide, others do not."""
+    assert claims._verdict([Interval((a + b) / 2, a, b) for a, b in spans], side) == verdict
+
+
+def test_the_overall_verdict_needs_every_model() -> None:
+    """One contradiction is enough, one doubt too."""
+    good, bad, doubt = "reproduced", "contradicted", "no detectable difference"
+    assert claims._overall([good, good]) == good and claims._overall([good, doubt]) == doubt
+    assert claims._overall([doubt, bad, good]) == bad
+
+
+def test_a_score_that_is_not_finite_stops(lab: Lab) -> None:
+    """With the model's name."""
+    with pytest.raises(NumericError, match="tiny, seed 0"):
+        lab.trials["tiny"][0].arm("x", [], lambda: (np.array([np.nan]), np.ones(1)), ("", ""))
+
+
+def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file each with everything in it, the same when written again; a method that changes needs a new one."""
+    folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
+    (made,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
+    held = json.loads((folder / "rtn.json").read_text())
+    assert held["verdict"] == made.verdict and held["claim"] == get("rtn").claims
+    assert [m["model"] for m in held["models"]] == ["tiny"] and held["seeds"] == 3
+    assert {"mean", "low", "high", "detectable"} == set(held["models"][0]["difference"])
+    before = (folder / "rtn.json").read_bytes()
+    prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
+    assert (folder / "rtn.json").read_bytes() == before
+    assert prove.stale(folder) == [n for n in names() if n != "rtn"]
+    monkeypatch.setattr(type(get("rtn")), "fingerprint", lambda self: "changed")
+    assert "rtn" in prove.stale(folder)
+
+
+def test_a_proof_goes_stale_with_its_baseline(subject: Subject, tmp_path: Path) -> None:
+    """Every method that took part counts."""
+    folder = tmp_path / "proofs"
+    prove.prove(["nf4"], folder=folder, cache=Cache(tmp_path / "cache"), subjects=[subject])
+    assert "nf4" not in prove.stale(folder)
+    held = json.loads((folder / "nf4.json").read_text())
+    held["methods"]["rtn"] = "0"
+    (folder / "nf4.json").write_text(json.dumps(held))
+    assert "nf4" in prove.stale(folder)
+
+
+def test_methods_without_a_claim_and_too_few_seeds_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything runs."""
+    with pytest.raises(OptionError, match="too few seeds"):
+        prove.prove(["rtn"], folder=tmp_path, seeds=2, subjects=[])
+    monkeypatch.setattr(get("rtn"), "proof", None)
+    with pytest.raises(OptionError, match="has a claim"):
+        prove.prove(["gptq", "rtn"], folder=tmp_path, subjects=[])
+    with pytest.raises(OptionError, match="has a claim"):
+        prove.stale(tmp_path)
+
+
+def test_a_random_model_is_not_realistic(lab: Lab) -> None:
+    """Gaussian activations: its card says so."""
+    made = realism.card(lab, "tiny")
+    assert not made["pass"] and not made["checks"]["largest over median feature second moment, any site"]["pass"]
+
+
+def test_ranks_of_known_grams(lab: Lab) -> None:
+    """Between one direction and all of them."""
+    share = realism.ranks(lab.trials["tiny"][0])
+    assert ((share > 0) & (share <= 1)).all() and (realism.outliers(lab.trials["tiny"][0]) >= 1).all()
+
+
+def test_lab_models_are_there() -> None:
+    """ref-lm always; minilm leads where it is installed."""
+    assert [s.name for s in claims.installed()][-1] == "ref-lm"

@@ -1,0 +1,287 @@
+"""What the laws run on: random expressions of every kind, and synthetic sites with log-normal feature scales."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.engine import Evidence, Group, Method, Site, get, names
+from weft.engine.run import Step, run
+from weft.expr import (
+    NM,
+    Dense,
+    Diagonal,
+    Expr,
+    LowRank,
+    Masked,
+    Product,
+    Quantized,
+    Sum,
+    build,
+    fields,
+    spec,
+    tensors,
+    terms_of,
+)  # fmt: skip
+from weft.grid import GRIDS, grid
+
+Rng = torch.Generator
+SHAPES = ((5, 7), (1, 9), (16, 8), (12, 40))
+"""Odd, a single row, tall, wide; columns are rounded up where a node needs multiples."""
+
+
+def rng(*salt: object) -> Rng:
+    """A generator of its own for every salt."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(salt).encode()))
+
+
+def randn(g: Rng, *shape: int) -> Tensor:
+    """Normal entries."""
+    return torch.randn(*shape, generator=g)
+
+
+# ---------------------------------------------------------------------------------------------------------------- nodes
+
+
+def dense(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32) -> Expr:
+    return Dense(randn(g, m, n).to(dtype))
+
+
+def lowrank(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32, rank: int = 2) -> Expr:
+    return LowRank(randn(g, m, rank).to(dtype), randn(g, rank, n).to(dtype))
+
+
+def diagonal(m: int, n: int, g: Rng) -> Expr:
+    return Diagonal(randn(g, n) + 3)
+
+
+def quantized(m: int, n: int, g: Rng, name: str = "int4", group: int = 5, symmetric: bool = True) -> Expr:
+    groups = -(-n // (group or n))
+    codes = torch.randint(0, 2 ** grid(name).bits, (m, n), generator=g).to(torch.uint8)
+    scales = randn(g, m, groups).abs() + 0.1
+    zeros = None if symmetric else torch.randint(0, 2 ** grid(name).bits, (m, groups), generator=g).to(torch.uint8)
+    return Quantized.encode(codes, scales, zeros, grid=name, group=group)
+
+
+def masked(m: int, n: int, g: Rng, kept: Callable[..., Expr] = dense) -> Expr:
+    k = n // 2 + 1
+    mask = torch.zeros(m, n, dtype=torch.bool).scatter_(1, torch.rand(m, n, generator=g).argsort(1)[:, :k], True)
+    return Masked.of(torch.ones(m, n), mask).rebuild(kept=kept(m, k, g))
+
+
+def uneven(m: int, n: int, g: Rng) -> Expr:
+    return Masked.of(randn(g, m, n), torch.rand(m, n, generator=g) < 0.6)
+
+
+def nm(m: int, n: int, g: Rng, keep: int = 2, of: int = 4, kept: Callable[..., Expr] = dense) -> Expr:
+    n = -(-n // of) * of
+    chosen = torch.rand(m, n // of, of, generator=g).argsort(2)[..., :keep]
+    mask = torch.zeros(m, n // of, of, dtype=torch.bool).scatter_(2, chosen, True).view(m, n)
+    return NM.of(torch.ones(m, n), mask, keep, of).rebuild(kept=kept(m, n * keep // of, g))
+
+
+def compensated(m: int, n: int, g: Rng) -> Expr:
+    half = lowrank(m, n, g, torch.bfloat16)
+    return Sum({"base": quantized(m, n, g), "compensation": half, "adapter:a-1": lowrank(m, n, g, rank=3)})
+
+
+def between(m: int, n: int, g: Rng) -> Expr:
+    return Product(diagonal(m, m, g), compensated(m, n, g), diagonal(n, n, g))
+
+
+def nested(m: int, n: int, g: Rng) -> Expr:
+    inner = Sum({"base": masked(m, n, g, kept=quantized), "compensation": lowrank(m, n, g)})
+    return Sum({"base": inner, "compensation": lowrank(m, n, g, rank=1), "adapter:x": dense(m, n, g, torch.bfloat16)})
+
+
+def chain(m: int, n: int, g: Rng) -> Expr:
+    return Product(quantized(m, 6, g), lowrank(6, n, g), masked(n, n, g))
+
+
+def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
+    kinds = [(name, s) for name, spec in GRIDS.items() for s in (True, False) if s or spec.levels is None]
+    groups = (5, 0, 3, 8)
+    return {
+        f"{name}{'' if s else '-zero'}-g{groups[i % 4]}": lambda m, n, g, a=(name, groups[i % 4], s): quantized(
+            m, n, g, *a
+        )
+        for i, (name, s) in enumerate(kinds)
+    }
+
+
+EXPRS: dict[str, Callable[[int, int, Rng], Expr]] = {
+    "dense": dense,
+    "dense-bf16": lambda m, n, g: dense(m, n, g, torch.bfloat16),
+    "lowrank": lowrank,
+    "lowrank-bf16": lambda m, n, g: lowrank(m, n, g, torch.bfloat16),
+    "diagonal": diagonal,
+    **_grids(),
+    "masked": masked,
+    "masked-uneven": uneven,
+    "masked-quantized": lambda m, n, g: masked(m, n, g, kept=quantized),
+    "masked-masked": lambda m, n, g: masked(m, n, g, kept=masked),
+    "2:4": nm,
+    "4:8-bf16": lambda m, n, g: nm(m, n, g, 4, 8, kept=lambda *a: dense(*a, torch.bfloat16)),
+    "1:3": lambda m, n, g: nm(m, n, g, 1, 3),
+    "2:4-quantized": lambda m, n, g: nm(m, n, g, kept=quantized),
+    "sum": compensated,
+    "sum-nested": nested,
+    "product": between,
+    "product-thin": lambda m, n, g: Product(diagonal(m, m, g), lowrank(m, n, g)),
+    "product-chain": chain,
+}
+
+
+def instances(kind: str) -> Iterator[Expr]:
+    """One random expression of the kind a shape."""
+    for m, n in SHAPES:
+        yield EXPRS[kind](m, n, rng(kind, m, n))
+
+
+def nodes_in(expr: Expr) -> set[str]:
+    """Names of all node classes in the tree."""
+    return {type(expr).__name__}.union(*(nodes_in(kid) for kid in expr.kids()))
+
+
+def trainable(expr: Expr) -> Expr:
+    """The same tree with every floating tensor a trainable copy."""
+    held = {
+        k: nn.Parameter(t.detach().float().clone()) if t.is_floating_point() else t for k, t in tensors(expr).items()
+    }
+    return build(spec(expr), held.__getitem__)
+
+
+def tensor_fields(cls: type[Expr]) -> list[str]:
+    """Names of a node's tensor fields."""
+    return [f.name for f in fields(cls) if f.kind == "tensor"]
+
+
+def snapshot(expr: Expr) -> dict[str, tuple[Any, ...]]:
+    """Every tensor's exact content, dtype and whether it is trainable, with the tree's structure."""
+    seen: dict[str, tuple[Any, ...]] = {
+        k: (
+            t.dtype,
+            tuple(t.shape),
+            t.requires_grad,
+            t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
+        for k, t in tensors(expr).items()
+    }
+    return {**seen, "": (repr(spec(expr)),)}
+
+
+# ------------------------------------------------------------------------------------------------------------- rewrites
+
+REWRITES = [name for name in names() if get(name).kind == "rewrite"]
+SEARCHES = [name for name in names() if get(name).kind == "search"]
+
+
+def features(n: int, salt: object, tokens: int = 256) -> Tensor:
+    """Inputs [t n] whose features are correlated and have log-normal scales."""
+    g = rng("features", n, salt)
+    mix = torch.eye(n) + 0.6 * randn(g, n, n) / n**0.5
+    return (randn(g, tokens, n) @ mix) * (1.2 * randn(g, n)).exp()
+
+
+def weight(m: int, n: int, salt: object) -> Tensor:
+    """A weight [m n] with rows of different size and some heavy entries."""
+    g = rng("weight", m, n, salt)
+    return randn(g, m, n) * (0.4 * randn(g, m, 1)).exp() / n**0.5 * (1 + 2 * (torch.rand(m, n, generator=g) > 0.98))
+
+
+def _quantized(w: Tensor) -> Expr:
+    return get("rtn")(lone(Dense(w)), bits=4, group=16)
+
+
+def _pattern(w: Tensor, pattern: str) -> Expr:
+    return get("magnitude")(lone(Dense(w)), pattern=pattern)
+
+
+def _adapted(w: Tensor) -> Expr:
+    g = rng("adapter", *w.shape)
+    pair = (nn.Parameter(0.02 * randn(g, w.shape[0], 2)), nn.Parameter(0.02 * randn(g, 2, w.shape[1])))
+    return Sum(
+        {"base": _quantized(w), "compensation": lowrank(*w.shape, g, torch.bfloat16), "adapter:mine": LowRank(*pair)}
+    )
+
+
+STARTS: dict[str, Callable[[Tensor], Expr]] = {
+    "dense": lambda w: Dense(w.clone()),
+    "dense-bf16": lambda w: Dense(w.bfloat16()),
+    "quantized": _quantized,
+    "masked": lambda w: _pattern(w, "row"),
+    "2:4": lambda w: _pattern(w, "2:4"),
+    "2:4-quantized": lambda w: get("rtn")(lone(_pattern(w, "2:4")), bits=4, group=8),
+    "sum": _adapted,
+}
+
+
+def lone(now: Expr) -> Group:
+    """A group of one site without evidence."""
+    return Group((Site("alone", "linear", now, lambda: now.dense()),))
+
+
+def group(
+    start: str = "dense",
+    rows: Sequence[int] = (24, 1, 17),
+    n: int = 32,
+    *,
+    gram: Tensor | None = None,
+    salt: object = 0,
+) -> Group:
+    """Sites that read one input, each starting from the node family `start`."""
+    x = features(n, salt)
+    gram = x.T @ x / len(x) if gram is None else gram
+    sites: list[Site] = []
+    for i, m in enumerate(rows):
+        w, weights = weight(m, n, (salt, i)), torch.rand(m, generator=rng("rows", m, i)) + 0.5
+        sites.append(
+            Site(f"site{i}", "linear", STARTS[start](w), lambda w=w: w.clone(), (Evidence(gram, weights, 256),), seed=3)
+        )
+    return Group(tuple(sites))
+
+
+def after(g: Group, *steps: str | tuple[str, dict[str, Any]]) -> list[Expr]:
+    """The group's expressions after these steps, as the engine runs them."""
+    return run(g, [Step.of(s) if isinstance(s, str) else Step.of(s[0], **s[1]) for s in steps])
+
+
+def output_error(g: Group, made: Sequence[Expr]) -> float:
+    """Σ over sites of tr(E G Eᵀ) for E = value - pretrained, in float64."""
+    gaps = [
+        (e.dense().double() - s.source().double(), s.evidence[0].gram.double()) for s, e in zip(g, made, strict=True)
+    ]
+    return sum(float(((gap @ gram) * gap).sum()) for gap, gram in gaps)
+
+
+def base(expr: Expr) -> Expr:
+    """The base term."""
+    return terms_of(expr)["base"]
+
+
+def options(method: Method) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Every option with values over its range and values outside it, from the method's own schema."""
+    for name, field in method.options.model_json_schema()["properties"].items():
+        if "enum" in field:
+            yield name, field["enum"], ["no such choice"]
+        elif field["type"] == "boolean":
+            yield name, [True, False], ["yes", 1]
+        elif field["type"] == "string":
+            yield name, ["a", "Z9_-"], ["", "two words", "dot.dot", 3]
+        else:
+            whole = field["type"] == "integer"
+            unit = 1 if whole else 1e-6
+            low = field["minimum"] if "minimum" in field else field["exclusiveMinimum"] + unit
+            high = field["maximum"] if "maximum" in field else field["exclusiveMaximum"] - unit
+            middle = (low + min(high, 64)) // 2 if whole else (low + high) / 2
+            yield name, [low, middle, high], [low - unit, high + unit, "3", None, float("nan")]
+
+
+def better(method: Method) -> list[tuple[str, str]]:
+    """Options whose schema says which way is better."""
+    properties = method.options.model_json_schema()["properties"]
+    return [(name, field["better"]) for name, field in properties.items() if "better" in field]

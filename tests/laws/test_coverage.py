@@ -1,0 +1,40 @@
+"""The law of coverage: no node and no method goes untested. It counts what was collected: run the whole folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from weft.engine import get, names
+from weft.expr import NODES
+
+from . import test_nodes, test_rewrites, test_searches
+from .cases import EXPRS, REWRITES, SEARCHES, instances
+
+LEAST = 3
+"""Kinds of expression, at least, in which every node occurs."""
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_node_is_covered(node: str, cases: Counter[str]) -> None:
+    """Each node class is at the root of some expression, and every law runs on at least three kinds that hold it."""
+    assert any(type(e).__name__ == node for kind in EXPRS for e in instances(kind))
+    assert cases[node] >= LEAST * len(test_nodes.LAWS)
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
+    """Each method belongs to a kind that has a suite, and every law of it runs: for a rewrite every pair too."""
+    assert method in {*REWRITES, *SEARCHES}, f"kind {get(method).kind} has no suite of laws"
+    pairs = 2 * len(REWRITES) - 1 if method in REWRITES else 0
+    laws = test_rewrites.LAWS if method in REWRITES else test_searches.LAWS
+    assert cases[method] >= len(laws) + pairs
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_method_makes_a_claim(method: str) -> None:
+    """A method is named as its file, says what it does, and has a claim to prove."""
+    made = get(method)
+    assert made.name == method and made.doc and made.proof is not None and made.claims
+    assert all(f.description for f in made.options.model_fields.values())

@@ -1,0 +1,367 @@
+"""Laws of the algebra, for every node and for trees of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import struct
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.error import ShapeError
+from weft.expr import (
+    NM,
+    NODES,
+    Dense,
+    Diagonal,
+    Expr,
+    LowRank,
+    Masked,
+    Product,
+    Quantized,
+    Sum,
+    build,
+    fields,
+    fork,
+    normal,
+    spec,
+    stack,
+    tensors,
+    total,
+)
+from weft.grid import GRIDS
+
+from .cases import EXPRS, chain, instances, lowrank, nodes_in, randn, rng, snapshot, tensor_fields, trainable
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal but for the order of float32 sums."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max().clamp(min=1)))
+
+
+def inputs(e: Expr, *lead: int) -> Tensor:
+    """Inputs of the expression's width."""
+    return randn(rng("x", e.shape, lead), *lead, e.shape[1])
+
+
+def narrow() -> mock._patch_dict:
+    """A context in which no more than 16 entries are made dense at a time."""
+    return mock.patch.multiple("weft.expr.base", CHUNK=16)
+
+
+def bits_of(row: list[int], width: int, count: int) -> list[int]:
+    """`count` little-endian fields of `width` bits from a row of bytes."""
+    word = int.from_bytes(bytes(row), "little")
+    return [(word >> (width * i)) & (2**width - 1) for i in range(count)]
+
+
+def decoded(e: Quantized) -> Tensor:
+    """A quantized value as its docstring says it: packed codes | bfloat16 scales | packed zero points."""
+    spec_, out = GRIDS[e.grid], torch.zeros(e.shape)
+    groups, size = -(-e.n // (e.group or e.n)), e.group or e.n
+    at = -(-e.n * spec_.bits // 8)
+    for i, row in enumerate(e.data.tolist()):
+        codes = bits_of(row[:at], spec_.bits, e.n)
+        scales = [struct.unpack("<f", bytes([0, 0, *row[at + 2 * k : at + 2 * k + 2]]))[0] for k in range(groups)]
+        zeros = [2 ** (spec_.bits - 1)] * groups if e.symmetric else bits_of(row[at + 2 * groups :], spec_.bits, groups)
+        for j, code in enumerate(codes):
+            level = code - zeros[j // size] if spec_.levels is None else float(torch.tensor(spec_.levels[code]))
+            out[i, j] = level * scales[j // size]
+    return out
+
+
+def pattern(e: Masked | NM) -> Tensor:
+    """Which entries a sparse node keeps, from its bits or from its pattern numbers."""
+    if isinstance(e, Masked):
+        return torch.tensor([bits_of(row, 1, e.n) for row in e.bits.tolist()]).bool()
+    sets = list(itertools.combinations(range(e.of_every), e.keep))
+    width = max(1, (len(sets) - 1).bit_length())
+    blocks = [bits_of(row, width, e.shape[1] // e.of_every) for row in e.patterns.tolist()]
+    return torch.tensor([[j in sets[number] for number in row for j in range(e.of_every)] for row in blocks])
+
+
+def meaning(e: Expr) -> Tensor:
+    """The value by definition, in float64, without any code of the node."""
+    if isinstance(e, Sum):
+        return sum(meaning(t) for t in e.named().values())
+    if isinstance(e, Product):
+        return functools.reduce(torch.matmul, [meaning(f) for f in e.kids()])
+    if isinstance(e, Masked | NM):
+        return torch.zeros(e.shape).double().masked_scatter(pattern(e), meaning(e.kept))
+    if isinstance(e, Quantized):
+        return decoded(e).double()
+    parts = [t.detach().double() for t in tensors(e).values()]
+    return torch.diag(parts[0]) if isinstance(e, Diagonal) else functools.reduce(torch.matmul, parts)
+
+
+def value_is_the_definition(e: Expr) -> None:
+    """dense() is what the docstring says, decoded apart; a quantized leaf to the last bit."""
+    if isinstance(e, Quantized):
+        assert torch.equal(e.dense(), decoded(e))
+    close(e.dense().float(), meaning(e).float())
+
+
+def forward_is_the_product(e: Expr) -> None:
+    """forward(x) = x denseᵀ, in one piece and in slices, and in x's dtype."""
+    x = inputs(e, 2, 3)
+    want = F.linear(x, e.dense().float())
+    close(e(x), want)
+    with narrow():
+        close(e(x), want)
+    half = e(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+def rows_are_looked_up(e: Expr) -> None:
+    """rows(ids) = dense()[ids], for ids of any shape."""
+    ids = torch.randint(0, e.shape[0], (2, 3), generator=rng("ids"))
+    close(e.rows(ids), e.dense()[ids])
+
+
+def a_slice_is_those_rows(e: Expr) -> None:
+    """take(rows) = dense()[rows]; a slice of a tensor with rows is a view of it."""
+    part = slice(e.shape[0] // 3, e.shape[0] // 3 + 2)
+    close(e.take(part).dense(), e.dense()[part])
+    ids = torch.tensor([e.shape[0] - 1, 0])
+    close(e.take(ids).dense(), e.dense()[ids])
+    if not nodes_in(e) & {
+        "Diagonal",
+        "Product",
+    }:  # a diagonal's rows are no diagonal; only a product's first factor is cut
+        held = {t.untyped_storage().data_ptr() for t in tensors(e).values()}
+        assert {t.untyped_storage().data_ptr() for t in tensors(e.take(part)).values()} <= held
+
+
+def slices_stack_to_the_whole(e: Expr) -> None:
+    """stack(slices) has the value of the whole."""
+    with narrow():
+        parts = list(e.slices())
+    assert len(parts) == 1 + (e.shape[0] - 1) // max(1, 16 // e.shape[1])
+    close(stack(parts).dense(), e.dense())
+
+
+def written_and_read_it_is_the_same(e: Expr) -> None:
+    """build(spec, tensors) is bit-exact, through JSON and safetensors bytes."""
+    held = safetensors.torch.load(safetensors.torch.save({k: t.contiguous() for k, t in tensors(e).items()}))
+    back = build(json.loads(json.dumps(spec(e))), held.__getitem__)
+    assert snapshot(back) == snapshot(e)
+    assert torch.equal(back.dense(), e.dense())
+
+
+def bytes_are_counted(e: Expr) -> None:
+    """nbytes is what safetensors stores behind its header."""
+    data = safetensors.torch.save({k: t.contiguous() for k, t in tensors(e).items()})
+    assert e.nbytes() == len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
+def inputs_get_the_dense_gradient(e: Expr) -> None:
+    """Gradients with respect to x are those of the dense product, also in slices."""
+    x, weigh = inputs(e, 4), randn(rng("out"), 4, e.shape[0])
+    want = weigh @ e.dense().float()
+    for context in (mock.patch.multiple("weft.expr.base", CHUNK=1 << 24), narrow()):
+        with context:
+            leaf = x.clone().requires_grad_()
+            (e(leaf) * weigh).sum().backward()
+            close(leaf.grad, want)
+
+
+def leaves_get_the_dense_gradient(e: Expr) -> None:
+    """Gradients of trainable leaves, through forward and through rows, are those of the dense product."""
+    floats = [k for k, t in tensors(e).items() if t.is_floating_point()]
+    e = trainable(e)
+    assert e.frozen() == (not floats)
+    x, weigh = inputs(e, 4), randn(rng("out"), 4, e.shape[0])
+    ids = torch.arange(4) % e.shape[0]
+    pairs = [(e(x) * weigh, (x @ e.dense().T) * weigh), (e.rows(ids) * x, e.dense()[ids] * x)]
+    leaves = [p for p in e.parameters() if p.requires_grad]
+    assert len(leaves) == len(floats)
+    for made, want in pairs if leaves else []:
+        for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (made, want)), strict=True):
+            close(a, b)
+
+
+def frozen_keeps_nothing_dense(e: Expr) -> None:
+    """Between forward and backward a frozen expression holds no tensor of m n entries but its own."""
+    m, n = e.shape
+    own = {t.untyped_storage().data_ptr() for t in tensors(e).values()}
+    kept: list[tuple[int, int]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append((t.numel(), t.untyped_storage().data_ptr()))
+        return t
+
+    x = inputs(e, 3).requires_grad_()
+    with mock.patch.multiple("weft.expr.nodes", CHUNK=16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = e(x)
+    assert y.requires_grad
+    assert not [size for size, at in kept if size == m * n and at not in own]
+
+
+def promises_hold(e: Expr) -> None:
+    """Zeros, N:M, rank and levels are true of the value."""
+    told, value = e.promises(), e.dense().float()
+    assert told.zeros == (e.mask() is not None)
+    if told.zeros:
+        assert not bool(value[~e.mask()].any())
+    if told.nm:
+        assert int((value != 0).view(e.shape[0], -1, told.nm[1]).sum(2).max()) <= told.nm[0]
+    if told.rank is not None:
+        assert int(torch.linalg.matrix_rank(value.double(), rtol=1e-5)) <= told.rank
+    if told.levels is not None:
+        for row in value:
+            groups = row.split(e.group or e.n) if isinstance(e, Quantized) else [row]
+            allowed = told.levels if len(groups) > 1 else told.levels + (told.levels - 1) * (e.shape[1] // 5)
+            assert all(len(part.unique()) <= allowed for part in groups)
+
+
+def casts_spare_bytes(e: Expr) -> None:
+    """No dtype cast touches a packed byte, and the cast expression still runs."""
+    bytes_ = {k: t.clone() for k, t in tensors(e).items() if not t.is_floating_point()}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        made = copy.deepcopy(e).to(dtype)
+        assert all(torch.equal(tensors(made)[k], t) for k, t in bytes_.items())
+        assert {t.dtype for k, t in tensors(made).items() if k not in bytes_} <= {dtype}
+        assert bool(torch.isfinite(made(inputs(e, 2))).all())
+
+
+def copies_are_equal_and_apart(e: Expr) -> None:
+    """deepcopy and state_dict give the same expression over other storage."""
+    for made in (copy.deepcopy(e), build(spec(e), {k: t.clone() for k, t in e.state_dict().items()}.__getitem__)):
+        assert snapshot(made) == snapshot(e) and made.shape == e.shape
+        assert not {t.data_ptr() for t in tensors(made).values()} & {t.data_ptr() for t in tensors(e).values()}
+
+
+def forks_part_ways(e: Expr) -> None:
+    """A fork shares frozen storage; training or casting one never changes the other."""
+    assert {t.data_ptr() for t in tensors(fork(e)).values()} == {t.data_ptr() for t in tensors(e).values()}
+    for mine in (e, trainable(e)):
+        for one, other in [(mine, fork(mine)), (fork(mine), mine)]:
+            before = snapshot(other)
+            for p in [p for p in one.parameters() if p.requires_grad]:
+                p.data.add_(1)
+            one.to(torch.float64)
+            assert snapshot(other) == before
+
+
+def normal_form_has_the_value(e: Expr) -> None:
+    """left (base + terms) right, where there is a normal form, and total of the terms, are worth what the tree is."""
+    form = normal(e)
+    if not isinstance(e, Product | Diagonal) and not any(isinstance(kid, Sum) for kid in e.kids()):
+        assert form is not None
+    if form is not None:
+        value = form.base.dense().float() + sum(t.dense().float() for t in form.terms.values())
+        for d in reversed(form.left):
+            value = d.dense() @ value
+        for d in form.right:
+            value = value @ d.dense()
+        close(value, e.dense().float())
+        assert not isinstance(form.base, Sum | Product)
+    close(total({"base": e, "adapter:new": e}).dense(), 2 * e.dense())
+
+
+LAWS: list[Callable[[Expr], None]] = [
+    value_is_the_definition,
+    forward_is_the_product,
+    rows_are_looked_up,
+    a_slice_is_those_rows,
+    slices_stack_to_the_whole,
+    written_and_read_it_is_the_same,
+    bytes_are_counted,
+    inputs_get_the_dense_gradient,
+    leaves_get_the_dense_gradient,
+    frozen_keeps_nothing_dense,
+    promises_hold,
+    casts_spare_bytes,
+    copies_are_equal_and_apart,
+    forks_part_ways,
+    normal_form_has_the_value,
+]
+
+
+@pytest.mark.parametrize("kind", EXPRS)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_node(law: Callable[[Expr], None], kind: str) -> None:
+    """Each law, for each kind of expression, over all shapes."""
+    for e in instances(kind):
+        law(e)
+
+
+TENSORS = [(kind, f) for kind, cls in NODES.items() for f in tensor_fields(cls)]
+PLAIN = [(kind, f.name) for kind, cls in NODES.items() for f in fields(cls) if f.kind != "tensor"]
+
+
+def example(node: str) -> Expr:
+    """Some instance of the node."""
+    return next(e for kind in EXPRS for e in instances(kind) if type(e).__name__ == node)
+
+
+@pytest.mark.parametrize(("node", "field"), TENSORS)
+def test_a_wrong_tensor_is_named(node: str, field: str) -> None:
+    """A tensor of another dtype or rank, bytes of another length, or no tensor at all, is refused by its name."""
+    e = example(node)
+    good = getattr(e, field).detach()
+    packed = good.dtype == torch.uint8
+    bad = [good.float() if packed else good.to(torch.uint8), good[None], good.tolist(), None]
+    for value in [*bad, *([torch.cat([good, good[:, :1]], 1)] if packed else [])]:
+        with pytest.raises(ShapeError) as caught:
+            e.rebuild(**{field: value})
+        assert caught.value.where == f"{node}.{field}"
+
+
+@pytest.mark.parametrize(("node", "field"), PLAIN)
+def test_a_wrong_field_is_named(node: str, field: str) -> None:
+    """A child that is no expression, or a plain value of another type, is refused by its name; so is a surplus."""
+    e = example(node)
+    others = [None, 1.5, torch.zeros(2), *([] if isinstance(getattr(e, field), bool) else [True])]
+    for value in others:
+        with pytest.raises(ShapeError) as caught:
+            e.rebuild(**{field: value})
+        assert caught.value.where == f"{node}.{field}"
+    with pytest.raises(ShapeError, match="wrong fields"):
+        type(e)(**{f.name: getattr(e, f.name) for f in fields(type(e))}, surplus=1)
+
+
+@pytest.mark.parametrize("roles", [{}, {"basis"}, {"base", "adapter:"}, {"base", "adapter:a b"}])
+def test_sums_refuse_other_roles(roles: set[str]) -> None:
+    """A sum has terms, and their roles are base, compensation and adapter:NAME."""
+    with pytest.raises(ShapeError):
+        Sum({r: lowrank(3, 4, rng()) for r in roles})
+
+
+def test_shapes_must_agree() -> None:
+    """Terms of two shapes make no sum; factors that do not chain make no product; nor do thin ones of two ranks."""
+    a, b = lowrank(3, 4, rng()), lowrank(3, 5, rng())
+    for make in (
+        lambda: Sum({"base": a, "compensation": b}),
+        lambda: Product(a, b),
+        lambda: LowRank(a.b, b.a[:1]),
+        Product,
+    ):
+        with pytest.raises(ShapeError):
+            make()
+
+
+def test_free_trees_have_no_normal_form() -> None:
+    """A product of several cores has none; diagonals around one core do."""
+    g = rng("free")
+    assert normal(chain(5, 7, g)) is None
+    form = normal(Product(Diagonal(randn(g, 5)), Dense(randn(g, 5, 7))))
+    assert form is not None and len(form.left) == 1 and not form.right
+
+
+def test_packed_bytes_are_one_row_major_tensor() -> None:
+    """A quantized leaf is one uint8 tensor with a row a row of the weight, so that rows can be sharded."""
+    for kind in EXPRS:
+        for e in instances(kind):
+            if isinstance(e, Quantized):
+                assert list(tensors(e)) == ["data"] and e.data.dtype == torch.uint8 and e.data.shape[0] == e.shape[0]

@@ -1,0 +1,235 @@
+"""Laws of every method of kind rewrite, on synthetic sites with log-normal feature scales."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import torch
+
+from weft.engine import Group, get
+from weft.error import NumericError, OptionError
+from weft.expr import Expr, spec, tensors, terms_of
+
+from .cases import REWRITES, STARTS, after, base, better, features, group, options, output_error, snapshot
+
+
+def small(name: str) -> dict[str, int]:
+    """Options that leave a method something to do on sites of 32 columns."""
+    return {"rank": 4} if "rank" in get(name).options.model_fields else {}
+
+
+def sound(g: Group, made: Sequence[Expr]) -> None:
+    """One finite expression of the right shape a site, in which the site's adapters still stand as they were."""
+    assert len(made) == len(g.sites)
+    for s, e in zip(g, made, strict=True):
+        assert e.shape == s.now.shape == tuple(s.source().shape)
+        assert bool(torch.isfinite(e.dense()).all())
+        old, new = ({r: t for r, t in terms_of(x).items() if r.startswith("adapter:")} for x in (s.now, e))
+        assert old.keys() <= new.keys() and all(snapshot(new[r]) == snapshot(t) for r, t in old.items())
+
+
+def every_start_is_sound(name: str) -> None:
+    """Finite, of the right shape and with its adapters, from every node family; lone rows and lone columns too."""
+    for start in STARTS:
+        g = group(start)
+        sound(g, after(g, (name, small(name))))
+    for rows, n in (((1,), 32), ((3,), 1), ((2, 5), 7)):
+        g = group(rows=rows, n=n)
+        sound(g, after(g, (name, small(name))))
+
+
+def input_is_not_changed(name: str) -> None:
+    """No bit of the sites, their pretrained values or their evidence changes; a site of one row included."""
+    for start in STARTS:
+        for rows in ((24, 17), (1,)):
+            g = group(start, rows)
+            seen = [*(s.now for s in g), *(t for s in g for t in (s.evidence[0].gram, s.evidence[0].weight))]
+            before = [snapshot(t) if isinstance(t, Expr) else t.clone() for t in seen]
+            after(g, (name, small(name)))
+            for t, was in zip(seen, before, strict=True):
+                assert snapshot(t) == was if isinstance(t, Expr) else torch.equal(t, was)
+
+
+def only_the_site_decides(name: str) -> None:
+    """Bit for bit the same again, under another global seed, and with the sites in another order."""
+    for start in ("dense", "2:4-quantized", "sum"):
+        g = group(start)
+        torch.manual_seed(1)
+        first = after(g, (name, small(name)))
+        torch.manual_seed(2)
+        again = after(group(start), (name, small(name)))
+        turned = after(replace(g, sites=g.sites[::-1], cache={}), (name, small(name)))[::-1]
+        for a, b, c in zip(first, again, turned, strict=True):
+            assert snapshot(a) == snapshot(b) == snapshot(c)
+
+
+def poor_evidence_is_survived(name: str) -> None:
+    """No tokens, one token, fewer tokens than features, dead features: all give finite weights."""
+    x = features(32, "poor")
+    for seen in (0 * x, x[:1], x[:8], x * (torch.arange(32) % 3 > 0), x * (torch.arange(32) == 5)):
+        g = group(gram=seen.T @ seen / len(x))
+        sound(g, after(g, (name, small(name))))
+
+
+def no_evidence_is_declared(name: str) -> None:
+    """A method that needs a Gram and gets one of zeros says what it did instead."""
+    g = group(gram=torch.zeros(32, 32))
+    after(g, (name, small(name)))
+    assert g.notes or "gram" not in get(name).needs
+
+
+def broken_evidence_is_refused(name: str) -> None:
+    """Not a number in the Gram or in the row weights stops with the site's name; no evidence at all does too."""
+    needs = "gram" in get(name).needs
+    for bad in (float("nan"), float("inf")):
+        for field in ("gram", "weight"):
+            g = group()
+            held = getattr(g.sites[1].evidence[0], field).clone()
+            held.view(-1)[0] = bad
+            broken = replace(g.sites[1], evidence=(replace(g.sites[1].evidence[0], **{field: held}),))
+            g = replace(g, sites=(broken,))
+            if needs:
+                with pytest.raises(NumericError, match=rf"site1\.{field}"):
+                    after(g, (name, small(name)))
+            else:
+                sound(g, after(g, (name, small(name))))
+    if needs:
+        with pytest.raises(OptionError, match="site0"):
+            after(Group((replace(group().sites[0], evidence=()),)), (name, small(name)))
+
+
+def options_work_or_are_refused(name: str) -> None:
+    """Both ends and the middle of every option run and somewhere matter; what is outside or unknown is refused."""
+    plain = [snapshot(e) for e in after(group(), name)]
+    for option, good, bad in options(get(name)):
+        made = []
+        for value in good:
+            g = group()
+            made.append(after(g, (name, {option: value})))
+            sound(g, made[-1])
+        assert any([snapshot(e) for e in m] != plain for m in made), option
+        for value in bad:
+            with pytest.raises(OptionError, match=option):
+                get(name).bind({option: value})
+    with pytest.raises(OptionError, match="unheard_of"):
+        get(name).bind({"unheard_of": 1})
+
+
+def more_of_a_better_option_is_no_worse(name: str) -> None:
+    """Each step of a `better` option in its good direction never raises the output error by more than 1 %."""
+    for option, way in better(get(name)):
+        steps = {"sparsity": [0.9, 0.7, 0.5, 0.3, 0.0], "bits": [2, 3, 4, 5, 6, 7, 8], "rank": [1, 2, 4, 8, 16, 32]}[
+            option
+        ]
+        assert way == ("down" if option == "sparsity" else "up")
+        start = "quantized" if option == "rank" else "dense"
+        errors = []
+        for value in steps:
+            g = group(start, (24, 17), salt="better")
+            errors.append(output_error(g, after(g, (name, {option: value}))))
+        assert all(more <= less * 1.01 for less, more in itertools.pairwise(errors)), errors
+        assert errors[-1] < errors[0]
+
+
+def zeros_stay(name: str) -> None:
+    """What a zero pattern or 2:4 left out stays zero in the base; the promise stays unless it is pruned anew."""
+    if "zeros" in get(name).drops:
+        return
+    for start in ("masked", "2:4", "2:4-quantized"):
+        g = group(start)
+        for s, e in zip(g, after(g, (name, small(name))), strict=True):
+            assert not bool(base(e).dense()[~s.now.mask()].any())
+            if get(name).verb in ("quantize", "factor", "adapt"):
+                assert base(e).promises().nm == s.now.promises().nm and base(e).promises().zeros
+
+
+def bytes_are_counted(name: str) -> None:
+    """nbytes of a result is what safetensors stores behind its header."""
+    for start in ("dense", "2:4-quantized", "sum"):
+        for e in after(group(start), (name, small(name))):
+            data = safetensors.torch.save({k: t.detach().contiguous() for k, t in tensors(e).items()})
+            assert e.nbytes() == len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
+def beats_its_baseline(name: str) -> None:
+    """Less output error than the declared baseline, same start, same options; also with all flags of its own off."""
+    claim = get(name).beats
+    if claim is None:
+        return
+    shared = set(get(claim.baseline).options.model_fields)
+    flags = [o for o, good, _ in options(get(name)) if good == [True, False] and o not in shared]
+    for salt in range(3):
+        g = group(rows=(48, 32), n=96, salt=("beats", salt))
+        if claim.start:
+            g = g.put(after(g, (claim.start, claim.start_options)))
+        theirs = after(g, (claim.baseline, {k: v for k, v in claim.options.items() if k in shared}))
+        for off in ({}, dict.fromkeys(flags, False)):
+            assert output_error(g, after(g, (name, claim.options | off))) < output_error(g, theirs)
+
+
+def slices_make_the_whole(name: str) -> None:
+    """A rowwise method gives the same on slices of rows, trainable adapters included; another is not sliced."""
+    for start in ("dense", "masked", "2:4-quantized", "sum"):
+        whole = after(group(start, (24,)), (name, small(name)))
+        sliced = group(start, (24,))
+        with (
+            mock.patch.multiple("weft.expr.base", CHUNK=5 * 32),
+            mock.patch.multiple("weft.linalg.columns", ROWS=3 * 32),
+        ):
+            assert len(list(sliced.site.slices())) == 5
+            made = after(sliced, (name, small(name)))
+        assert spec(made[0]) == spec(whole[0])
+        for key, t in tensors(whole[0]).items():
+            other = tensors(made[0])[key]
+            assert t.requires_grad == other.requires_grad
+            torch.testing.assert_close(other, t, rtol=1e-5, atol=1e-6)
+
+
+LAWS: list[Callable[[str], None]] = [
+    every_start_is_sound,
+    input_is_not_changed,
+    only_the_site_decides,
+    poor_evidence_is_survived,
+    no_evidence_is_declared,
+    broken_evidence_is_refused,
+    options_work_or_are_refused,
+    more_of_a_better_option_is_no_worse,
+    zeros_stay,
+    bytes_are_counted,
+    beats_its_baseline,
+    slices_make_the_whole,
+]
+
+
+@pytest.mark.parametrize("name", REWRITES)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_rewrite(law: Callable[[str], None], name: str) -> None:
+    """Each law, for each rewrite."""
+    law(name)
+
+
+@pytest.mark.parametrize("first", REWRITES)
+@pytest.mark.parametrize("second", REWRITES)
+def test_pairs(first: str, second: str) -> None:
+    """Every rewrite runs after every other, from a weight with an adapter, and loses neither adapters nor shape."""
+    g = group("sum", (24, 1))
+    once = g.put(after(g, (first, small(first))))
+    made = after(once, (second, small(second)))
+    sound(once, made)
+    for a, b in zip(made, after(g, (first, small(first)), (second, small(second))), strict=True):
+        assert snapshot(a) == snapshot(b)
+
+
+def test_an_adapter_changes_nothing_at_first() -> None:
+    """lora adds exactly nothing to what it is put on, and only its own tensors are trainable."""
+    for start in STARTS:
+        g = group(start)
+        for s, e in zip(g, after(g, "lora"), strict=True):
+            assert torch.equal(e.dense(), s.now.dense().float())
+            fresh = terms_of(e)["adapter:default"]
+            assert {id(p) for p in fresh.parameters()} <= {id(p) for p in e.parameters() if p.requires_grad}

@@ -1,0 +1,110 @@
+"""The documents keep their word: the reader in docs/files.md reads what weft writes; the commands they show exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from weft import __version__
+from weft.expr import NM, Dense, Diagonal, Expr, LowRank, Masked, Product, Quantized, Sum
+from weft.model import expressions, set_expressions, weave
+from weft.store import save
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def quantized(m: int, n: int, grid: str, group: int, symmetric: bool) -> Quantized:
+    """Random codes on a grid."""
+    top = 16 if grid == "nf4" else 2 ** int(grid[3:])
+    groups = -(-n // (group or n))
+    zeros = None if symmetric else torch.randint(0, top, (m, groups), dtype=torch.uint8)
+    codes = torch.randint(0, top, (m, n), dtype=torch.uint8)
+    return Quantized.encode(codes, torch.rand(m, groups) + 0.1, zeros, grid=grid, group=group)
+
+
+def every_node(m: int, n: int) -> list[Expr]:
+    """Expressions that use every node and every part of the format."""
+    w = torch.randn(m, n)
+    mask = torch.zeros(m, n, dtype=torch.bool).scatter_(1, torch.rand(m, n).argsort(1)[:, : n // 3], True)
+    half = torch.rand(m, n // 4, 4).argsort(2).lt(2).flatten(1)
+    eighths = torch.rand(m, n // 8, 8).argsort(2).lt(4).flatten(1)
+
+    def low() -> LowRank:
+        return LowRank(torch.randn(m, 3).bfloat16(), torch.randn(3, n).bfloat16())
+
+    return [
+        Dense(w.half()),
+        *(quantized(m, n, f"int{b}", g, s) for b, g, s in [(2, 5, False), (3, 0, True), (4, 16, False), (8, 7, True)]),
+        quantized(m, n, "nf4", 12, True),
+        Masked.of(w, mask).rebuild(kept=quantized(m, n // 3, "int5", 4, False)),
+        NM.of(w, half, 2, 4),
+        NM.of(w, eighths, 4, 8).rebuild(kept=quantized(m, n // 2, "int3", 0, False)),
+        Sum({"base": quantized(m, n, "int4", 0, True), "compensation": low(), "adapter:mine": Dense(w.clone())}),
+        Product(Diagonal(torch.rand(m)), Sum({"base": Masked.of(w, mask), "adapter:a-b": low()})),
+    ]
+
+
+def tiny() -> nn.Module:
+    """A two-layer Llama."""
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=48, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return weave(transformers.LlamaForCausalLM(config))
+
+
+def test_the_reader_in_the_document_reads_every_node(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny()
+    sites = list(expressions(model))
+    set_expressions(model, dict(zip(sites, every_node(48, 48), strict=False)))
+    save(model, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text("utf8"), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(code, "files.md", "exec"), space)
+    found = space["read"](tmp_path / "out")
+    assert set(found) == set(model.state_dict()) - {k for k in model.state_dict() if ".expr." in k} | set(sites)
+    for name, expr in expressions(model).items():
+        torch.testing.assert_close(torch.tensor(found[name]).float(), expr.dense().float(), rtol=1e-5, atol=1e-5)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and name of every `weft NAME` that the documents show."""
+    found: set[tuple[str, str]] = set()
+    for page in [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "README.md"]:
+        for code in re.findall(r"```.*?```|`[^`\n]+`", page.read_text("utf8"), re.DOTALL):
+            found |= {(page.name, name) for name in re.findall(r"(?:^|`|bin/)weft ([a-z]\w*)", code, re.MULTILINE)}
+    return sorted(found)
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    from weft.cli.app import build
+
+    known = {c.name for c in build().registered_commands}
+    assert commands()
+    assert not [(page, name) for page, name in commands() if name not in known]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
+def test_calls_in_the_documents_exist(page: Path) -> None:
+    import weft
+
+    calls = re.findall(r"\bweft\.([a-z]\w*)\(", page.read_text("utf8"))
+    assert not [c for c in calls if not hasattr(weft, c)]
+
+
+def test_the_methods_page_is_fresh() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/docs.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_changes_name_this_version() -> None:
+    assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf8")

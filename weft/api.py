@@ -1,0 +1,267 @@
+"""weft in Python: load a model, rewrite its weights, train, measure, merge, save and export it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from weft import store
+from weft.catalog import Entry, entries
+from weft.engine import get
+from weft.engine import merge as merging
+from weft.engine import run as engine
+from weft.engine.merge import Merged
+from weft.engine.run import Change, Step
+from weft.error import OptionError
+from weft.lab import models
+from weft.learn.data import Example
+from weft.learn.train import History
+from weft.model import expressions, fork, match, places, set_expressions
+from weft.progress import Progress, Silent
+from weft.score import examples, tokenizer
+from weft.store.cache import default
+
+if TYPE_CHECKING:
+    from weft.fitting.work import Settings
+    from weft.report.schema import Report
+
+To = Literal["hf", "peft", "compressed-tensors"]
+
+
+class Changes(list[Change]):
+    """What a method did, site by site, and its declared fallbacks: (where, what)."""
+
+    def __init__(self, changes: Sequence[Change] = (), fallbacks: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(changes)
+        self.fallbacks = list(fallbacks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight as `show` lists it; `bits` are stored bits per weight, scales and all."""
+
+    name: str
+    shape: tuple[int, int]
+    expression: str
+    bytes: int
+    bits: float
+
+
+def load(model: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """A woven model from a folder, a hub id or a lab model's name (`ref-lm`, `minilm`), computed in `dtype` (float32).
+
+    Errors: PathError; FormatError with every problem found; ChangedError; ResourceError for a lab model not installed.
+    """
+    return store.load(models.resolve(model), dtype=dtype)
+
+
+def save(model: nn.Module, out: str | Path, tokenizer: Any = None, replace: bool = False) -> None:
+    """Write a model folder, whole or not at all: an ordinary checkpoint if every weight is plain.
+
+    Errors: ConflictError if `out` exists and is not to be replaced.
+    """
+    store.save(model, out, tokenizer=tokenizer, replace=replace)
+
+
+def apply(
+    model: nn.Module,
+    method: str,
+    *,
+    at: str | Sequence[str] | None = None,
+    data: str | None = None,
+    tokens: int = 16384,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Changes:
+    """Rewrite the sites that `at` matches by one method, in place.
+
+    `at` is a glob, several, or `all-linear`; by default adapters go to `all-linear`, every other rewrite to all sites.
+    A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
+    keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite, and for a
+    pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
+    """
+    chosen = get(method)
+    if chosen.kind != "rewrite":
+        raise OptionError(
+            "this method does not rewrite weights",
+            where=method,
+            got=f"a {chosen.kind} method",
+            want="a rewrite",
+            fix="weft methods shows kinds",
+        )
+    step = Step.of(method, **options)
+    sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" else "*")
+    bars = progress or Silent()
+    stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
+    with bars.bar(method, len(sites)) as done:
+        changes, notes = engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done)
+    return Changes(changes, notes)
+
+
+def _evidence(
+    model: nn.Module, data: str | None, tokens: int, seed: int, cache: Path | None, progress: Progress
+) -> Any:
+    """Evidence of today's model from its calibration texts."""
+    from weft.fitting.data import batches, resolve
+    from weft.stats import collect, objective
+
+    embeds = objective(model).embeds
+    found = resolve(data or ("docstrings" if embeds else "python"), embeds=embeds, seed=seed)
+    cut = batches(found.calibration, tokenizer(model), embeds=embeds, length=256, tokens=tokens)
+    return collect(model, cut, (cache or default()) / "evidence", seed=seed, progress=progress)
+
+
+def train(
+    model: nn.Module,
+    data: str | Path | Sequence[Example],
+    *,
+    steps: int = 200,
+    batch: int = 8,
+    length: int = 512,
+    lr: float = 2e-3,
+    seed: int = 0,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> History:
+    """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
+
+    `out` keeps checkpoints, which a later call goes on from.
+    Errors: OptionError if nothing is trainable; FormatError if no token is a target.
+    """
+    from weft.learn.train import train as learn
+
+    learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
+    return learn(
+        model,
+        learned,
+        tokenizer=tokenizer(model),
+        steps=steps,
+        batch=batch,
+        length=length,
+        lr=lr,
+        seed=seed,
+        out=out,
+        progress=progress,
+        **options,
+    )
+
+
+def merge(model: nn.Module, *, to: Literal["dense", "grid"], at: str | Sequence[str] = "*") -> list[Merged]:
+    """Fold all terms of every weight into one, in place: a plain matrix, or one rounding onto the base's own grid.
+
+    It cannot be undone. The result says of each site what the rounding lost and which promises no longer hold.
+    Errors: ConflictError naming every site whose base has no grid, before anything changes.
+    """
+    return merging.merge(model, to=to, at=at)
+
+
+def export(
+    model: nn.Module, out: str | Path, *, to: To = "hf", base: str | Path | None = None, replace: bool = False
+) -> list[str]:
+    """Write the model for other tools; returns what had to be written otherwise than it was.
+
+    hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapters as a PEFT LoRA folder;
+    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed.
+    Errors: OptionError; ConflictError naming what the format cannot hold, or if a folder exists.
+    """
+    if base is not None and to != "peft":
+        raise OptionError(
+            "only PEFT adapters have a base beside them",
+            where="base",
+            got=f"base with to={to}",
+            want="no base",
+            fix="leave it out",
+        )
+    if to == "hf":
+        plain = fork(model)
+        for name, expr in expressions(plain).items():
+            set_expressions(plain, {name: merging.densify(expr, places(plain)[name].dtype)})
+        store.save(plain, out, replace=replace)
+    elif to == "peft":
+        from weft.store.peft import export_peft
+
+        export_peft(model, out, base=base, replace=replace)
+    elif to == "compressed-tensors":
+        from weft.store.compressed import export_compressed
+
+        return export_compressed(model, out, replace=replace)
+    else:
+        raise OptionError(
+            "unknown export format",
+            where="to",
+            got=to,
+            want="hf, peft or compressed-tensors",
+            fix="choose one of these",
+        )
+    return []
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Every way in which a folder differs from its manifest; empty if it is whole. Errors: PathError if it has none."""
+    return store.verify(Path(folder))
+
+
+def show(model: nn.Module) -> list[Row]:
+    """Every weight: its name, shape, expression, bytes and bits per weight."""
+    return [Row(n, e.shape, e.describe(), e.nbytes(), e.bits_per_weight()) for n, e in expressions(model).items()]
+
+
+def methods() -> list[Entry]:
+    """Every method: name, verb, kind, one line of help, paper."""
+    return list(entries())
+
+
+def fit(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    budget: str | Sequence[str] = (),
+    data: str | None = None,
+    max_loss: str | None = None,
+    settings: Settings | None = None,
+    cache: Path | None = None,
+    replace: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """The best model within a byte budget, beside the best uniform ones, with a report: see `weft.fitting.fit.fit`."""
+    from weft.fitting import fit as fitting
+
+    how: dict[str, Any] = {"budget": budget, "data": data, "max_loss": max_loss, "settings": settings, "cache": cache}
+    return fitting.fit(model, out, **how, replace=replace, command=command, progress=progress)
+
+
+def plan(
+    model: str | Path,
+    *,
+    budget: str | Sequence[str] = (),
+    data: str | None = None,
+    max_loss: str | None = None,
+    settings: Settings | None = None,
+    cache: Path | None = None,
+) -> list[str]:
+    """What `fit` with these arguments would do, line by line, without doing it."""
+    from weft.fitting import fit as fitting
+
+    return fitting.plan(model, budget=budget, data=data, max_loss=max_loss, settings=settings, cache=cache)
+
+
+def prove(
+    names: Sequence[str], *, folder: str | Path = "proofs", seeds: int = 3, progress: Progress | None = None
+) -> list[Any]:
+    """Test the claims of these methods on lab models; verdicts, in the order of `names`, are kept in `folder`."""
+    return import_module("weft.lab.prove").prove(names, folder=Path(folder), seeds=seeds, progress=progress)
+
+
+def stale(folder: str | Path = "proofs") -> list[str]:
+    """The proofs whose method or lab has changed since they were made."""
+    return import_module("weft.lab.prove").stale(Path(folder))

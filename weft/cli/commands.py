@@ -1,0 +1,284 @@
+"""The core commands. Each imports what it needs when it runs; what they do is in `weft.api`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from weft.cli.guard import BAD_INPUT, FALLBACKS, say
+from weft.cli.output import emit
+from weft.progress import Bars, Progress, Silent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weft.report.schema import Report
+
+ModelName = Annotated[
+    str, typer.Argument(help="A folder, a hub id, or a lab model: ref-lm, minilm.", metavar="MODEL", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="Folder for the result.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace a result that is there.")]
+CacheFolder = Annotated[Path | None, typer.Option(help="Where intermediate results are kept ($WEFT_CACHE).")]
+DataName = Annotated[str | None, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.")]
+
+
+def bars(quiet: bool) -> Progress:
+    """Progress on standard error, unless quiet."""
+    return Silent() if quiet else Bars()
+
+
+def load(model: str) -> nn.Module:
+    """The model, with transformers' own messages off."""
+    import transformers
+
+    import weft
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return weft.load(model)
+
+
+def fit(
+    model: ModelName,
+    budget: Annotated[list[str] | None, typer.Option(help="27%, 350MB or 3.2bpw; repeatable, or with commas.")] = None,
+    data: DataName = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="Instead of a budget: the smallest model at most so much worse, as 1%.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the model and its report; without it nothing is saved.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.", min=1)] = None,
+    tune_steps: Annotated[int | None, typer.Option(help="Steps of tuning.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, short tuning: a first look.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
+    replace_: Replace = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int | None:
+    """Find the best model within a byte budget, beside the best uniform ones, with a report."""
+    import weft
+
+    base = weft.Settings.quick() if quick else weft.Settings()
+    given = {"seeds": seeds, "tokens": tokens, "tune_steps": tune_steps}
+    settings = replace(base, **{k: v for k, v in given.items() if v is not None})
+    limits = [part.strip() for b in budget or [] for part in b.split(",")]
+    what: dict[str, Any] = {"budget": limits, "data": data, "max_loss": max_loss, "settings": settings, "cache": cache}
+    if dry_run:
+        lines = weft.plan(model, **what)
+        typer.echo(json.dumps(lines, indent=1) if as_json else "\n".join(lines))
+        return None
+    command = shlex.join(["weft", *sys.argv[1:]])
+    made = weft.fit(model, out, **what, replace=replace_, command=command, progress=bars(quiet))
+    where = f"report: {out / 'report.html'}" if out is not None else "not saved: give --out"
+    return _report(made, as_json, quiet, where)
+
+
+def _report(made: Report, as_json: bool, quiet: bool, where: str) -> int | None:
+    from weft.report.table import text
+
+    if as_json:
+        typer.echo(made.model_dump_json(indent=1))
+    elif not quiet:
+        typer.echo(text(made))
+        typer.echo(where)
+    for f in made.fallbacks:
+        say(f"fallback: {f.where}: {f.what}")
+    return FALLBACKS if made.fallbacks else None
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `weft fit` wrote.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write report.html anew from report.json, and print its table."""
+    from weft.report.page import read, render
+    from weft.store.files import write_text
+
+    made = read(folder / "report.json")
+    write_text(folder / "report.html", render(made))
+    _report(made, as_json, quiet, f"report: {folder / 'report.html'}")
+
+
+def show(model: ModelName, as_json: AsJson = False) -> None:
+    """List a model's weights: expression, bytes, bits per weight."""
+    import weft
+    from weft.store import nbytes
+
+    woven = load(model)
+    rows = [asdict(r) for r in weft.show(woven)]
+    emit(rows, as_json=as_json, foot=f"{len(rows)} weights, {nbytes(woven)} bytes with norms and biases")
+
+
+def methods(as_json: AsJson = False) -> None:
+    """List every method."""
+    from weft.catalog import entries
+
+    emit([asdict(e) for e in entries()], as_json=as_json, foot="weft METHOD --help shows a rewrite's options")
+
+
+def eval_(
+    model: ModelName,
+    data: Annotated[
+        str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
+    ],
+    limit: Annotated[int | None, typer.Option(help="The first documents only.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model: the mean with its 95 % interval over documents; lower is better."""
+    import weft
+
+    found = {"model": model, **weft.evaluate(load(model), data, limit=limit)}
+    emit([found], as_json=as_json)
+
+
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+) -> None:
+    """Let a language model go on from a prompt, greedily."""
+    import weft
+
+    typer.echo(weft.generate(load(model), prompt, max_new_tokens))
+
+
+def train(
+    model: ModelName,
+    data: Annotated[
+        str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
+    ],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 8,
+    name: Annotated[str, typer.Option(help="Its name.")] = "default",
+    at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
+    batch: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens an example, at most.", min=2)] = 512,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    replace_: Replace = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a low-rank adapter on a model as it is, quantized or not. Interrupted, the same command goes on."""
+    import weft
+    from weft.store.cache import default, key
+
+    woven = load(model)
+    weft.apply(woven, "lora", at=at, seed=seed, rank=rank, name=name)
+    about = key(str(Path(model).absolute()), data, rank, name, at, steps, batch, length, lr, seed)
+    work = (cache or default()) / "train" / about
+    how: dict[str, Any] = {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed}
+    history = weft.train(woven, data, **how, out=work, progress=bars(quiet))
+    weft.save(woven, out, replace=replace_)
+    _, loss = history.losses[-1] if history.losses else (0, None)
+    emit(
+        [{"steps": steps, "loss": loss, "tokens": history.tokens, "seconds": history.seconds, "out": str(out)}],
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def merge(
+    model: ModelName,
+    out: Out,
+    to: Annotated[str, typer.Option(help="dense, or grid: one rounding onto the base's own grid.", show_default=False)],
+    at: Annotated[list[str] | None, typer.Option(help="Sites: a glob; repeatable.")] = None,
+    replace_: Replace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fold each weight's terms into one; says what that loses."""
+    import weft
+
+    woven = load(model)
+    made = weft.merge(woven, to=cast(Literal["dense", "grid"], to), at=at or "*")
+    weft.save(woven, out, replace=replace_)
+    rows = [
+        {"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error, "lost": c.lost}
+        for c in made
+    ]
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} sites merged; saved in {out}")
+
+
+def export(
+    model: ModelName,
+    out: Out,
+    to: Annotated[str, typer.Option(help="hf, peft or compressed-tensors.")] = "hf",
+    base: Annotated[
+        Path | None, typer.Option(help="peft: where a base other than the pretrained weights is written.")
+    ] = None,
+    replace_: Replace = False,
+) -> int | None:
+    """Write a model for other tools."""
+    import weft
+
+    notes = weft.export(
+        load(model), out, to=cast(Literal["hf", "peft", "compressed-tensors"], to), base=base, replace=replace_
+    )
+    for note in notes:
+        say(f"note: {note}")
+    return FALLBACKS if notes else None
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that weft wrote.")], as_json: AsJson = False
+) -> int | None:
+    """Check every file of a folder against its manifest."""
+    from weft.store.swap import verify as check
+
+    problems = check(folder)
+    if as_json:
+        typer.echo(json.dumps(problems, indent=1))
+    else:
+        typer.echo("\n".join(problems) or "whole")
+    return BAD_INPUT if problems else None
+
+
+def prove(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Methods; all, if none is named.", metavar="[METHOD]...")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where verdicts are kept.")] = Path("proofs"),
+    seeds: Annotated[int, typer.Option(help="Seeds.", min=1)] = 3,
+    stale: Annotated[bool, typer.Option("--stale", help="List proofs that are out of date, and do nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int | None:
+    """Test what a method's paper claims, on lab models."""
+    import weft
+
+    if stale:
+        emit([{"method": n} for n in weft.stale(folder)], as_json=as_json, quiet=quiet)
+        return None
+    asked = names or [e.name for e in weft.methods()]
+    claims = weft.prove(asked, folder=folder, seeds=seeds, progress=bars(quiet))
+    if as_json:
+        typer.echo(json.dumps({n: c.as_json() for n, c in zip(asked, claims, strict=True)}, indent=1))
+        return None
+    emit(
+        [
+            {"method": n, "verdict": c.verdict, "rule": c.rule, "seconds": c.seconds}
+            for n, c in zip(asked, claims, strict=True)
+        ],
+        as_json=False,
+        quiet=quiet,
+    )
+    return None
+
+
+ALL = (fit, show, methods, eval_, generate, train, merge, export, verify, report, prove)

@@ -1,0 +1,132 @@
+"""A command from a method's options: `weft gptq MODEL --bits 4 --at '*.mlp.*' --out OUT`."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from weft.cli.commands import AsJson, CacheFolder, ModelName, Quiet, Replace, bars, load
+from weft.cli.guard import FALLBACKS, guarded, say
+from weft.cli.output import emit
+
+
+def command(name: str) -> Callable[..., None]:
+    """The command of this method; its options are the method's, then those of every rewrite."""
+    from weft.engine import get
+
+    method = get(name)
+    own = {n: parameter(n, f) for n, f in method.options.model_fields.items()}
+    shared = inspect.signature(_shared, eval_str=True).parameters
+    if twice := set(own) & set(shared):
+        raise TypeError(f"{name}: an option has the name of one that every method has: {sorted(twice)}")
+
+    def run(**given: Any) -> int | None:
+        options = {n: plain(given.pop(n)) for n in own}
+        return rewrite(name, options, **given)
+
+    first, *rest = shared.values()
+    asked = [first, *own.values(), *rest]
+    run.__doc__ = method.doc
+    run.__signature__ = inspect.Signature(asked)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in asked}
+    return guarded(run)
+
+
+def _shared(
+    *,
+    model: ModelName,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="Sites: a glob, or all-linear; repeatable. All, if not given (adapters: all-linear)."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibration data: a file, a folder or a lab task; weft's own texts if not given."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.", min=1)] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; without it nothing is saved.")] = None,
+    replace: Replace = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options that every method's command has."""
+
+
+def rewrite(
+    name: str,
+    options: dict[str, Any],
+    *,
+    model: str,
+    out: Path | None,
+    replace: bool,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> int | None:
+    """Load, apply, save, print what changed; 3 if the method fell back anywhere."""
+    import weft
+    from weft.engine.run import Step
+
+    Step.of(name, **options)  # bad options show before the model is loaded
+    woven = load(model)
+    made = weft.apply(woven, name, progress=bars(quiet), **how, **options)
+    if out is not None:
+        weft.save(woven, out, replace=replace)
+    rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
+    total = sum(c.nbytes for c in made)
+    where = f"saved in {out}" if out is not None else "not saved: give --out"
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} sites, {total} bytes; {where}")
+    for place, what in made.fallbacks:
+        say(f"fallback: {place}: {what}")
+    return FALLBACKS if made.fallbacks else None
+
+
+def parameter(name: str, field: Any) -> inspect.Parameter:
+    """The command-line option of one field of a method's options. Errors: TypeError for a type that has no option."""
+    flag = f"--{name.replace('_', '-')}"
+    kind = _option_type(field.annotation, name)
+    flags = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
+    bounds = ", ".join(
+        f"{word} {getattr(m, attr)}" for m in field.metadata for attr, word in _BOUNDS.items() if hasattr(m, attr)
+    )
+    text = f"{field.description or name}{f' ({bounds})' if bounds else ''}"
+    default = inspect.Parameter.empty if field.is_required() else _chosen(kind, field.default)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option(*flags, help=text)],
+    )
+
+
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _option_type(hint: Any, name: str) -> Any:
+    """What typer is told: a choice of texts becomes an enumeration."""
+    if hint in (bool, int, float, str):
+        return hint
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal and all(isinstance(a, str) for a in args):
+        return enum.Enum(name, {a: a for a in args}, type=str)
+    if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        return _option_type(next(a for a in args if a is not type(None)), name) | None
+    raise TypeError(f"{name}: {hint} cannot be given on the command line")
+
+
+def _chosen(kind: Any, default: Any) -> Any:
+    return kind(default) if isinstance(kind, type) and issubclass(kind, enum.Enum) else default
+
+
+def plain(value: Any) -> Any:
+    """The text of a choice; anything else as it is."""
+    return value.value if isinstance(value, enum.Enum) else value

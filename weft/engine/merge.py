@@ -1,0 +1,143 @@
+"""Merge: every sum of terms becomes one, dense or on the base's own grid; what that loses is reported by site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weft.engine.run import Change
+from weft.error import ConflictError, OptionError, WeftError, raise_all
+from weft.expr import Dense, Expr, Product, Promises, Quantized, Sum, stack, terms_of
+from weft.linalg.grids import Fitted, grouped, nearest, search
+from weft.linalg.sparse import compact
+from weft.model import expressions, match, places, set_expressions
+
+To = Literal["dense", "grid"]
+
+
+@dataclass(frozen=True)
+class Merged(Change):
+    """What merging did to one site. `error` is relative to the value before: ||after - before||_F / ||before||_F."""
+
+    lost: tuple[str, ...] = ()
+    """The base term's promises that the result does not keep."""
+
+
+def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> list[Merged]:
+    """Fold all terms of every sum that `at` matches into one, in place; it cannot be undone. Sites of one term stay.
+
+    Errors, before anything changes: OptionError for another `to`; ConflictError naming every site without a grid.
+    """
+    if to not in ("dense", "grid"):
+        raise OptionError(
+            "merge goes to dense or to the grid", where="to", got=to, want="dense or grid", fix="choose one of these"
+        )
+    held = {n: e for n, e in expressions(model).items() if n in match(model, at) and isinstance(e, Sum | Product)}
+    if to == "grid":
+        raise_all([p for n, e in held.items() if (p := _refusal(n, e))])
+    made: list[Merged] = []
+    for name, before in held.items():
+        after = regrid(before) if to == "grid" else densify(before, places(model)[name].dtype)
+        made.append(_record(name, before, after))
+        set_expressions(model, {name: after})
+    return made
+
+
+def densify(expr: Expr, dtype: torch.dtype) -> Dense:
+    """The value as one plain matrix."""
+    return Dense(torch.cat([part.dense().detach().to(dtype) for part in expr.slices()]))
+
+
+def regrid(expr: Expr) -> Expr:
+    """The value on the base term's grid, with its group and zero pattern: one rounding. A value on the grid stays.
+
+    Each group keeps its scale and zero point or takes newly fitted ones, whichever errs less.
+    Errors: ConflictError without a grid.
+    """
+    if problem := _refusal("expression", expr):
+        raise problem
+    return stack([_onto(terms_of(part)["base"], part.dense().detach().float()) for part in expr.slices()])
+
+
+def _refusal(name: str, expr: Expr) -> WeftError | None:
+    base = terms_of(expr).get("base", expr)
+    if _grid_of(base) is not None:
+        return None
+    return ConflictError(
+        "this weight cannot be merged onto a grid",
+        where=name,
+        got=base.describe(),
+        want="a quantized base term",
+        fix="merge it to dense, or quantize it first",
+    )
+
+
+def _grid_of(base: Expr) -> Quantized | None:
+    """The quantized leaf of a base term: itself, or what a sparse one keeps."""
+    kept = getattr(base, "kept", None)
+    return _grid_of(kept) if isinstance(kept, Expr) else base if isinstance(base, Quantized) else None
+
+
+def _onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
+    kept, mask = getattr(base, "kept", None), base.mask()
+    if isinstance(kept, Expr) and mask is not None:
+        return base.rebuild(kept=_onto(kept, compact(value, mask)))
+    assert isinstance(base, Quantized)  # _refusal has seen to it
+    fit = _fit(base, value)
+    return Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group)
+
+
+def _fit(base: Quantized, value: Float[Tensor, "m n"]) -> Fitted:
+    """For every group the grid it has or the best new one, whichever is nearer to the value."""
+    zeros = base.zeros()
+    held = Fitted(base.grid, base.group, base.scales(), zeros.to(torch.uint8) if isinstance(zeros, Tensor) else None)
+    made = search(value, torch.ones_like(value[:1]), base.grid, base.group, base.symmetric)
+    stays = _miss(value, held) <= _miss(value, made)
+
+    def choose(read: Callable[[Fitted], Tensor]) -> Tensor:
+        return torch.where(stays, read(held), read(made))
+
+    return Fitted(
+        held.name,
+        held.group,
+        choose(lambda f: f.scales),
+        None if base.symmetric else choose(lambda f: f.zero()).to(torch.uint8),
+    )
+
+
+def _miss(value: Float[Tensor, "m n"], fit: Fitted) -> Float[Tensor, "m g"]:
+    """The squared rounding error of each group."""
+    rounded = Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group).dense()
+    return grouped(rounded - value, fit.group).square().sum(-1)
+
+
+def _record(name: str, before: Expr, after: Expr) -> Merged:
+    gap, size = 0.0, 0.0
+    for old, new in zip(before.slices(), after.slices(), strict=True):
+        value = old.dense().detach().double()
+        gap += float((new.dense().double() - value).square().sum())
+        size += float(value.square().sum())
+    kept, had = after.promises(), terms_of(before).get("base", before).promises()
+    return Merged(
+        name, before.describe(), after.describe(), after.nbytes(), (gap / max(size, 1e-300)) ** 0.5, _lost(had, kept)
+    )
+
+
+def _lost(had: Promises, kept: Promises) -> tuple[str, ...]:
+    words = {
+        "zeros": "zeros",
+        "nm": f"{':'.join(map(str, had.nm or ()))} pattern",
+        "rank": f"rank {had.rank}",
+        "levels": f"{had.levels} levels",
+    }
+    return tuple(
+        text for field, text in words.items() if getattr(had, field) and getattr(kept, field) != getattr(had, field)
+    )
+
+
+__all__ = ["Merged", "densify", "merge", "regrid"]

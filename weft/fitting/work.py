@@ -1,0 +1,280 @@
+"""The steps that `weft fit` is made of, each cached by content: evidence, candidates, choice, building, tuning, scoring."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weft.engine import get
+from weft.engine.run import Chain, Step, apply, chain_key, code_version, propagate
+from weft.expr import tensors
+from weft.fitting import budget as budgets
+from weft.fitting.candidates import BITS, GROUPS, Table, chains, table, uniform_chains
+from weft.fitting.data import Data, batches, resolve, score
+from weft.fitting.search import Bench, Choice, Search
+from weft.lab.distance import Distance
+from weft.lab.metrics import Scores
+from weft.learn.data import Example, Pair, Text
+from weft.learn.train import train
+from weft.model import expressions, fingerprint, fork, match
+from weft.progress import Progress
+from weft.stats import Stats, collect, objective
+from weft.store import load, nbytes
+from weft.store.cache import Cache, key
+
+ARMS = ("fit", "uniform rtn", "uniform gptq")
+RANKS = (16, 8, 4, 2, 1)
+ADAPTER_SHARE = 0.05
+"""The adapter gets at most this share of the budget: the largest rank that fits."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work fit does."""
+
+    seeds: int = 3
+    tokens: int = 16384
+    """Calibration tokens."""
+    select_tokens: int = 8192
+    """Tokens that choices are measured on."""
+    length: int = 256
+    bits: tuple[int, ...] = BITS
+    groups: tuple[int, ...] = GROUPS
+    """Widths and columns per scale of the roundings that are tried; fewer are faster on a large model."""
+    tries: int = 3
+    """How many of the best predicted uniform choices are measured."""
+    tune_steps: int = 100
+    tune_batch: int = 8
+    lr: float = 5e-3
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """One seed, short tuning: a first look within minutes."""
+        return cls(seeds=1, tokens=8192, select_tokens=4096, tries=2, tune_steps=20, tune_batch=4, lr=1e-2)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One arm's compressed model: what each site becomes, and how far that is from the original."""
+
+    arm: str
+    label: str
+    chains: dict[str, Chain]
+    nbytes: int
+    predicted: float
+    measured: float
+
+
+@dataclass
+class Run:
+    """What all budgets and arms share for one seed."""
+
+    seed: int
+    data: Data
+    stats: Stats
+    calibration: list[dict[str, Tensor]]
+    distance: Distance
+    test: Distance
+    search: Search
+    bench: Bench
+    notes: dict[tuple[str, str], None] = field(default_factory=dict[tuple[str, str], None])
+
+    @property
+    def table(self) -> Table:
+        """The candidates of every site."""
+        return self.search.table
+
+
+class Work:
+    """One model and one data set: everything `fit` does, shared by its budgets, arms and seeds."""
+
+    def __init__(self, source: str, data: str | None, settings: Settings, cache: Cache, progress: Progress) -> None:
+        from transformers import AutoTokenizer
+
+        self.data, self.settings, self.cache, self.progress = data, settings, cache, progress
+        self.plain = load(source)
+        self.folder = self.plain.__dict__["_weft_source"]
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        self.goal = objective(self.plain)
+        self.size = budgets.size(self.plain)
+        self.bytes = nbytes(self.plain)
+        self.print = fingerprint(self.plain)
+        self.steps: list[dict[str, Any]] = []
+        self.runs: dict[int, Run] = {}
+
+    @contextmanager
+    def step(self, name: str, detail: str) -> Iterator[None]:
+        """Record a step's time, the peak memory so far, and whether its results were in the cache."""
+        start, hits, misses = time.monotonic(), self.cache.hits, self.cache.misses
+        yield
+        hit, missed = self.cache.hits > hits, self.cache.misses > misses
+        self.steps.append(
+            {
+                "name": name,
+                "seconds": round(time.monotonic() - start, 2),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                "cache": "part" if hit and missed else "hit" if hit else "miss",
+                "detail": detail,
+            }
+        )
+
+    def run(self, seed: int) -> Run:
+        """Evidence, candidates and what choices are measured on, for one seed; made once."""
+        if seed in self.runs:
+            return self.runs[seed]
+        s, data = self.settings, resolve(self.data, embeds=self.goal.embeds, seed=seed)
+        calibration = self._batches(data.calibration, s.tokens)
+        with self.step("evidence", f"seed {seed}, {s.tokens} tokens"):
+            stats = collect(self.plain, calibration, self.cache.folder / "evidence", seed=seed, progress=self.progress)
+        wanted = chains(s.bits, s.groups)
+        with self.step("candidates", f"seed {seed}, {len(wanted)} candidates for each of {len(expressions(self.plain))} sites"):
+            made = table(self.plain, wanted, stats, self.cache, seed=seed, progress=self.progress)
+        print_ = key(self.print, data.fingerprint(), s.length)
+        distance, test = (
+            Distance(self.plain, self._batches(part, tokens), self.goal, self.cache, key(print_, which, tokens))
+            for which, part, tokens in (("select", data.select, s.select_tokens), ("test", data.test, 2 * s.select_tokens))
+        )
+        bench = Bench(fork(self.plain), made, stats, distance, seed)
+        about = (stats.folder.name, print_, s.select_tokens, code_version(), seed)
+        search = Search(made, self._fixed(), lambda c: self.cache.json("measured", key(about, self._chains(made, c)), lambda: bench(c)))
+        self.runs[seed] = Run(seed, data, stats, calibration, distance, test, search, bench)
+        return self.runs[seed]
+
+    def _batches(self, examples: Sequence[Example], tokens: int) -> list[dict[str, Tensor]]:
+        return batches(examples, self.tokenizer, embeds=self.goal.embeds, length=self.settings.length, tokens=tokens)
+
+    def _fixed(self) -> int:
+        """Bytes of what is never compressed: norms and biases."""
+        return self.bytes - sum(e.nbytes() for e in expressions(self.plain).values())
+
+    @staticmethod
+    def _chains(made: Table, choice: Choice) -> dict[str, str]:
+        return {s: chain_key(made.chains[c]) for s, c in zip(made.sites, choice, strict=True)}
+
+    def rank(self, limit: int) -> int:
+        """Rank of the adapter within a budget; 0 where even rank 1 takes more than its share."""
+        return next((r for r in RANKS if self.adapter_bytes(r) <= ADAPTER_SHARE * limit), 0)
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Bytes of an adapter of that rank on every linear layer, as it is saved (bfloat16)."""
+        exprs = expressions(self.plain)
+        return sum(2 * rank * sum(exprs[n].shape) for n in match(self.plain, "all-linear"))
+
+    def arms(self, run: Run, limit: int) -> dict[str, Build]:
+        """The three arms within the limit. Fit is the best of all that was built, on the data that choices are made by.
+
+        Errors: ConflictError if no uniform choice fits.
+        """
+        search, s = run.search, self.settings
+        with self.step("choose", f"seed {run.seed}, {limit} bytes"):
+            uniform = {f"uniform {m}": search.uniform(uniform_chains(m, s.bits, s.groups), limit, s.tries) for m in ("rtn", "gptq")}
+        made = {arm: self._build(run, arm, m.choice) for arm, m in uniform.items()} | {"mixed": self.mixed(run, limit)}
+        best = min(made.values(), key=lambda b: b.measured)
+        return {arm: made.get(arm, replace(best, arm="fit")) for arm in ARMS}
+
+    def mixed(self, run: Run, limit: int) -> Build:
+        """The best mixed choice within the limit, built. Errors: ConflictError with the least bytes that would do."""
+        search = run.search
+        with self.step("choose", f"seed {run.seed}, {limit} bytes, mixed"):
+            if not search.factor:
+                search.factor = self._factors(run, search.mixed(limit))
+            choice = search.measure("mixed", search.mixed(limit)).choice
+        return self._build(run, "fit", choice)
+
+    def least(self, run: Run) -> int:
+        """Bytes of the smallest model that the candidates reach."""
+        made = run.table
+        return self._fixed() + int(np.where(np.isfinite(made.loss), made.nbytes, np.iinfo(np.int64).max).min(1).sum())
+
+    def _factors(self, run: Run, choice: Choice) -> dict[str, float]:
+        """What each role measures alone over what was predicted of it, at this choice."""
+        about = key("roles", run.stats.folder.name, run.data.fingerprint(), self.settings.select_tokens, code_version(), self._chains(run.table, choice))
+        return self.cache.json("measured", about, lambda: run.search.factors(choice, run.bench.alone))
+
+    def _build(self, run: Run, arm: str, choice: Choice) -> Build:
+        chosen = {s: run.table.chains[c] for s, c in zip(run.table.sites, choice, strict=True)}
+        model = self.model(run, chosen)
+        about = key("distance", self.about(run, chosen), run.data.fingerprint(), self.settings.select_tokens)
+        after = self.cache.json("measured", about, lambda: run.distance(model))
+        return Build(arm, run.search.label(choice), chosen, nbytes(model), run.search.predicted(choice), after)
+
+    def about(self, run: Run, chosen: Mapping[str, Chain]) -> str:
+        """What a built model depends on."""
+        return key(run.stats.folder.name, run.seed, code_version(), {s: chain_key(c) for s, c in chosen.items()})
+
+    def model(self, run: Run, chosen: Mapping[str, Chain]) -> nn.Module:
+        """The model with every site rewritten by its chain, block by block behind its own errors."""
+        model = fork(self.plain)
+        journal = self.cache.path("built", self.about(run, chosen))
+        with self.step("build", f"seed {run.seed}"):
+            notes = propagate(model, chosen, run.stats, run.calibration, seed=run.seed, journal=journal, progress=self.progress)
+        run.notes |= dict.fromkeys(notes)
+        return model
+
+    def tune(self, run: Run, build: Build | None, rank: int) -> tuple[nn.Module, list[tuple[int, float]], str]:
+        """The build (None: the original) with an adapter on every linear layer, tuned; its losses by step; its address."""
+        model = self.model(run, build.chains) if build else fork(self.plain)
+        before = self.about(run, build.chains) if build else self.print
+        apply(model, (Step.of("lora", rank=rank),), at="all-linear", seed=run.seed)
+        s = self.settings
+        name = key("tuned", before, run.data.fingerprint(), rank, s.tune_steps, s.tune_batch, s.length, s.lr, run.seed, get("lora").fingerprint(), code_version("learn"))
+
+        def learn() -> dict[str, Tensor]:
+            work = self.cache.path("tuning", name)
+            made = train(
+                model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=s.tune_batch, length=s.length, lr=s.lr,
+                seed=run.seed, out=work, save_every=max(10, s.tune_steps // 4), progress=self.progress,
+            )  # fmt: skip
+            held = {f"{n}:{p}": t.detach().to(torch.bfloat16) for n, e in expressions(model).items() for p, t in tensors(e).items() if t.requires_grad}
+            return {**held, "losses": torch.tensor(made.losses, dtype=torch.float64).view(-1, 2)}
+
+        with self.step("tune", f"{build.arm if build else 'original'}, seed {run.seed}, {s.tune_steps} steps, rank {rank}"):
+            held = self.cache.tensors("tuned", name, learn)
+        shutil.rmtree(self.cache.path("tuning", name), ignore_errors=True)
+        _adopt(model, held)
+        return model, [(int(a), float(b)) for a, b in held["losses"].tolist()], name
+
+    def score(self, run: Run, model: nn.Module, name: str, part: str = "test") -> Scores:
+        """Scores and weights by document of the test data, or of the data that choices are made by."""
+        s = self.settings
+        examples, distance = (run.data.test, run.test) if part == "test" else (_head(run.data.select, 4 * s.select_tokens), run.distance)
+        about = key("score", name, part, run.data.fingerprint(), s.select_tokens, s.length, code_version("lab"))
+
+        def measure() -> dict[str, Tensor]:
+            value, weight = score(model, self.tokenizer, run.data, examples, distance)
+            return {"value": torch.tensor(value), "weight": torch.tensor(weight)}
+
+        with self.step("score", f"{part}, seed {run.seed}"):
+            held = self.cache.tensors("scores", about, measure)
+        return held["value"].numpy(), held["weight"].numpy()
+
+
+def _head(examples: Sequence[Example], nbytes: int) -> list[Example]:
+    """The first examples, of about `nbytes` bytes together; all pairs, whose ranks depend on each other."""
+    made: list[Example] = []
+    used = 0
+    for e in examples:
+        if used >= nbytes and not isinstance(e, Pair):
+            break
+        made.append(e)
+        used += len(e.text) if isinstance(e, Text) else 400
+    return made
+
+
+def _adopt(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    """Put trained tensors back, frozen."""
+    for name, expr in expressions(model).items():
+        for path, t in tensors(expr).items():
+            if f"{name}:{path}" in held:
+                t.data = held[f"{name}:{path}"].clone()
+    model.requires_grad_(False)

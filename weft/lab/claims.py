@@ -1,0 +1,233 @@
+"""What the claim of a paper is tried on (the lab), and what comes out: numbers, intervals, a verdict a lab model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from weft.engine import get
+from weft.engine.run import Chain, Step, code_version
+from weft.error import OptionError, ResourceError
+from weft.lab import models
+from weft.lab.bootstrap import Interval, interval
+from weft.lab.trial import Arm, Subject, Trial
+from weft.lab.tuning import gained, untouched
+from weft.store.cache import Cache, default
+
+Steps = Sequence[tuple[str, Mapping[str, Any]]]
+"""Methods with their options, one after another."""
+Verdict = Literal["reproduced", "no detectable difference", "contradicted"]
+Run = Callable[[Trial], Arm]
+SEEDS = 3
+"""A claim is tried on at least this many."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one lab model says: mean scores of the arms, and on which side of the claim their paired difference lies."""
+
+    model: str
+    fingerprint: str
+    metric: str
+    unit: str
+    units: int
+    """Documents, windows or texts a seed."""
+    ours: float
+    baseline: float
+    floor: float | None
+    difference: Interval
+    """ours - factor x baseline."""
+    above_floor: Interval | None
+    """ours - floor, where there is one."""
+    verdict: Verdict
+    seconds: float
+    """Work of all seeds and arms, shared ones included."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number; intervals with the smallest effect that would have shown."""
+        made = asdict(self)
+        made["difference"] = self.difference.as_json()
+        made["above_floor"] = self.above_floor.as_json() if self.above_floor is not None else None
+        return made
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that was tried: its arms, the findings on every lab model, and the verdict."""
+
+    verdict: Verdict
+    rule: str
+    """What holds if the claim does."""
+    arms: dict[str, str]
+    methods: dict[str, str]
+    """Every method that took part, and its fingerprint."""
+    seeds: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def models(self) -> list[str]:
+        """The lab models it was tried on, the leading one first."""
+        return [f.model for f in self.findings]
+
+    @property
+    def seconds(self) -> float:
+        """Work on all models."""
+        return sum(f.seconds for f in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, keys in a fixed order."""
+        return {
+            "verdict": self.verdict,
+            "rule": self.rule,
+            "arms": self.arms,
+            "seeds": self.seeds,
+            "models": [f.as_json() for f in self.findings],
+            "seconds": round(self.seconds, 1),
+            "methods": dict(sorted(self.methods.items())),
+        }
+
+
+class Lab:
+    """Where claims are tried: lab models, their texts and a cache, so that what two claims share is computed once."""
+
+    def __init__(
+        self, subjects: Sequence[Subject] | None = None, *, cache: Cache | None = None, seeds: int = SEEDS
+    ) -> None:
+        """`subjects`: the lab models, those that are installed if not given. Errors: OptionError for too few seeds."""
+        if seeds < SEEDS:
+            raise OptionError("too few seeds", where="seeds", got=seeds, want=f"at least {SEEDS}", fix="use more seeds")
+        held = cache or Cache(default())
+        code = code_version("lab", "learn")
+        here = subjects if subjects is not None else installed()
+        self.trials = {s.name: [Trial(s, seed, held, code) for seed in range(seeds)] for s in here}
+
+    def only(self, model: str) -> Lab:
+        """The same lab with one of its models."""
+        made = copy(self)
+        made.trials = {model: self.trials[model]}
+        return made
+
+    def compare(self, *, ours: Steps, baseline: Steps, floor: Steps | None = None, factor: float = 1.0) -> Claim:
+        """Holds if `ours` is less than `factor` times as far from the original as `baseline`, and nearer than `floor`.
+
+        Each chain rewrites every Linear but the output head, from dense evidence; distances are on held-out texts.
+        """
+        given = {"ours": ours, "baseline": baseline} | ({"floor": floor} if floor is not None else {})
+        chains = {arm: _chain(steps) for arm, steps in given.items()}
+        runs = {arm: partial(Trial.rewritten, chain=c) for arm, c in chains.items()}
+        arms = {arm: _describe(c) for arm, c in chains.items()}
+        methods = [s.method for c in chains.values() for s in c]
+        return self._judge(runs, arms, methods, factor, "less")
+
+    def allocate(self, *, ours: str, baseline: str, share: float, baseline_share: float | None = None) -> Claim:
+        """Holds if search `ours`, within `share` of the bfloat16 bytes, leaves the model closer than `baseline` does.
+
+        Both choose among roundings to 2 to 8 bits by predicted loss. `baseline_share`: another budget for the baseline.
+        """
+        given = {"ours": (ours, share), "baseline": (baseline, baseline_share or share)}
+        runs = {arm: partial(Trial.allocated, search=name, share=b) for arm, (name, b) in given.items()}
+        arms = {arm: f"{name} within {b:.0%} of bfloat16" for arm, (name, b) in given.items()}
+        return self._judge(runs, arms, [ours, baseline, "rtn"], 1.0, "less")
+
+    def tune(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], share: float) -> Claim:
+        """Holds if LoRA with options `ours` gains, on another domain, at least `share` of what `baseline` gains.
+
+        The gain is the untuned score minus the tuned one on test documents; it has to be one. Both arms take the same
+        steps and choose from the same learning rates.
+        """
+        chains = {"ours": _chain([("lora", ours)]), "baseline": _chain([("lora", baseline)])}
+        runs: dict[str, Run] = {arm: partial(gained, chain=c) for arm, c in chains.items()}
+        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
+        return self._judge({**runs, "floor": untouched}, arms, ["lora"], share, "more")
+
+    def _judge(
+        self,
+        runs: Mapping[str, Run],
+        arms: dict[str, str],
+        methods: Sequence[str],
+        factor: float,
+        side: Literal["less", "more"],
+    ) -> Claim:
+        found: list[Finding] = []
+        for trials in self.trials.values():
+            made = {arm: [run(t) for t in trials] for arm, run in runs.items()}
+            found.append(_finding(trials[0], made, factor, side))
+        rule = f"ours {'<' if side == 'less' else '>='} {'' if factor == 1 else f'{factor:g} x '}baseline"
+        if "floor" in runs:
+            rule += f" and ours {'<' if side == 'less' else '>'} floor"
+        used = {n: get(n).fingerprint() for n in methods}
+        seeds = len(next(iter(self.trials.values())))
+        return Claim(_overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
+
+
+def installed() -> list[Subject]:
+    """The lab models that are here, the leading one first. Without minilm's package that is ref-lm alone."""
+    here: list[Subject] = []
+    for name, distance_task, tuning_task in (("minilm", "docstrings", "docstrings"), ("ref-lm", "python", "cpp")):
+        try:
+            folder = models.resolve(name)
+        except ResourceError:
+            continue
+        here.append(Subject.load(name, Path(folder), distance_task, tuning_task))
+    return here
+
+
+def _finding(trial: Trial, arms: Mapping[str, Sequence[Arm]], factor: float, side: Literal["less", "more"]) -> Finding:
+    """Numbers of one model's arms over its seeds."""
+    values = {arm: np.stack([a.values for a in seeds]) for arm, seeds in arms.items()}
+    weights = np.stack([a.weights for a in arms["ours"]])
+    difference = interval(values["ours"] - factor * values["baseline"], weights)
+    floor = interval(values["ours"] - values["floor"], weights) if "floor" in values else None
+    metric, unit = arms["ours"][0].metric
+    return Finding(
+        model=trial.subject.name,
+        fingerprint=trial.subject.fingerprint,
+        metric=metric,
+        unit=unit,
+        units=weights.shape[1],
+        ours=_mean(values["ours"], weights),
+        baseline=_mean(values["baseline"], weights),
+        floor=_mean(values["floor"], weights) if floor is not None else None,
+        difference=difference,
+        above_floor=floor,
+        verdict=_verdict([difference, floor] if floor is not None else [difference], side),
+        seconds=round(sum(a.seconds for seeds in arms.values() for a in seeds), 1),
+    )
+
+
+def _verdict(differences: Sequence[Interval], side: Literal["less", "more"]) -> Verdict:
+    """Reproduced: every interval on the claim's side of zero. Contradicted: one of them on the other side."""
+    spans = [(d.low, d.high) if side == "less" else (-d.high, -d.low) for d in differences]
+    if all(high < 0 for _, high in spans):
+        return "reproduced"
+    return "contradicted" if any(low > 0 for low, _ in spans) else "no detectable difference"
+
+
+def _overall(verdicts: Sequence[Verdict]) -> Verdict:
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "reproduced" if set(verdicts) == {"reproduced"} else "no detectable difference"
+
+
+def _mean(values: Float[np.ndarray, "s k"], weights: Float[np.ndarray, "s k"]) -> float:
+    return float((values * _shares(weights)).sum())
+
+
+def _shares(weights: Float[np.ndarray, "s k"]) -> Float[np.ndarray, "s k"]:
+    """Weights that sum to one."""
+    return weights / max(float(weights.sum()), 1e-300)
+
+
+def _chain(steps: Steps) -> Chain:
+    return tuple(Step.of(name, **options) for name, options in steps)
+
+
+def _describe(chain: Chain) -> str:
+    return " then ".join(s.describe() for s in chain)

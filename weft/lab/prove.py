@@ -1,0 +1,84 @@
+"""Try the claims of methods on the lab models and keep what came out, whatever it is, in a folder of proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from weft.engine import Method, get
+from weft.engine import names as method_names
+from weft.error import OptionError
+from weft.lab.claims import SEEDS, Claim, Lab
+from weft.lab.realism import card
+from weft.lab.trial import Subject
+from weft.progress import Progress, Silent
+from weft.store.cache import Cache
+from weft.store.files import read_json, write_json
+
+PROOFS = Path("proofs")
+REALISM = "realism.json"
+
+
+def prove(
+    names: Sequence[str],
+    *,
+    folder: Path = PROOFS,
+    seeds: int = SEEDS,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+    subjects: Sequence[Subject] | None = None,
+) -> list[Claim]:
+    """Try these methods' claims; write `folder`/NAME.json for each, and the lab models' realism cards.
+
+    Files depend on the code and the lab models alone, but for the seconds. A killed run resumes from the cache.
+    Errors: OptionError for methods without a claim, and for fewer than three seeds.
+    """
+    methods = _claimed(names)
+    lab = Lab(subjects, cache=cache, seeds=seeds)
+    write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
+    made: list[Claim] = []
+    with (progress or Silent()).bar("prove", len(methods)) as step:
+        for m in methods:
+            claim = _proof(m)(lab)
+            head = {"method": m.name, "claim": m.claims, "paper": m.paper, "fingerprint": m.fingerprint()}
+            write_json(folder / f"{m.name}.json", head | claim.as_json())
+            made.append(claim)
+            step(1)
+    return made
+
+
+def stale(folder: Path = PROOFS) -> list[str]:
+    """Methods with no proof, or whose file, or a file of a method that took part in the proof, has changed since.
+
+    Errors: OptionError for methods without a claim; FormatError for a proof that is not JSON.
+    """
+    return [m.name for m in _claimed(method_names()) if not _fresh(m, folder / f"{m.name}.json")]
+
+
+def _fresh(m: Method, path: Path) -> bool:
+    if not path.exists():
+        return False
+    held = read_json(path)
+    known = set(method_names())
+    used = held["methods"].items()
+    same = all(n in known and get(n).fingerprint() == f for n, f in used)
+    return same and held["fingerprint"] == m.fingerprint() and held["claim"] == m.claims
+
+
+def _claimed(names: Sequence[str]) -> list[Method]:
+    methods = [get(n) for n in names]
+    bare = [m.name for m in methods if m.proof is None]
+    if bare:
+        raise OptionError(
+            "every method has a claim that can be tried",
+            where=", ".join(bare),
+            got="no claim",
+            want="a function (lab) -> Claim under @NAME.claim",
+            fix="add one to the method's file",
+        )
+    return methods
+
+
+def _proof(m: Method) -> Any:
+    return m.proof

@@ -1,0 +1,225 @@
+"""One lab model with one seed's texts: what an arm of a claim does to it, and what it then scores, unit by unit."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weft.engine import get
+from weft.engine.run import Chain, Step, apply, chain_key, group_of, run
+from weft.error import NumericError
+from weft.lab import metrics, tasks
+from weft.lab.distance import Distance, padded, windows
+from weft.learn.data import Example, Pair, Text
+from weft.model import expressions, fork, match
+from weft.model import fingerprint as model_fingerprint
+from weft.stats import Stats, collect, objective
+from weft.store.cache import Cache, key
+from weft.store.load import load
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Scores of one arm on one model and seed: a value and a weight for every unit."""
+
+    values: Float[np.ndarray, " k"]
+    weights: Float[np.ndarray, " k"]
+    seconds: float
+    metric: tuple[str, str]
+    """Name and unit."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A lab model and the texts it is tried on."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    distance_task: str
+    tuning_task: str
+    calibration: int = 8192
+    """Tokens of evidence a seed."""
+    units: int = 96
+    """Held-out texts of an embedding model a seed; of a language model a quarter as many windows of `length` tokens."""
+    length: int = 256
+
+    @classmethod
+    def load(cls, name: str, folder: Path, distance_task: str, tuning_task: str) -> Subject:
+        """A woven model and its tokenizer from a folder."""
+        from transformers import AutoTokenizer
+
+        return cls(name, load(folder), AutoTokenizer.from_pretrained(folder), distance_task, tuning_task)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's values."""
+        return model_fingerprint(self.model)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes embeddings."""
+        return objective(self.model).embeds
+
+
+class Trial:
+    """One lab model, one seed. Another seed: other texts to calibrate and to measure on, another order to tune in."""
+
+    def __init__(self, subject: Subject, seed: int, store: Cache, code: str) -> None:
+        self.subject, self.seed, self.store, self.code = subject, seed, store, code
+        self.goal = objective(subject.model)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Calibration batches."""
+        s = self.subject
+        cut = padded if s.embeds else windows
+        held = texts(task_of(s.distance_task, self.seed).calibration)
+        return cut(held, s.tokenizer, length=s.length, tokens=s.calibration)
+
+    @cached_property
+    def held_out(self) -> list[dict[str, Tensor]]:
+        """Batches to measure distances on: other texts for another seed, as long as there are some."""
+        s = self.subject
+        held = texts(task_of(s.distance_task, 0).test)
+        if s.embeds:
+            mine = np.roll(np.arange(len(held)), -self.seed * s.units)[: s.units]
+            return padded([held[i] for i in mine], s.tokenizer, length=s.length, tokens=1 << 60)
+        rows = torch.cat([b["input_ids"] for b in windows(held, s.tokenizer, length=s.length, tokens=1 << 60)])
+        count = max(1, s.units // 4)
+        return [{"input_ids": r} for r in rows.roll(-self.seed * count, 0)[:count].split(8)]
+
+    @cached_property
+    def stats(self) -> Stats:
+        """Evidence from the calibration batches."""
+        return collect(self.subject.model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """Every Linear but the output head and those that no output depends on."""
+        names = match(self.subject.model, "all-linear")
+        held = self.stats.evidence(names)
+        return [n for n in names if any(float(e.weight.sum()) > 0 for e in held[n])]
+
+    @cached_property
+    def data(self) -> str:
+        """Hash of the token ids that distances and evidence depend on."""
+        word = hashlib.blake2b(digest_size=16)
+        for batch in (*self.batches, *self.held_out):
+            ids = batch["input_ids"].contiguous()
+            word.update(str(list(ids.shape)).encode() + ids.numpy().tobytes())
+        return word.hexdigest()
+
+    @cached_property
+    def distance(self) -> Distance:
+        """Distance to the original on the held-out batches."""
+        name = key("lab", self.subject.fingerprint, self.data, self.code)
+        return Distance(self.subject.model, self.held_out, self.goal, self.store, name)
+
+    def rewritten(self, chain: Chain) -> Arm:
+        """Distances after every site was rewritten by this chain, from dense evidence."""
+        return self._distances([chain_key(chain)], lambda: {chain: self.sites})
+
+    def allocated(self, search: str, share: float) -> Arm:
+        """Distances after every site became the rounding that the search chose within `share` of bfloat16 bytes."""
+        chains = roundings()
+
+        def chosen() -> dict[Chain, list[str]]:
+            cost, error = self.table
+            shapes = expressions(self.subject.model)
+            budget = int(share * sum(2 * shapes[n].shape[0] * shapes[n].shape[1] for n in self.sites))
+            made: dict[Chain, list[str]] = {}
+            for name, c in zip(self.sites, get(search)(cost, error, budget).tolist(), strict=True):
+                made.setdefault(chains[c], []).append(name)
+            return made
+
+        return self._distances([search, get(search).fingerprint(), share, [chain_key(c) for c in chains]], chosen)
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Bytes and predicted loss [s c] of every site as every rounding; infinite loss where its groups do not fit."""
+        chains = roundings()
+
+        def solve() -> dict[str, Any]:
+            rows = [_options(self.subject.model, n, chains, self.stats, self.seed) for n in self.sites]
+            return {"cost": [[c for c, _ in r] for r in rows], "error": [[e for _, e in r] for r in rows]}
+
+        name = key("table", self.subject.fingerprint, self.code, self.data, self.seed, [chain_key(c) for c in chains])
+        held = self.store.json("lab-tables", name, solve)
+        error = [[torch.inf if e is None else e for e in row] for row in held["error"]]
+        return torch.tensor(held["cost"]), torch.tensor(error)
+
+    def _distances(self, what: Any, chosen: Callable[[], Mapping[Chain, Sequence[str]]]) -> Arm:
+        """Distances after these chains rewrote these sites of a fork."""
+
+        def make() -> metrics.Scores:
+            model = fork(self.subject.model)
+            for chain, names in chosen().items():
+                apply(model, chain, at=names, stats=self.stats, seed=self.seed)
+            return self.distance.documents(model)
+
+        return self.arm("distance", [self.data, what], make, (self.goal.name, self.goal.unit))
+
+    def arm(self, kind: str, what: Any, make: Callable[[], metrics.Scores], metric: tuple[str, str]) -> Arm:
+        """The scores from the cache or made now, with the seconds that took. Errors: NumericError."""
+
+        def timed() -> dict[str, Any]:
+            start = time.monotonic()
+            values, weights = make()
+            if not np.isfinite(values).all():
+                raise NumericError(
+                    "a score is not finite",
+                    where=f"{self.subject.name}, seed {self.seed}",
+                    got=f"{what}",
+                    want="finite scores",
+                    fix="mend the method that made them",
+                )
+            return {"values": values.tolist(), "weights": weights.tolist(), "seconds": time.monotonic() - start}
+
+        name = key(kind, self.subject.fingerprint, self.seed, self.code, what)
+        held = self.store.json("lab", name, timed)
+        return Arm(np.array(held["values"]), np.array(held["weights"]), held["seconds"], metric)
+
+
+def roundings() -> list[Chain]:
+    """What searches choose from: 2 to 8 bits in groups of several sizes, with a zero point up to 4 bits."""
+    return [(Step.of("rtn", bits=b, group=g, symmetric=b > 4),) for b in range(2, 9) for g in (0, 128, 64, 32)]
+
+
+def texts(examples: Sequence[Example]) -> list[str]:
+    """The texts of examples; both of a pair."""
+    made: list[str] = []
+    for e in examples:
+        made += [e.query, e.positive] if isinstance(e, Pair) else [e.text] if isinstance(e, Text) else []
+    return made
+
+
+def _options(
+    model: nn.Module, name: str, chains: Sequence[Chain], stats: Stats, seed: int
+) -> list[tuple[int, float | None]]:
+    """Bytes and predicted loss of a site as each of these; None where the groups are as wide as the row."""
+    group = group_of(model, [name], stats, seed=seed)
+    made: list[tuple[int, float | None]] = []
+    for chain in chains:
+        if int(dict(chain[0].options)["group"]) >= group.now.shape[1]:
+            made.append((0, None))
+        else:
+            (new,) = run(group, chain)
+            made.append((new.nbytes(), group.site.cost(new)))
+    return made
+
+
+@cache
+def task_of(name: str, seed: int) -> tasks.Task:
+    """The task, read once."""
+    return tasks.task(name, seed=seed)

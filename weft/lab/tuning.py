@@ -1,0 +1,94 @@
+"""The tuned arms of a claim: an adapter trained for a few steps on another domain, at the best of a few rates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from weft.engine.run import Chain, apply, chain_key
+from weft.lab import metrics, tasks
+from weft.lab.trial import Arm, Trial, task_of
+from weft.learn.data import Example, Pair, Text, fingerprint
+from weft.learn.train import train
+from weft.model import fork
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""Learning rates that every arm chooses from, on the select set."""
+STEPS = 40
+BATCH = 8
+TOKENS = 128
+"""Tokens of a training window."""
+PAGE = 2048
+"""Characters of a document that are trained and tested on."""
+SNIPPET = 256
+"""Characters of a pair's positive that are."""
+
+
+def gained(trial: Trial, chain: Chain) -> Arm:
+    """How much lower the test scores are after this adapter was trained on the tuning task."""
+    before, task = untuned(trial), _task(trial)
+
+    def make() -> metrics.Scores:
+        runs = [_tuned(trial, task, chain, rate) for rate in RATES]
+        best = int(np.argmin([score for score, _ in runs]))
+        values, weights = _score(trial, runs[best][1], task.test)
+        return before.values - values, weights
+
+    return trial.arm("gain", [chain_key(chain), *_recipe(task)], make, _metric(trial))
+
+
+def untouched(trial: Trial) -> Arm:
+    """The gain of doing nothing."""
+    before = untuned(trial)
+    return Arm(np.zeros_like(before.values), before.weights, before.seconds, before.metric)
+
+
+def untuned(trial: Trial) -> Arm:
+    """Test scores of the original."""
+    task = _task(trial)
+    return trial.arm("untuned", _recipe(task), lambda: _score(trial, trial.subject.model, task.test), _metric(trial))
+
+
+def _metric(trial: Trial) -> tuple[str, str]:
+    return ("gain in 1 - reciprocal rank", "") if trial.subject.embeds else ("gain in bits per byte", "bits/byte")
+
+
+def _task(trial: Trial) -> tasks.Task:
+    """The tuning task, its examples cut short."""
+    held = task_of(trial.subject.tuning_task, trial.seed)
+    return dataclasses.replace(held, train=_short(held.train), select=_short(held.select), test=_short(held.test))
+
+
+def _recipe(task: tasks.Task) -> list[Any]:
+    """What a tuned arm depends on besides its adapter."""
+    return [RATES, STEPS, BATCH, TOKENS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
+
+
+def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[float, nn.Module]:
+    """The select score after training at this rate (infinite if it diverged), and the model."""
+    model, tokenizer = fork(trial.subject.model), trial.subject.tokenizer
+    apply(model, chain, at="all-linear", seed=trial.seed)
+    train(model, task.train, tokenizer=tokenizer, steps=STEPS, batch=BATCH, length=TOKENS, lr=rate, seed=trial.seed)
+    values, weights = _score(trial, model.cpu(), task.select)
+    mean = float((values * weights).sum() / weights.sum())
+    return (mean if np.isfinite(mean) else np.inf), model
+
+
+def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
+    if trial.subject.embeds:
+        return metrics.retrieval(model, trial.subject.tokenizer, examples)
+    return metrics.bits_per_byte(model, trial.subject.tokenizer, metrics.texts_of(examples), length=256)
+
+
+def _short(examples: Sequence[Example]) -> list[Example]:
+    return [_cut(e) for e in examples]
+
+
+def _cut(e: Example) -> Example:
+    if isinstance(e, Pair):
+        return Pair(e.query, e.positive[:SNIPPET], e.name)
+    return Text(e.text[:PAGE], e.name) if isinstance(e, Text) else e

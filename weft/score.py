@@ -1,0 +1,86 @@
+"""Use a model: its tokenizer, its score on examples, and what it writes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from weft.error import ConflictError, PathError
+from weft.lab import metrics, tasks
+from weft.lab.bootstrap import interval
+from weft.learn.data import Example, Pair, Text, read
+from weft.stats import objective
+
+
+def tokenizer(model: nn.Module) -> Any:
+    """The tokenizer of the folder or hub id that the model came from. Errors: PathError."""
+    from transformers import AutoTokenizer
+
+    source = str(model.__dict__.get("_weft_source") or getattr(model.config, "_name_or_path", ""))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        where, fix = source or type(model).__name__, "copy them into the model's folder"
+        raise PathError(
+            "the model has no tokenizer", where=where, got=type(e).__name__, want="tokenizer files", fix=fix
+        ) from e
+
+
+def examples(source: str, part: Literal["train", "test"], seed: int = 0) -> list[Example]:
+    """That part of a lab task, or all examples of a file or folder. Errors: PathError, FormatError."""
+    return getattr(tasks.task(source, seed=seed), part) if source in tasks.names() else read(source)
+
+
+def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: int = 512) -> dict[str, Any]:
+    """The model's score on a lab task or a file of examples: the mean with its 95 % bootstrap interval over documents.
+
+    `limit` takes the first documents only. Lower is better for every metric. Errors: ConflictError for examples that do
+    not suit the model; PathError; FormatError.
+    """
+    found = examples(task, "test")[:limit]
+    first, words = found[0], tokenizer(model)
+    _suits(model, first, task)
+    if isinstance(first, Pair):
+        name, (values, weights) = "1 - mean reciprocal rank", metrics.retrieval(model, words, found)
+    elif isinstance(first, Text):
+        texts = metrics.texts_of(found)
+        name, (values, weights) = "bits per byte", metrics.bits_per_byte(model, words, texts, length=length)
+    else:
+        name = "bits per byte of the response"
+        values, weights = metrics.response_bits(model, words, found, length=length)
+    return {"task": task, "metric": name, "documents": len(found), **interval(values[None], weights[None]).as_json()}
+
+
+def _suits(model: nn.Module, first: Example, task: str) -> None:
+    """Refuse pairs for a language model, and anything else for an embedding model."""
+    embeds = objective(model).embeds
+    if isinstance(first, Pair) != embeds:
+        raise ConflictError(
+            "this model cannot be scored on these examples",
+            where=task,
+            got=f"{type(first).__name__} examples, a model of {'embeddings' if embeds else 'text'}",
+            want="pairs for an embedding model; text, responses or messages for a language model",
+            fix="use a task of the other kind",
+        )
+
+
+def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options: Any) -> str:
+    """What the model writes after the prompt, greedily unless `options` of transformers' `generate` say otherwise.
+
+    Errors: ConflictError for a model that generates no text.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ConflictError(
+            "this model generates no text",
+            where=type(model).__name__,
+            got="no language model head",
+            want="a causal language model",
+            fix="weft eval scores embedding models",
+        )
+    words = tokenizer(model)
+    inputs = words(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        ids = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False, **options})  # type: ignore[operator]
+    return words.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,134 @@
+"""Adapters as a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.error import ConflictError, WeftError, raise_all
+from weft.expr import Dense, Expr, LowRank, terms_of, total
+from weft.model import expressions, fork, places, set_expressions
+from weft.store.files import write_json, write_tensors
+from weft.store.save import save
+from weft.store.swap import staged
+
+
+def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = None, replace: bool = False) -> None:
+    """Write the adapter terms as one PEFT LoRA adapter whose value is theirs; several adapters become their sum.
+
+    PEFT adds the adapter to the pretrained weights. Where the model's own base is another (quantized, compensated),
+    `base` names a folder that it is written to, as an ordinary checkpoint without the adapters.
+    Errors: ConflictError, naming every site, for adapters that are no LoRA of a linear layer; for a changed base
+    without `base`; for a model without adapters; for folders that exist.
+    """
+    adapters = {n: a for n, e in expressions(model).items() if (a := _adapters(e))}
+    if not adapters:
+        raise ConflictError(
+            "there is no adapter to export",
+            where=type(model).__name__,
+            got="no adapter term",
+            want="one",
+            fix='weft.apply(model, "lora"), then train',
+        )
+    raise_all([p for n, terms in adapters.items() for p in _no_lora(model, n, terms)])
+    if base is None:
+        _same_base(model, out)
+    home = str(base if base is not None else _home(model))
+    factors = {places(model)[n].modules[0]: _factors(list(t.values())) for n, t in adapters.items()}
+    content = {
+        f"base_model.model.{p}.lora_{k}.weight": t for p, ba in factors.items() for k, t in zip("BA", ba, strict=True)
+    }
+    with staged(Path(out), replace=replace, manifest={"format": 1, "kind": "peft", "base": home}) as stage:
+        if base is not None:
+            save(without_adapters(model), base, replace=replace)
+        write_tensors(stage / "adapter_model.safetensors", content)
+        write_json(stage / "adapter_config.json", config(model, {p: a.shape[0] for p, (_, a) in factors.items()}, home))
+
+
+def _home(model: nn.Module) -> str:
+    """Where the pretrained weights are: the folder or hub id."""
+    known = model.__dict__.get("_weft_base") or {}
+    return known.get("path") or getattr(model.config, "_name_or_path", "")
+
+
+def config(model: nn.Module, ranks: dict[str, int], home: str) -> dict[str, Any]:
+    """adapter_config.json of an adapter of these ranks: alpha = r everywhere, so the factors are the value."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: r for path, r in ranks.items() if r != common}
+    causal = type(model).__name__.endswith("ForCausalLM")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": home,
+        "r": common,
+        "lora_alpha": common,
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """A second model with plain weights: today's values in the checkpoint's dtype, adapter terms left out."""
+    plain = fork(model)
+    for name, expr in expressions(plain).items():
+        rest = {r: t for r, t in terms_of(expr).items() if not r.startswith("adapter:")}
+        value = torch.cat([part.dense().detach().to(places(plain)[name].dtype) for part in total(rest).slices()])
+        set_expressions(plain, {name: Dense(value)})
+    return plain
+
+
+def _adapters(expr: Expr) -> dict[str, Expr]:
+    return {r: t for r, t in terms_of(expr).items() if r.startswith("adapter:")}
+
+
+def _no_lora(model: nn.Module, name: str, terms: dict[str, Expr]) -> list[WeftError]:
+    """Why these adapters of a site cannot be LoRA."""
+    place = places(model)[name]
+    reasons = [f"{role} is {t.describe()}" for role, t in terms.items() if not isinstance(t, LowRank)]
+    if place.kind != "linear" or len(place.modules) > 1:
+        reasons.append(f"the weight is {'tied' if len(place.modules) > 1 else 'an ' + place.kind}")
+    fix = 'merge it into the weights (weft.merge), or export with to="hf"'
+    return [
+        ConflictError(
+            "this adapter cannot be a PEFT LoRA", where=name, got=r, want="a LowRank term on one linear layer", fix=fix
+        )
+        for r in reasons
+    ]
+
+
+def _same_base(model: nn.Module, out: Path | str) -> None:
+    """Refuse a model whose base terms are not the pretrained weights."""
+    changed = [n for n, e in expressions(model).items() if not _unchanged(e, places(model)[n].original)]
+    if changed:
+        raise ConflictError(
+            "the adapter was made for other weights than the pretrained ones",
+            where=", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else ""),
+            got=f"{len(changed)} sites whose base was rewritten; PEFT would add the adapter to the pretrained weights",
+            want="a pretrained base, or a folder to write this base to",
+            fix=f'weft.export(model, {str(out)!r}, to="peft", base="FOLDER") writes this base to FOLDER',
+        )
+
+
+def _unchanged(expr: Expr, original: Any) -> bool:
+    rest = {r: t for r, t in terms_of(expr).items() if not r.startswith("adapter:")}
+    base = rest.get("base")
+    if list(rest) != ["base"] or not isinstance(base, Dense):
+        return False
+    was = original()
+    return base.w is was or (base.w.dtype == was.dtype and torch.equal(base.w, was))
+
+
+def _factors(terms: list[Expr]) -> tuple[Tensor, Tensor]:
+    """B [m r] and A [r n] of a sum of low-rank terms: their factors side by side."""
+    low = [t for t in terms if isinstance(t, LowRank)]
+    return torch.cat([t.b.detach() for t in low], 1), torch.cat([t.a.detach() for t in low])

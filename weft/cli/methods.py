@@ -15,6 +15,7 @@ import typer
 from weft.cli.commands import AsJson, CacheFolder, ModelName, Quiet, Replace, bars, load
 from weft.cli.guard import FALLBACKS, guarded, say
 from weft.cli.output import emit
+from weft.error import OptionError
 
 
 def command(name: str) -> Callable[..., None]:
@@ -25,7 +26,8 @@ def command(name: str) -> Callable[..., None]:
     own = {n: parameter(n, f) for n, f in method.options.model_fields.items()}
     shared = inspect.signature(_shared, eval_str=True).parameters
     if twice := set(own) & set(shared):
-        raise TypeError(f"{name}: an option has the name of one that every method has: {sorted(twice)}")
+        want, fix = "names of its own", "rename the method's option"
+        raise OptionError("an option is there twice", where=name, got=sorted(twice), want=want, fix=fix)
 
     def run(**given: Any) -> int | None:
         options = {n: plain(given.pop(n)) for n in own}
@@ -91,7 +93,7 @@ def rewrite(
 
 
 def parameter(name: str, field: Any) -> inspect.Parameter:
-    """The command-line option of one field of a method's options. Errors: TypeError for a type that has no option."""
+    """The command-line option of one field of a method's options. Errors: OptionError for a type that has none."""
     flag = f"--{name.replace('_', '-')}"
     kind = _option_type(field.annotation, name)
     flags = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
@@ -120,7 +122,8 @@ def _option_type(hint: Any, name: str) -> Any:
         return enum.Enum(name, {a: a for a in args}, type=str)
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         return _option_type(next(a for a in args if a is not type(None)), name) | None
-    raise TypeError(f"{name}: {hint} cannot be given on the command line")
+    want, fix = "bool, int, float, text or a choice of texts", "call weft.apply in Python"
+    raise OptionError("an option cannot be given on the command line", where=name, got=hint, want=want, fix=fix)
 
 
 def _chosen(kind: Any, default: Any) -> Any:

@@ -47,6 +47,8 @@ class Settings:
     """Calibration tokens."""
     select_tokens: int = 8192
     """Tokens that choices are measured on."""
+    test_tokens: int = 40960
+    """Tokens that the result is scored on, at about four bytes each."""
     length: int = 256
     bits: tuple[int, ...] = BITS
     groups: tuple[int, ...] = GROUPS
@@ -60,7 +62,7 @@ class Settings:
     @classmethod
     def quick(cls) -> Settings:
         """One seed, short tuning: a first look within minutes."""
-        return cls(seeds=1, tokens=8192, select_tokens=4096, tries=2, tune_steps=20, tune_batch=4, lr=1e-2)
+        return cls(seeds=1, tokens=8192, select_tokens=4096, test_tokens=12288, tries=2, tune_steps=24, tune_batch=2, lr=1e-2)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Run:
     calibration: list[dict[str, Tensor]]
     distance: Distance
     test: Distance
+    """On the test data, where the score is the distance."""
     search: Search
     bench: Bench
     notes: dict[tuple[str, str], None] = field(default_factory=dict[tuple[str, str], None])
@@ -140,10 +143,10 @@ class Work:
         with self.step("candidates", f"seed {seed}, {len(wanted)} candidates for each of {len(expressions(self.plain))} sites"):
             made = table(self.plain, wanted, stats, self.cache, seed=seed, progress=self.progress)
         print_ = key(self.print, data.fingerprint(), s.length)
-        distance, test = (
-            Distance(self.plain, self._batches(part, tokens), self.goal, self.cache, key(print_, which, tokens))
-            for which, part, tokens in (("select", data.select, s.select_tokens), ("test", data.test, 2 * s.select_tokens))
-        )
+        distance = Distance(self.plain, self._batches(data.select, s.select_tokens), self.goal, self.cache, key(print_, "select", s.select_tokens))
+        test = distance
+        if data.kind == "distance":
+            test = Distance(self.plain, self._batches(data.test, s.test_tokens), self.goal, self.cache, key(print_, "test", s.test_tokens))
         bench = Bench(fork(self.plain), made, stats, distance, seed)
         about = (stats.folder.name, print_, s.select_tokens, code_version(), seed)
         search = Search(made, self._fixed(), lambda c: self.cache.json("measured", key(about, self._chains(made, c)), lambda: bench(c)))
@@ -247,8 +250,9 @@ class Work:
     def score(self, run: Run, model: nn.Module, name: str, part: str = "test") -> Scores:
         """Scores and weights by document of the test data, or of the data that choices are made by."""
         s = self.settings
-        examples, distance = (run.data.test, run.test) if part == "test" else (_head(run.data.select, 4 * s.select_tokens), run.distance)
-        about = key("score", name, part, run.data.fingerprint(), s.select_tokens, s.length, code_version("lab"))
+        held, tokens, distance = (run.data.test, s.test_tokens, run.test) if part == "test" else (run.data.select, s.select_tokens, run.distance)
+        examples = _head(held, 4 * tokens)
+        about = key("score", name, part, run.data.fingerprint(), tokens, s.length, code_version("lab"))
 
         def measure() -> dict[str, Tensor]:
             value, weight = score(model, self.tokenizer, run.data, examples, distance)

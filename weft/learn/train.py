@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,13 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from weft.error import FormatError, OptionError
+from weft.error import FormatError, OptionError, WeftError
 from weft.learn.data import IGNORE, Encoded, Example, Pair, encode
 from weft.learn.objective import contrast, likelihood
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward
-from weft.store.files import read_tensors, write_tensors
+from weft.store.files import read_json, read_tensors, write_tensors
 
 TRAINABLE = "trainable.safetensors"
 
@@ -81,17 +82,25 @@ class _Items(Dataset[Any]):
 
 
 class _Watch(transformers.TrainerCallback):
-    """Keeps losses and moves the progress bar."""
+    """Moves the progress bar."""
 
-    def __init__(self, history: History, step: Callable[[int], None]) -> None:
-        self.history, self.move = history, step
+    def __init__(self, step: Callable[[int], None]) -> None:
+        self.move = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.move(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.history.losses.append((int(state.global_step), float(logs["loss"])))
+
+def _last(work: Path) -> str | None:
+    """The newest whole checkpoint; what a killed run left behind unfinished (its state file is written last) is removed."""
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2])):
+        try:
+            read_json(folder / "trainer_state.json")
+        except WeftError:
+            shutil.rmtree(folder)
+        else:
+            return str(folder)
+    return None
 
 
 def train(
@@ -118,7 +127,7 @@ def train(
     if not trainable(model):
         raise OptionError("nothing is trainable", where=type(model).__name__, got="a frozen model", want="an adapter", fix='weft.apply(model, "lora") first')
     items, loss = _task(model, data, tokenizer, length)
-    history = History(tokens=0)
+    history = History()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(out or scratch)
@@ -137,10 +146,10 @@ def train(
         trainer.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         trainer.remove_callback(transformers.PrinterCallback)
         with (progress or Silent()).bar("tune", steps) as step:
-            trainer.add_callback(_Watch(history, step))
-            last = transformers.trainer_utils.get_last_checkpoint(str(work)) if out and work.is_dir() else None
-            trainer.train(resume_from_checkpoint=last)
+            trainer.add_callback(_Watch(step))
+            trainer.train(resume_from_checkpoint=_last(work) if out else None)
     model.eval()
+    history.losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     history.tokens = sum(len(i.input_ids) for i in items if isinstance(i, Encoded)) * steps * batch // max(1, len(items))
     history.seconds = time.monotonic() - start
     return history

@@ -59,7 +59,9 @@ def main() -> int:
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.05)
-    print(f"peak anonymous memory {peak / 1e9:.2f} GB (limit {limit / 1e9:.1f}), {time.monotonic() - begun:.0f} s, exit {process.returncode}")
+    print(
+        f"peak anonymous memory {peak / 1e9:.2f} GB (limit {limit / 1e9:.1f}), {time.monotonic() - begun:.0f} s, exit {process.returncode}"
+    )
     return int(process.returncode != 0 or peak > limit)
 
 

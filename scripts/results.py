@@ -1,6 +1,6 @@
 """Write docs/results.md from the reports of `weft fit` and from proofs/.
 
-    python scripts/results.py out/results/ref-lm out/results/minilm ...
+python scripts/results.py out/results/ref-lm out/results/minilm ...
 """
 
 from __future__ import annotations
@@ -40,11 +40,21 @@ def section(report: Report) -> str:
     for budget, row in words.rows(report):
         rows.append(
             [
-                budget.budget, row.stage, words.NAMES[row.arm], row.choice, words.megabytes(row.bytes), words.with_interval(row.score, digits),
-                words.with_interval(row.versus_fit, digits, signed=True), words.verdict(row.versus_fit),
+                budget.budget,
+                row.stage,
+                words.NAMES[row.arm],
+                row.choice,
+                words.megabytes(row.bytes),
+                words.with_interval(row.score, digits),
+                words.with_interval(row.versus_fit, digits, signed=True),
+                words.verdict(row.versus_fit),
             ]  # fmt: skip
         )
-    tuned = "" if report.original.tuned_score is None else f", {words.number(report.original.tuned_score, digits)} after the same tuning"
+    tuned = (
+        ""
+        if report.original.tuned_score is None
+        else f", {words.number(report.original.tuned_score, digits)} after the same tuning"
+    )
     checks = [c for b in report.budgets for c in b.checks if c.predicted > 0 and c.measured > 0]
     ratio = np.array([c.measured / c.predicted for c in checks])
     seconds = sum(s.seconds for s in report.steps)
@@ -74,7 +84,14 @@ def claims() -> str:
 def main() -> int:
     """Write the page."""
     made = [section(read(Path(p) / "report.json")) for p in sys.argv[1:]]
-    parts = [HEAD, "## Compression and tuning at equal bytes", *made, "## Claims of the papers", "```\nmake prove\n```", claims()]
+    parts = [
+        HEAD,
+        "## Compression and tuning at equal bytes",
+        *made,
+        "## Claims of the papers",
+        "```\nmake prove\n```",
+        claims(),
+    ]
     PAGE.write_text("\n\n".join([*parts, NOTES.read_text()]).rstrip() + "\n")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +28,7 @@ from weft.store.cache import default
 
 if TYPE_CHECKING:
     from weft.fitting.work import Settings
+    from weft.lab.claims import Claim
     from weft.report.schema import Report
 
 To = Literal["hf", "peft", "compressed-tensors"]
@@ -257,11 +257,15 @@ def plan(
 
 def prove(
     names: Sequence[str], *, folder: str | Path = "proofs", seeds: int = 3, progress: Progress | None = None
-) -> list[Any]:
-    """Test the claims of these methods on lab models; verdicts, in the order of `names`, are kept in `folder`."""
-    return import_module("weft.lab.prove").prove(names, folder=Path(folder), seeds=seeds, progress=progress)
+) -> list[Claim]:
+    """Try the claims of these methods on lab models; verdicts, in the order of `names`, are kept in `folder`."""
+    from weft.lab import prove as proving
+
+    return proving.prove(names, folder=Path(folder), seeds=seeds, progress=progress)
 
 
 def stale(folder: str | Path = "proofs") -> list[str]:
-    """The proofs whose method or lab has changed since they were made."""
-    return import_module("weft.lab.prove").stale(Path(folder))
+    """Methods without a proof, and those that changed since."""
+    from weft.lab import prove as proving
+
+    return proving.stale(Path(folder))

@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 
 def _plain(value: object) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value) if not isinstance(value, str) else ascii(value)
+    text = (
+        value
+        if isinstance(value, str) and value.isprintable()
+        else repr(value)
+        if not isinstance(value, str)
+        else ascii(value)
+    )
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

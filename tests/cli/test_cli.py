@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -234,3 +235,33 @@ def test_a_pipe_that_closes_is_no_bug() -> None:
     line = f"{sys.executable} -m weft methods | head -c 1"
     made = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=SRC, env={**os.environ}, timeout=60)
     assert "Traceback" not in made.stderr and "bug" not in made.stderr
+
+
+def test_a_report_is_drawn_anew(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    sample = SRC / "tests" / "report" / "sample.py"
+    found = runpy.run_path(str(sample))
+    (tmp_path / "report.json").write_text(found["report"]().model_dump_json())
+    made = weft_("report", str(tmp_path))
+    assert (
+        made.exit_code in (0, 3) and "report.html" in made.stdout and (tmp_path / "report.html").stat().st_size > 1000
+    )
+    assert json.loads(weft_("report", str(tmp_path), "--json").stdout)["format"] == 1
+
+
+def test_stale_proofs_are_listed(tmp_path: Path) -> None:
+    made = weft_("prove", "--stale", "--folder", str(tmp_path), "--json")
+    assert made.exit_code == 0 and {r["method"] for r in json.loads(made.stdout)} == {e.name for e in entries()}
+    assert weft_("prove", "nonsense", "--folder", str(tmp_path)).exit_code == 2
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt()", "ZeroDivisionError()"])
+def test_what_fails_before_the_command_has_no_traceback_either(error: str) -> None:
+    code = (
+        "import sys, weft.cli.methods as m, weft.cli as c\n"
+        f"def fail(name): raise {error}\n"
+        "m.command = fail; sys.argv = ['weft', 'rtn', 'x']; c.main()"
+    )
+    made = shell(code)
+    assert made.returncode == (130 if "Keyboard" in error else 1)
+    assert "Traceback" not in made.stderr and len(made.stderr.splitlines()) == 1

@@ -8,7 +8,9 @@ import pytest
 
 from weft.fitting.work import Settings
 
-SMALL = Settings(seeds=2, tokens=1024, select_tokens=512, test_tokens=1024, length=32, tries=1, tune_steps=4, tune_batch=2, lr=1e-2)
+SMALL = Settings(
+    seeds=2, tokens=1024, select_tokens=512, test_tokens=1024, length=32, tries=1, tune_steps=4, tune_batch=2, lr=1e-2
+)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,15 @@ MODEL = Size(parameters=1000, bf16_bytes=2000)
 
 @pytest.mark.parametrize(
     ("text", "limit"),
-    [("27%", 540), (" 50 % ", 1000), ("3.2bpw", 400), ("350MB", 350_000_000), ("1.5GiB", 1_610_612_736), ("2kB", 2000), ("9B", 9)],
+    [
+        ("27%", 540),
+        (" 50 % ", 1000),
+        ("3.2bpw", 400),
+        ("350MB", 350_000_000),
+        ("1.5GiB", 1_610_612_736),
+        ("2kB", 2000),
+        ("9B", 9),
+    ],
 )
 def test_parse(text: str, limit: int) -> None:
     """Shares, bits a weight, and bytes in decimal and binary units."""

@@ -32,7 +32,15 @@ from weft.store.cache import Cache
 def fitted(lm: Path, examples: Path, small: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     """One run with data, two budgets and two seeds."""
     home = tmp_path_factory.mktemp("fit")
-    made = fit(lm, home / "out", budget=["40%", "20%"], data=str(examples), settings=small, cache=home / "cache", command="weft fit x")
+    made = fit(
+        lm,
+        home / "out",
+        budget=["40%", "20%"],
+        data=str(examples),
+        settings=small,
+        cache=home / "cache",
+        command="weft fit x",
+    )
     return made, home
 
 
@@ -55,7 +63,9 @@ def test_bytes_are_those_on_disk(fitted: tuple[Report, Path]) -> None:
         assert nbytes(model) == json.loads((Path(b.out or "") / "weft.json").read_text())["bytes"]
 
 
-def test_fit_is_never_behind_on_the_data_it_picks_by(fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings) -> None:
+def test_fit_is_never_behind_on_the_data_it_picks_by(
+    fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings
+) -> None:
     """Of all that is built, fit is the one of least distance on the choosing data."""
     report, home = fitted
     work = Work(str(lm), str(examples), small, Cache(home / "cache"), Silent())
@@ -76,13 +86,20 @@ def test_comparison_is_paired(fitted: tuple[Report, Path]) -> None:
                 assert gap.low <= gap.mean <= gap.high
 
 
-def test_second_run_takes_everything_from_the_cache(fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings) -> None:
+def test_second_run_takes_everything_from_the_cache(
+    fitted: tuple[Report, Path], lm: Path, examples: Path, small: Settings
+) -> None:
     """The same call again finds every result, and says the same."""
     report, home = fitted
-    again = fit(lm, budget=["40%", "20%"], data=str(examples), settings=small, cache=home / "cache", command="weft fit x")
+    again = fit(
+        lm, budget=["40%", "20%"], data=str(examples), settings=small, cache=home / "cache", command="weft fit x"
+    )
     assert all(s.cache == "hit" for s in again.steps if s.name in ("candidates", "tune", "score"))
     strip = {"steps": [], "next": [], "fallbacks": []}
-    mine, theirs = (r.model_copy(update=strip | {"budgets": [b.model_copy(update={"out": None}) for b in r.budgets]}) for r in (report, again))
+    mine, theirs = (
+        r.model_copy(update=strip | {"budgets": [b.model_copy(update={"out": None}) for b in r.budgets]})
+        for r in (report, again)
+    )
     assert mine == theirs
 
 
@@ -111,7 +128,10 @@ def test_smallest_within_a_loss(lm: Path, examples: Path, small: Settings, tmp_p
     work = Work(str(lm), str(examples), quick, Cache(tmp_path / "cache"), Silent())
     run = work.run(0)
     build = work.mixed(run, made.budgets[0].limit_bytes)
-    before, after = (work.score(run, m, n, "select") for m, n in ((work.plain, work.print), (work.model(run, build.chains), work.about(run, build.chains))))
+    before, after = (
+        work.score(run, m, n, "select")
+        for m, n in ((work.plain, work.print), (work.model(run, build.chains), work.about(run, build.chains)))
+    )
     assert np.average(after[0], weights=after[1]) <= 1.02 * np.average(before[0], weights=before[1])
 
 
@@ -162,12 +182,20 @@ def _process(lm: Path, examples: Path, out: Path, cache: Path) -> subprocess.Pop
         "s = Settings(seeds=1, tokens=1024, select_tokens=512, length=32, tries=1, tune_steps=12, tune_batch=2, lr=1e-2)\n"
         "fit(sys.argv[1], sys.argv[3], budget='25%', data=sys.argv[2], settings=s, cache=Path(sys.argv[4]), replace=True)\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(lm), str(examples), str(out), str(cache)], env=dict(os.environ), stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(lm), str(examples), str(out), str(cache)],
+        env=dict(os.environ),
+        stderr=subprocess.PIPE,
+    )
 
 
 def _digests(out: Path) -> dict[str, str]:
     """The model's own files: tensors, configuration and expressions."""
-    found: dict[str, Any] = {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in out.glob("*") if p.suffix == ".safetensors" or p.name == "config.json"}
+    found: dict[str, Any] = {
+        p.name: hashlib.blake2b(p.read_bytes()).hexdigest()
+        for p in out.glob("*")
+        if p.suffix == ".safetensors" or p.name == "config.json"
+    }
     manifest = json.loads((out / "weft.json").read_text())
     return {**found, "sites": json.dumps(manifest["sites"]), "bytes": manifest["bytes"]}
 

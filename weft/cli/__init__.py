@@ -11,5 +11,7 @@ def main() -> None:
         from weft.cli.app import build
 
         build(sys.argv[1:])(prog_name="weft")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except (Exception, KeyboardInterrupt) as e:  # before the command itself, which sees to its own
+        from weft.cli.guard import told
+
+        raise SystemExit(told(e)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import typing
@@ -97,7 +98,12 @@ class Method:
 
     def fingerprint(self) -> str:
         """Hash of the method's file: editing it invalidates its steps and its proof."""
-        return hashlib.blake2b(Path(inspect.getfile(self.fn)).read_bytes(), digest_size=16).hexdigest()
+        return _hash(inspect.getfile(self.fn))
+
+
+@functools.cache
+def _hash(file: str) -> str:
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 METHODS: dict[str, Method] = {}
@@ -128,7 +134,9 @@ def method(
         given: dict[str, Any] = {p.name: (hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
-        made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, options)
+        made = Method(
+            fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, options
+        )
         METHODS[made.name] = made
         return made
 

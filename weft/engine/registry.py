@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import weft
-from weft.error import OptionError
 from weft.engine.method import METHODS, Method
+from weft.error import OptionError
 
 _ROOT = Path(weft.__file__).parent / "methods"
 
@@ -19,7 +19,13 @@ def files() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(_ROOT.glob("*/[!_]*.py")):
         if path.stem in found:
-            raise OptionError("two methods share a name", where=path.stem, got=str(path), want="one file", fix=f"rename one; the other is {found[path.stem]}")
+            raise OptionError(
+                "two methods share a name",
+                where=path.stem,
+                got=str(path),
+                want="one file",
+                fix=f"rename one; the other is {found[path.stem]}",
+            )
         found[path.stem] = path
     return dict(sorted(found.items()))
 
@@ -32,6 +38,8 @@ def names() -> list[str]:
 def get(name: str) -> Method:
     """The method of that name, imported when first asked for. Errors: OptionError for an unknown one."""
     if name not in files():
-        raise OptionError("unknown method", where="method", got=name, want=", ".join(files()), fix="weft methods lists them")
+        raise OptionError(
+            "unknown method", where="method", got=name, want=", ".join(files()), fix="weft methods lists them"
+        )
     importlib.import_module(f"weft.methods.{files()[name].parent.name}.{name}")
     return METHODS[name]

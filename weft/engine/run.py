@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,11 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
 
     A lone weight of more than `CHUNK` entries is rewritten in slices of rows if every method of the chain is rowwise.
     """
-    if len(group.sites) == 1 and len(parts := list(group.site.slices())) > 1 and all(get(s.method).rowwise for s in chain):
+    if (
+        len(group.sites) == 1
+        and len(parts := list(group.site.slices())) > 1
+        and all(get(s.method).rowwise for s in chain)
+    ):
         if group.site.evidence:
             group.gram()  # of the whole weight, before its slices share the cache
         if any(get(s.method).whole for s in chain):
@@ -65,7 +70,13 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
 
 def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
     if method.kind != "rewrite":
-        raise OptionError("this method does not rewrite weights", where=method.name, got=method.kind, want="a rewrite", fix="weft methods shows kinds")
+        raise OptionError(
+            "this method does not rewrite weights",
+            where=method.name,
+            got=method.kind,
+            want="a rewrite",
+            fix="weft methods shows kinds",
+        )
     whole = {s.name: terms_of(s.now) for s in group}
     seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
     if method.per == "input":
@@ -99,6 +110,14 @@ def groups(model: nn.Module, names: Sequence[str], stats: Stats | None) -> list[
     wanted = set(names)
     if stats is None:
         return [(n,) for n in names]
+    if unknown := wanted - {n for group in stats.groups for n in group}:
+        raise OptionError(
+            "the evidence does not know these sites",
+            where="stats",
+            got=sorted(unknown)[:5],
+            want="evidence of this model",
+            fix="collect it again",
+        )
     return [g for group in stats.groups if (g := tuple(n for n in group if n in wanted))]
 
 
@@ -129,7 +148,13 @@ def apply(
     """
     needs = {n for s in chain for n in get(s.method).needs}
     if needs and stats is None:
-        raise OptionError("this method needs calibration data", where=chain[0].method, got="no data", want=", ".join(sorted(needs)), fix="pass data")
+        raise OptionError(
+            "this method needs calibration data",
+            where=next(s.method for s in chain if get(s.method).needs),
+            got="no data",
+            want=", ".join(sorted(needs)),
+            fix="pass data",
+        )
     changes: list[Change] = []
     notes: list[tuple[str, str]] = []
     for names in groups(model, match(model, at), stats):
@@ -192,11 +217,19 @@ def propagate(
     walker = Walker(model, batches)
     with (progress or Silent()).bar("compress", len(walker.blocks)) as bar:
         for i in range(len(walker.blocks)):
-            log.stage(f"block-{i:04d}", lambda i=i: _behind(model, stages.get(i, []), chains, stats, seed, lambda edges: walker.step(i, edges, keep=False)))
+            log.stage(
+                f"block-{i:04d}",
+                lambda i=i: _behind(
+                    model, stages.get(i, []), chains, stats, seed, lambda edges: walker.step(i, edges, keep=False)
+                ),
+            )
             walker.step(i)
             bar(1)
     if last:
-        log.stage("last", lambda: _behind(model, last, chains, stats, seed, lambda edges: [None for _ in walker.finish(edges)]))
+        log.stage(
+            "last",
+            lambda: _behind(model, last, chains, stats, seed, lambda edges: [None for _ in walker.finish(edges)]),
+        )
     return log.notes
 
 
@@ -207,7 +240,9 @@ def _is_head(model: nn.Module, name: str) -> bool:
 Done = tuple[dict[str, Expr], list[tuple[str, str]]]
 
 
-def _rewrite(model: nn.Module, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int) -> Done:
+def _rewrite(
+    model: nn.Module, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int
+) -> Done:
     made: dict[str, Expr] = {}
     notes: list[tuple[str, str]] = []
     for names in todo:
@@ -226,7 +261,14 @@ def _solve(group: Group, chains: Mapping[str, Chain]) -> dict[str, Expr]:
     return made
 
 
-def _behind(model: nn.Module, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int, walk: Callable[[Edges], Any]) -> Done:
+def _behind(
+    model: nn.Module,
+    todo: Sequence[tuple[str, ...]],
+    chains: Mapping[str, Chain],
+    stats: Stats,
+    seed: int,
+    walk: Callable[[Edges], Any],
+) -> Done:
     """Rewrite groups from the inputs that today's model gives them."""
     made: dict[str, Expr] = {}
     notes: list[tuple[str, str]] = []
@@ -260,8 +302,20 @@ class _Journal:
         """Do the work, or take its result from the journal; put the expressions in place."""
         made, notes = self._read(name) or work()
         if self.folder is not None and not (self.folder / f"{name}.json").exists():
-            write_tensors(self.folder / f"{name}.safetensors", {f"{s}:{p}": t for s, e in made.items() for p, t in tensors(e).items()})
-            write_json(self.folder / f"{name}.json", {"sites": {s: spec(e) for s, e in made.items()}, "notes": notes})
+            write_tensors(
+                self.folder / f"{name}.safetensors",
+                {f"{s}:{p}": t for s, e in made.items() for p, t in tensors(e).items()},
+            )
+            write_json(
+                self.folder / f"{name}.json",
+                {
+                    "sites": {s: spec(e) for s, e in made.items()},
+                    "notes": notes,
+                    "trainable": [
+                        f"{s}:{p}" for s, e in made.items() for p, t in tensors(e).items() if t.requires_grad
+                    ],
+                },
+            )
         set_expressions(self.model, made)
         self.notes += notes
 
@@ -280,10 +334,12 @@ class _Journal:
             return None
         index = parse_json((self.folder / f"{name}.json").read_bytes(), f"{name}.json")
         held = read_tensors(self.folder / f"{name}.safetensors")
+        held |= {k: nn.Parameter(held[k].clone()) for k in index["trainable"]}
         made = {s: build(tree, lambda p, s=s: held[f"{s}:{p}"]) for s, tree in index["sites"].items()}
         return made, [(w, t) for w, t in index["notes"]]
 
 
+@functools.cache
 def code_version(*more: str) -> str:
     """Hash of the code that results depend on: the algebra, the solvers, the evidence and the engine, and `more` folders."""
     root = Path(__file__).parent.parent
@@ -298,4 +354,3 @@ def chain_key(chain: Chain) -> str:
     """Hash of a chain: its steps, their options and their methods' files."""
     steps = [[s.method, dict(s.options), get(s.method).fingerprint()] for s in chain]
     return hashlib.blake2b(json.dumps(steps, sort_keys=True).encode(), digest_size=8).hexdigest()
-

@@ -88,7 +88,9 @@ class Expr(nn.Module):
         self.check()
 
     def _arguments(self, spec: tuple[Field, ...], args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        values = {f.name: getattr(type(self), f.name) for f in spec if f.kind == "static" and hasattr(type(self), f.name)}
+        values = {
+            f.name: getattr(type(self), f.name) for f in spec if f.kind == "static" and hasattr(type(self), f.name)
+        }
         values |= dict(zip((f.name for f in spec), args, strict=False)) | named
         if len(args) > len(spec) or set(values) != {f.name for f in spec}:
             raise ShapeError(
@@ -120,12 +122,18 @@ class Expr(nn.Module):
         if good:
             return None
         return ShapeError(
-            f"{name}.{f.name} does not fit", where=f"{name}.{f.name}", got=got, want=wanted, fix=f"pass {f.name} as {wanted}"
+            f"{name}.{f.name} does not fit",
+            where=f"{name}.{f.name}",
+            got=got,
+            want=wanted,
+            fix=f"pass {f.name} as {wanted}",
         )
 
     def _store(self, f: Field, value: Any) -> None:
         if f.kind == "tensor" and value.is_floating_point():
-            self.register_parameter(f.name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))
+            self.register_parameter(
+                f.name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            )
         elif f.kind == "tensor":
             self.register_buffer(f.name, value)
         elif f.kind == "child":
@@ -142,7 +150,9 @@ class Expr(nn.Module):
 
     def dense(self) -> Float[Tensor, "m n"]:
         """The value, in float32 (a `Dense` keeps its own dtype; float64 tensors give float64)."""
-        raise ShapeError("this node has no value", where=type(self).__name__, got="Expr", want="a node", fix="write dense()")
+        raise ShapeError(
+            "this node has no value", where=type(self).__name__, got="Expr", want="a node", fix="write dense()"
+        )
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         """x times the transposed value, in x's dtype. Frozen: nothing dense is kept for the backward."""
@@ -159,7 +169,11 @@ class Expr(nn.Module):
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         """The expression of these rows. A slice shares storage; tensors whose first dimension is m are indexed."""
         made = self.rebuild(
-            **{f.name: getattr(self, f.name)[rows] for f in fields(type(self)) if f.kind == "tensor" and f.dims[0] == "m"},
+            **{
+                f.name: getattr(self, f.name)[rows]
+                for f in fields(type(self))
+                if f.kind == "tensor" and f.dims[0] == "m"
+            },
             **{f.name: getattr(self, f.name).take(rows) for f in fields(type(self)) if f.kind == "child"},
         )
         return made

@@ -125,7 +125,11 @@ class Quantized(Expr):
     def check(self) -> None:
         size = self.group or self.n
         spec = grid(self.grid)
-        want = packed_bytes(self.n, spec.bits) + 2 * self.groups + (0 if self.symmetric else packed_bytes(self.groups, spec.bits))
+        want = (
+            packed_bytes(self.n, spec.bits)
+            + 2 * self.groups
+            + (0 if self.symmetric else packed_bytes(self.groups, spec.bits))
+        )
         if size < 1 or self.data.shape[1] != want or (spec.levels and not self.symmetric):
             raise ShapeError(
                 "Quantized.data does not fit",
@@ -147,7 +151,12 @@ class Quantized(Expr):
     def scales(self) -> Float[Tensor, "m g"]:
         """The scales as float32."""
         at = packed_bytes(self.n, _bits(self.grid))
-        return self.data[:, at : at + 2 * self.groups].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+        return (
+            self.data[:, at : at + 2 * self.groups]
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.bfloat16)
+            .float()
+        )
 
     def zeros(self) -> Float[Tensor, "m g"] | float:
         """The zero points as float32; one number where symmetric."""
@@ -258,7 +267,11 @@ class NM(Expr):
         codes = number[(mask.view(mask.shape[0], -1, of_every) * weights).sum(-1)]  # [m n/M]
         if codes.numel() and int(codes.max()) >= len(table):
             raise ShapeError(
-                "the mask is not N:M", where="NM.of", got="other counts", want=f"{keep} of every {of_every}", fix="choose the mask per M columns"
+                "the mask is not N:M",
+                where="NM.of",
+                got="other counts",
+                want=f"{keep} of every {of_every}",
+                fix="choose the mask per M columns",
             )
         kept = value[mask].view(mask.shape[0], -1)
         return cls(Dense(kept), pack(codes.to(torch.uint8), _pattern_bits(keep, of_every)), keep, of_every)

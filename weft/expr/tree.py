@@ -191,11 +191,19 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
     if kind == "Product":
         return Product(*(build(t, get, f"{at}factors.{i}.") for i, t in enumerate(tree["factors"])))
     if kind not in NODES:
-        raise FormatError("unknown node", where=at or "spec", got=kind, want=", ".join(sorted(NODES)), fix="use a newer weft")
+        raise FormatError(
+            "unknown node", where=at or "spec", got=kind, want=", ".join(sorted(NODES)), fix="use a newer weft"
+        )
     cls = NODES[kind]
     want = {"node", *(f.name for f in fields(cls) if f.kind != "tensor")}
     if set(tree) != want:
-        raise FormatError(f"{kind} has other fields", where=at or "spec", got=sorted(tree), want=sorted(want), fix="use the weft that wrote it")
+        raise FormatError(
+            f"{kind} has other fields",
+            where=at or "spec",
+            got=sorted(tree),
+            want=sorted(want),
+            fix="use the weft that wrote it",
+        )
     values: dict[str, Any] = {}
     for f in fields(cls):
         if f.kind == "tensor":

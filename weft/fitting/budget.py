@@ -35,7 +35,13 @@ def parse(text: str, model: Size) -> int:
     """Bytes of a budget: `27%` of the bfloat16 bytes, `350MB`, or `3.2bpw` (bits per parameter). Errors: OptionError."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|bpw|[kKMG]?i?B)\s*", text)
     if not found:
-        raise OptionError("a budget cannot be read", where="--budget", got=text, want="27%, 350MB or 3.2bpw", fix="give a number and one of %, kB, MB, GB, bpw")
+        raise OptionError(
+            "a budget cannot be read",
+            where="--budget",
+            got=text,
+            want="27%, 350MB or 3.2bpw",
+            fix="give a number and one of %, kB, MB, GB, bpw",
+        )
     number, unit = float(found[1]), found[2]
     if unit == "%":
         limit = model.bf16_bytes * number / 100
@@ -44,7 +50,9 @@ def parse(text: str, model: Size) -> int:
     else:
         limit = number * _UNITS[unit.upper()]
     if not 0 < limit < math.inf:
-        raise OptionError("a budget must be positive", where="--budget", got=text, want="more than nothing", fix="raise it")
+        raise OptionError(
+            "a budget must be positive", where="--budget", got=text, want="more than nothing", fix="raise it"
+        )
     return int(limit)
 
 

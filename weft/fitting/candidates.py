@@ -31,7 +31,15 @@ def chains(bits: Sequence[int] = BITS, widths: Sequence[int] = GROUPS) -> list[C
     low = [(Step.of("gptq", bits=b, group=0, symmetric=False), Step.of("eora", rank=8)) for b in (2, 3, 4)]
     sparse = [(Step.of("sparsegpt", pattern="2:4"), _gptq(b)) for b in (3, 4)]
     half = (Step.of("sparsegpt", sparsity=0.5), _gptq(4))
-    return [(), *uniform_chains("rtn", bits, widths), *uniform_chains("gptq", bits, widths), *low, *sparse, half, (Step.of("nf4", group=64),)]
+    return [
+        (),
+        *uniform_chains("rtn", bits, widths),
+        *uniform_chains("gptq", bits, widths),
+        *low,
+        *sparse,
+        half,
+        (Step.of("nf4", group=64),),
+    ]
 
 
 def _gptq(bits: int) -> Step:
@@ -58,7 +66,9 @@ class Table:
         return [at[c] for c in wanted]
 
 
-def table(model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache, *, seed: int, progress: Progress) -> Table:
+def table(
+    model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache, *, seed: int, progress: Progress
+) -> Table:
     """Solve every candidate of every site from dense evidence. One group's results are one cache entry, so a run resumes."""
     sites = list(expressions(model))
     row = {s: i for i, s in enumerate(sites)}
@@ -77,7 +87,9 @@ def table(model: nn.Module, wanted: Sequence[Chain], stats: Stats, cache: Cache,
     return Table(sites, list(wanted), nbytes, loss)
 
 
-def _solve(model: nn.Module, names: tuple[str, ...], wanted: Sequence[Chain], stats: Stats, seed: int) -> dict[str, Any]:
+def _solve(
+    model: nn.Module, names: tuple[str, ...], wanted: Sequence[Chain], stats: Stats, seed: int
+) -> dict[str, Any]:
     group = group_of(model, names, stats, seed=seed)
     made: dict[str, Any] = {n: {"bytes": [], "loss": []} for n in names}
     begun: dict[Chain, Group] = {(): group}
@@ -112,5 +124,3 @@ def _fits(shape: tuple[int, int], chain: Chain) -> bool:
     if ":" in str(options.get("pattern", "")) and n % int(str(options["pattern"]).split(":")[1]):
         return False
     return options.get("group", 0) < n and options.get("rank", 0) < min(m, n)
-
-

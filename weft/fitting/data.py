@@ -43,7 +43,9 @@ class Data:
 
     def fingerprint(self) -> str:
         """Hash of every example."""
-        return "-".join(examples_fingerprint(part)[:12] for part in (self.calibration, self.train, self.select, self.test))
+        return "-".join(
+            examples_fingerprint(part)[:12] for part in (self.calibration, self.train, self.select, self.test)
+        )
 
 
 def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
@@ -74,7 +76,13 @@ def _split(source: str, examples: Sequence[Example], seed: int) -> Data:
         examples = _pieces(examples[0])
     unique = {hashlib.blake2b(repr(e).encode(), digest_size=8).digest(): e for e in examples}
     if len(unique) < 20:
-        raise FormatError("too few examples to choose and test on", where=source, got=len(unique), want="at least 20", fix="give more data, or leave out --data")
+        raise FormatError(
+            "too few examples to choose and test on",
+            where=source,
+            got=len(unique),
+            want="at least 20",
+            fix="give more data, or leave out --data",
+        )
     order = [unique[k] for k in sorted(unique)]
     tenth = max(1, len(order) // 10)
     test, select, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
@@ -106,17 +114,23 @@ def texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
         elif isinstance(e, Pair):
             made += [e.query, e.positive]
         else:
-            made.append(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in e.messages], tokenize=False))
+            made.append(
+                tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in e.messages], tokenize=False)
+            )
     return made
 
 
-def batches(examples: Sequence[Example], tokenizer: Any, *, embeds: bool, length: int, tokens: int) -> list[dict[str, Tensor]]:
+def batches(
+    examples: Sequence[Example], tokenizer: Any, *, embeds: bool, length: int, tokens: int
+) -> list[dict[str, Tensor]]:
     """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings."""
     cut = padded if embeds else windows
     return cut(texts(examples, tokenizer), tokenizer, length=length, tokens=tokens)
 
 
-def score(model: nn.Module, tokenizer: Any, data: Data, examples: Sequence[Example], distance: Distance) -> metrics.Scores:
+def score(
+    model: nn.Module, tokenizer: Any, data: Data, examples: Sequence[Example], distance: Distance
+) -> metrics.Scores:
     """Scores and weights by document [k]; the metric is their weighted mean, lower is better."""
     if data.kind == "distance":
         return distance.documents(model)

@@ -59,7 +59,13 @@ def fit(
     """
     settings, limits = settings or Settings(), [budget] if isinstance(budget, str) else list(budget)
     if bool(limits) == bool(max_loss):
-        raise OptionError("fit needs a budget or a loss", where="fit", got=f"budget {limits}, max_loss {max_loss}", want="one of them", fix="--budget 27%, or --max-loss 1%")
+        raise OptionError(
+            "fit needs a budget or a loss",
+            where="fit",
+            got=f"budget {limits}, max_loss {max_loss}",
+            want="one of them",
+            fix="--budget 27%, or --max-loss 1%",
+        )
     work = Work(resolve(model), data, settings, Cache(cache or default()), progress or Silent())
     wanted = {b: budgets.parse(b, work.size) for b in limits}
     if max_loss:
@@ -67,13 +73,29 @@ def fit(
     found = {label: _arms(work, limit) for label, limit in sorted(wanted.items(), key=lambda b: b[1])}
     final = {label: _final(work, stages) for label, stages in found.items()}
     places = {label: _place(out, label, wanted) for label in found}
-    rows = [result.budget(work, label, wanted[label], places[label], stages, final[label]) for label, stages in found.items()]
+    rows = [
+        result.budget(work, label, wanted[label], places[label], stages, final[label])
+        for label, stages in found.items()
+    ]
     report = result.report(work, str(model), rows, command)
     if out is not None:
         pages = result.files(report)
         for label, place in places.items():
-            about = {"fit": {"budget": label, "limit": wanted[label], "choice": final[label].build.label, "rank": final[label].rank}}
-            save(_model(work, final[label])[0], place or Path(out), replace=replace, manifest=about, files=pages if len(places) == 1 else {})
+            about = {
+                "fit": {
+                    "budget": label,
+                    "limit": wanted[label],
+                    "choice": final[label].build.label,
+                    "rank": final[label].rank,
+                }
+            }
+            save(
+                _model(work, final[label])[0],
+                place or Path(out),
+                replace=replace,
+                manifest=about,
+                files=pages if len(places) == 1 else {},
+            )
         if len(places) > 1:
             for name, text in pages.items():
                 write_text(Path(out) / name, text)
@@ -81,7 +103,13 @@ def fit(
 
 
 def plan(
-    model: str | Path, *, budget: str | Sequence[str] = (), data: str | None = None, max_loss: str | None = None, settings: Settings | None = None, cache: Path | None = None
+    model: str | Path,
+    *,
+    budget: str | Sequence[str] = (),
+    data: str | None = None,
+    max_loss: str | None = None,
+    settings: Settings | None = None,
+    cache: Path | None = None,
 ) -> list[str]:
     """What `fit` with these arguments would do, a line each; nothing is computed."""
     s = settings or Settings()
@@ -98,7 +126,11 @@ def plan(
     for b in [budget] if isinstance(budget, str) else budget:
         limit = budgets.parse(b, size)
         rank = work.rank(limit) if data else 0
-        tuning = f"; then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) tuned {s.tune_steps} steps" if rank else ""
+        tuning = (
+            f"; then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) tuned {s.tune_steps} steps"
+            if rank
+            else ""
+        )
         lines.append(f"budget {b}: {limit:,} bytes; {', '.join(ARMS)} built behind their own errors{tuning}")
     return lines
 
@@ -125,7 +157,10 @@ def _arms(work: Work, limit: int) -> Stages:
 
 def _compressed(work: Work, run: Run, limit: int) -> dict[str, Arm]:
     """The arms without an adapter."""
-    return {arm: Arm(b, b.nbytes, work.score(run, work.model(run, b.chains), work.about(run, b.chains))) for arm, b in work.arms(run, limit).items()}
+    return {
+        arm: Arm(b, b.nbytes, work.score(run, work.model(run, b.chains), work.about(run, b.chains)))
+        for arm, b in work.arms(run, limit).items()
+    }
 
 
 def _tuned(work: Work, run: Run, limit: int, rank: int) -> dict[str, Arm]:
@@ -135,7 +170,9 @@ def _tuned(work: Work, run: Run, limit: int, rank: int) -> dict[str, Arm]:
     for arm, build in work.arms(run, limit - work.adapter_bytes(rank)).items():
         model, losses, name = work.tune(run, build, rank)
         chosen[arm] = mean(work.score(run, model, name, "select"))
-        made[arm] = Arm(build, build.nbytes + work.adapter_bytes(rank), work.score(run, model, name), rank, tuple(losses))
+        made[arm] = Arm(
+            build, build.nbytes + work.adapter_bytes(rank), work.score(run, model, name), rank, tuple(losses)
+        )
     return {**made, "fit": made[min(chosen, key=lambda a: chosen[a])]}
 
 
@@ -156,7 +193,11 @@ def _model(work: Work, arm: Arm) -> tuple[nn.Module, str]:
 def _final(work: Work, stages: Stages) -> Arm:
     """Fit's first seed at the stage that is better on the data that choices are made by: what is saved."""
     last = [arms[0]["fit"] for arms in stages.values()]
-    return min(last, key=lambda arm: mean(work.score(work.run(0), *_model(work, arm), "select"))) if len(last) > 1 else last[0]
+    return (
+        min(last, key=lambda arm: mean(work.score(work.run(0), *_model(work, arm), "select")))
+        if len(last) > 1
+        else last[0]
+    )
 
 
 def _smallest(work: Work, text: str) -> dict[str, int]:

@@ -38,21 +38,34 @@ def report(work: Work, name: str, found: Sequence[schema.Budget], command: str) 
         weft=version("weft"),
         command=command,
         model=schema.ModelInfo(
-            name=name, family=type(work.plain).__name__, parameters=work.size.parameters, bf16_bytes=work.size.bf16_bytes, fingerprint=work.print
+            name=name,
+            family=type(work.plain).__name__,
+            parameters=work.size.parameters,
+            bf16_bytes=work.size.bf16_bytes,
+            fingerprint=work.print,
         ),
         data=schema.DataInfo(
-            name=run.data.name, kind=run.data.kind, calibration_tokens=sum(b["input_ids"].numel() for b in run.calibration),
-            select_tokens=sum(b["input_ids"].numel() for b in run.distance.batches), train_examples=len(run.data.train) if rank else 0,
+            name=run.data.name,
+            kind=run.data.kind,
+            calibration_tokens=sum(b["input_ids"].numel() for b in run.calibration),
+            select_tokens=sum(b["input_ids"].numel() for b in run.distance.batches),
+            train_examples=len(run.data.train) if rank else 0,
             test_documents=len(work.score(run, work.plain, work.print)[0]),
         ),  # fmt: skip
         metric=schema.Metric(name=metric, unit=unit),
         objective=schema.Objective(name=work.goal.name, unit=work.goal.unit),
         environment=schema.Environment(
-            python=platform.python_version(), torch=torch.__version__, transformers=version("transformers"), weft=version("weft"),
-            platform=f"{platform.system()} {platform.machine()}", threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=version("transformers"),
+            weft=version("weft"),
+            platform=f"{platform.system()} {platform.machine()}",
+            threads=torch.get_num_threads(),
         ),  # fmt: skip
         seeds=list(range(s.seeds)),
-        original=schema.Original(score=_mean(work.score(run, work.plain, work.print)), bytes=work.bytes, tuned_score=tuned),
+        original=schema.Original(
+            score=_mean(work.score(run, work.plain, work.print)), bytes=work.bytes, tuned_score=tuned
+        ),
         budgets=list(found),
         uniform=_uniform(work, run),
         steps=[schema.StepRow(**step) for step in work.steps],
@@ -61,7 +74,9 @@ def report(work: Work, name: str, found: Sequence[schema.Budget], command: str) 
     )
 
 
-def budget(work: Work, label: str, limit: int, out: Path | None, stages: Mapping[str, Sequence[Mapping[str, Arm]]], final: Arm) -> schema.Budget:
+def budget(
+    work: Work, label: str, limit: int, out: Path | None, stages: Mapping[str, Sequence[Mapping[str, Arm]]], final: Arm
+) -> schema.Budget:
     """One budget: the rows of the comparison, what each site of the saved model became, predicted against measured, training curves."""
     rows = [_row(work, arm, stage, arms) for stage, arms in stages.items() for arm in ARMS]
     checks = [_check(a.build) for arms in stages.values() for seed in arms for a in seed.values()]
@@ -71,7 +86,13 @@ def budget(work: Work, label: str, limit: int, out: Path | None, stages: Mapping
         for arms in stages.values() for seed, made in enumerate(arms) for arm, a in made.items() if a.losses and arm in ARMS
     ]  # fmt: skip
     return schema.Budget(
-        budget=label, limit_bytes=limit, out=out and str(out), rows=rows, sites=_sites(work, work.run(0), final.build), checks=list(seen.values()), curves=curves
+        budget=label,
+        limit_bytes=limit,
+        out=out and str(out),
+        rows=rows,
+        sites=_sites(work, work.run(0), final.build),
+        checks=list(seen.values()),
+        curves=curves,
     )
 
 
@@ -124,8 +145,15 @@ def _sites(work: Work, run: Run, build: Build) -> list[schema.SiteRow]:
         loss = run.search.factor.get(role(name), 1.0) * float(run.table.loss[at[name], column])
         rows.append(
             schema.SiteRow(
-                name=name, block=block_of(work.plain, name), role=role(name), shape=e.shape, expr=e.describe(), bits=8 * e.nbytes() / (e.shape[0] * e.shape[1]),
-                bytes=e.nbytes(), predicted=loss, error=error[name],
+                name=name,
+                block=block_of(work.plain, name),
+                role=role(name),
+                shape=e.shape,
+                expr=e.describe(),
+                bits=8 * e.nbytes() / (e.shape[0] * e.shape[1]),
+                bytes=e.nbytes(),
+                predicted=loss,
+                error=error[name],
             )  # fmt: skip
         )
     return rows
@@ -141,8 +169,13 @@ def _uniform(work: Work, run: Run) -> list[schema.Uniform]:
             if np.isfinite(run.search.predicted(choice)):
                 made.append(
                     schema.Uniform(
-                        method=method, bits=options["bits"], group=options["group"], symmetric=options["symmetric"], bytes=run.search.nbytes(choice),
-                        share=budgets.share(run.search.nbytes(choice), work.size), predicted=run.search.predicted(choice),
+                        method=method,
+                        bits=options["bits"],
+                        group=options["group"],
+                        symmetric=options["symmetric"],
+                        bytes=run.search.nbytes(choice),
+                        share=budgets.share(run.search.nbytes(choice), work.size),
+                        predicted=run.search.predicted(choice),
                     )  # fmt: skip
                 )
     return made
@@ -157,9 +190,16 @@ def _original_tuned(work: Work, run: Run, rank: int) -> float:
 def _next(work: Work, found: Sequence[schema.Budget]) -> list[str]:
     """Advice that follows from what was found."""
     saved = [b.out for b in found if b.out]
-    made = [f"weft generate {saved[0]} --prompt '...'" if not work.goal.embeds else f"weft show {saved[0]}"] if saved else []
+    made = (
+        [f"weft generate {saved[0]} --prompt '...'" if not work.goal.embeds else f"weft show {saved[0]}"]
+        if saved
+        else []
+    )
     if saved:
-        made += [f"weft export {saved[0]} --to hf --out DIR   (a plain checkpoint for other tools)", f"weft verify {saved[0]}"]
+        made += [
+            f"weft export {saved[0]} --to hf --out DIR   (a plain checkpoint for other tools)",
+            f"weft verify {saved[0]}",
+        ]
     else:
         made.append("give --out to keep the models")
     if not work.data:
@@ -169,7 +209,9 @@ def _next(work: Work, found: Sequence[schema.Budget]) -> list[str]:
     for b in found:
         ahead = [r for r in b.rows if r.versus_fit and r.versus_fit.low <= 0]
         if ahead:
-            made.append(f"at {b.budget} {ahead[0].arm} is not behind ({ahead[0].stage}): more calibration or choosing tokens may tell them apart (--tokens)")
+            made.append(
+                f"at {b.budget} {ahead[0].arm} is not behind ({ahead[0].stage}): more calibration or choosing tokens may tell them apart (--tokens)"
+            )
     return made
 
 
@@ -177,4 +219,7 @@ def files(made: schema.Report) -> dict[str, str]:
     """report.json and report.html, by name."""
     from weft.report.page import render
 
-    return {"report.json": json.dumps(made.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n", "report.html": render(made)}
+    return {
+        "report.json": json.dumps(made.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
+        "report.html": render(made),
+    }

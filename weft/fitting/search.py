@@ -52,7 +52,12 @@ class Search:
 
     def predicted(self, choice: Choice) -> float:
         """Predicted distance, corrected where roles were measured."""
-        return float(sum(self.factor.get(r, 1.0) * self.table.loss[i, c] for i, (r, c) in enumerate(zip(self.roles, choice, strict=True))))
+        return float(
+            sum(
+                self.factor.get(r, 1.0) * self.table.loss[i, c]
+                for i, (r, c) in enumerate(zip(self.roles, choice, strict=True))
+            )
+        )
 
     def uniform(self, wanted: Sequence[Chain], limit: int, tries: int) -> Measured:
         """The best uniform choice within the limit: the `tries` best predicted ones are measured. Errors: ConflictError if none fits."""
@@ -60,7 +65,11 @@ class Search:
         fits = [c for c in fits if np.isfinite(self.predicted(c)) and self.nbytes(c) <= limit]
         if not fits:
             raise ConflictError(
-                "no uniform choice fits", where="--budget", got=f"{limit} bytes", want="a width that fits", fix="raise the budget"
+                "no uniform choice fits",
+                where="--budget",
+                got=f"{limit} bytes",
+                want="a width that fits",
+                fix="raise the budget",
             )
         best = sorted(fits, key=self.predicted)[:tries]
         return min((self.measure(f"uniform {self.label(c)}", c) for c in best), key=lambda m: m.measured)
@@ -76,7 +85,11 @@ class Search:
         """Measured over predicted loss of each role's sites, compressed alone as in this choice (between 1/4 and 4)."""
         made: dict[str, float] = {}
         for name in dict.fromkeys(self.roles):
-            part = {s: (i, c) for i, (s, r, c) in enumerate(zip(self.table.sites, self.roles, choice, strict=True)) if r == name}
+            part = {
+                s: (i, c)
+                for i, (s, r, c) in enumerate(zip(self.table.sites, self.roles, choice, strict=True))
+                if r == name
+            }
             predicted = float(sum(self.table.loss[i, c] for i, c in part.values()))
             if predicted > 1e-9:
                 made[name] = float(np.clip(alone({s: c for s, (_, c) in part.items()}) / predicted, 0.25, 4.0))
@@ -112,7 +125,9 @@ def put(model: nn.Module, chains: Mapping[str, Chain], stats: Stats, *, seed: in
 class Bench:
     """A model on which choices are tried and taken back."""
 
-    def __init__(self, model: nn.Module, table: Table, stats: Stats, distance: Callable[[nn.Module], float], seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, table: Table, stats: Stats, distance: Callable[[nn.Module], float], seed: int
+    ) -> None:
         self.model, self.table, self.stats, self.distance, self.seed = model, table, stats, distance, seed
         self.plain = expressions(model)
 

@@ -62,7 +62,9 @@ class Settings:
     @classmethod
     def quick(cls) -> Settings:
         """One seed, short tuning: a first look within minutes."""
-        return cls(seeds=1, tokens=8192, select_tokens=4096, test_tokens=12288, tries=2, tune_steps=24, tune_batch=2, lr=1e-2)
+        return cls(
+            seeds=1, tokens=8192, select_tokens=4096, test_tokens=12288, tries=2, tune_steps=24, tune_batch=2, lr=1e-2
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Work:
             {
                 "name": name,
                 "seconds": round(time.monotonic() - start, 2),
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                * (1 if sys.platform == "darwin" else 1024),
                 "cache": "part" if hit and missed else "hit" if hit else "miss",
                 "detail": detail,
             }
@@ -140,16 +143,34 @@ class Work:
         with self.step("evidence", f"seed {seed}, {s.tokens} tokens"):
             stats = collect(self.plain, calibration, self.cache.folder / "evidence", seed=seed, progress=self.progress)
         wanted = chains(s.bits, s.groups)
-        with self.step("candidates", f"seed {seed}, {len(wanted)} candidates for each of {len(expressions(self.plain))} sites"):
+        with self.step(
+            "candidates", f"seed {seed}, {len(wanted)} candidates for each of {len(expressions(self.plain))} sites"
+        ):
             made = table(self.plain, wanted, stats, self.cache, seed=seed, progress=self.progress)
         print_ = key(self.print, data.fingerprint(), s.length)
-        distance = Distance(self.plain, self._batches(data.select, s.select_tokens), self.goal, self.cache, key(print_, "select", s.select_tokens))
+        distance = Distance(
+            self.plain,
+            self._batches(data.select, s.select_tokens),
+            self.goal,
+            self.cache,
+            key(print_, "select", s.select_tokens),
+        )
         test = distance
         if data.kind == "distance":
-            test = Distance(self.plain, self._batches(data.test, s.test_tokens), self.goal, self.cache, key(print_, "test", s.test_tokens))
+            test = Distance(
+                self.plain,
+                self._batches(data.test, s.test_tokens),
+                self.goal,
+                self.cache,
+                key(print_, "test", s.test_tokens),
+            )
         bench = Bench(fork(self.plain), made, stats, distance, seed)
         about = (stats.folder.name, print_, s.select_tokens, code_version(), seed)
-        search = Search(made, self._fixed(), lambda c: self.cache.json("measured", key(about, self._chains(made, c)), lambda: bench(c)))
+        search = Search(
+            made,
+            self._fixed(),
+            lambda c: self.cache.json("measured", key(about, self._chains(made, c)), lambda: bench(c)),
+        )
         self.runs[seed] = Run(seed, data, stats, calibration, distance, test, search, bench)
         return self.runs[seed]
 
@@ -180,7 +201,10 @@ class Work:
         """
         search, s = run.search, self.settings
         with self.step("choose", f"seed {run.seed}, {limit} bytes"):
-            uniform = {f"uniform {m}": search.uniform(uniform_chains(m, s.bits, s.groups), limit, s.tries) for m in ("rtn", "gptq")}
+            uniform = {
+                f"uniform {m}": search.uniform(uniform_chains(m, s.bits, s.groups), limit, s.tries)
+                for m in ("rtn", "gptq")
+            }
         made = {arm: self._build(run, arm, m.choice) for arm, m in uniform.items()} | {"mixed": self.mixed(run, limit)}
         best = min(made.values(), key=lambda b: b.measured)
         return {arm: made.get(arm, replace(best, arm="fit")) for arm in ARMS}
@@ -201,7 +225,14 @@ class Work:
 
     def _factors(self, run: Run, choice: Choice) -> dict[str, float]:
         """What each role measures alone over what was predicted of it, at this choice."""
-        about = key("roles", run.stats.folder.name, run.data.fingerprint(), self.settings.select_tokens, code_version(), self._chains(run.table, choice))
+        about = key(
+            "roles",
+            run.stats.folder.name,
+            run.data.fingerprint(),
+            self.settings.select_tokens,
+            code_version(),
+            self._chains(run.table, choice),
+        )
         return self.cache.json("measured", about, lambda: run.search.factors(choice, run.bench.alone))
 
     def _build(self, run: Run, arm: str, choice: Choice) -> Build:
@@ -220,7 +251,9 @@ class Work:
         model = fork(self.plain)
         journal = self.cache.path("built", self.about(run, chosen))
         with self.step("build", f"seed {run.seed}"):
-            notes = propagate(model, chosen, run.stats, run.calibration, seed=run.seed, journal=journal, progress=self.progress)
+            notes = propagate(
+                model, chosen, run.stats, run.calibration, seed=run.seed, journal=journal, progress=self.progress
+            )
         run.notes |= dict.fromkeys(notes)
         return model
 
@@ -230,7 +263,19 @@ class Work:
         before = self.about(run, build.chains) if build else self.print
         apply(model, (Step.of("lora", rank=rank),), at="all-linear", seed=run.seed)
         s = self.settings
-        name = key("tuned", before, run.data.fingerprint(), rank, s.tune_steps, s.tune_batch, s.length, s.lr, run.seed, get("lora").fingerprint(), code_version("learn"))
+        name = key(
+            "tuned",
+            before,
+            run.data.fingerprint(),
+            rank,
+            s.tune_steps,
+            s.tune_batch,
+            s.length,
+            s.lr,
+            run.seed,
+            get("lora").fingerprint(),
+            code_version("learn"),
+        )
 
         def learn() -> dict[str, Tensor]:
             work = self.cache.path("tuning", name)
@@ -238,10 +283,17 @@ class Work:
                 model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=s.tune_batch, length=s.length, lr=s.lr,
                 seed=run.seed, out=work, save_every=max(10, s.tune_steps // 4), progress=self.progress,
             )  # fmt: skip
-            held = {f"{n}:{p}": t.detach().to(torch.bfloat16) for n, e in expressions(model).items() for p, t in tensors(e).items() if t.requires_grad}
+            held = {
+                f"{n}:{p}": t.detach().to(torch.bfloat16)
+                for n, e in expressions(model).items()
+                for p, t in tensors(e).items()
+                if t.requires_grad
+            }
             return {**held, "losses": torch.tensor(made.losses, dtype=torch.float64).view(-1, 2)}
 
-        with self.step("tune", f"{build.arm if build else 'original'}, seed {run.seed}, {s.tune_steps} steps, rank {rank}"):
+        with self.step(
+            "tune", f"{build.arm if build else 'original'}, seed {run.seed}, {s.tune_steps} steps, rank {rank}"
+        ):
             held = self.cache.tensors("tuned", name, learn)
         shutil.rmtree(self.cache.path("tuning", name), ignore_errors=True)
         _adopt(model, held)
@@ -250,7 +302,11 @@ class Work:
     def score(self, run: Run, model: nn.Module, name: str, part: str = "test") -> Scores:
         """Scores and weights by document of the test data, or of the data that choices are made by."""
         s = self.settings
-        held, tokens, distance = (run.data.test, s.test_tokens, run.test) if part == "test" else (run.data.select, s.select_tokens, run.distance)
+        held, tokens, distance = (
+            (run.data.test, s.test_tokens, run.test)
+            if part == "test"
+            else (run.data.select, s.select_tokens, run.distance)
+        )
         examples = _head(held, 4 * tokens)
         about = key("score", name, part, run.data.fingerprint(), tokens, s.length, code_version("lab"))
 

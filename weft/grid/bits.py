@@ -23,7 +23,11 @@ def pack(codes: UInt8[Tensor, "m n"], bits: int) -> UInt8[Tensor, "m bytes"]:
         return codes.contiguous()
     if codes.numel() and int(codes.max()) >> bits:
         raise ShapeError(
-            "a code does not fit its bits", where="grid.pack", got=int(codes.max()), want=f"below {1 << bits}", fix="clamp the codes"
+            "a code does not fit its bits",
+            where="grid.pack",
+            got=int(codes.max()),
+            want=f"below {1 << bits}",
+            fix="clamp the codes",
         )
     m, n = codes.shape
     if 8 % bits == 0:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.store.cache import Cache, key
 from weft.stats import Objective, forward
+from weft.store.cache import Cache, key
 
 ROWS = 128
 """Distributions that are compared at a time."""

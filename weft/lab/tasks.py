@@ -46,9 +46,9 @@ def _cpp(seed: int) -> Task:
 
 
 def _docstrings(seed: int) -> Task:
-    pairs: list[Example] = [*corpora.docstring_pairs(corpora.TRAIN, 3000)]
-    test: list[Example] = [*corpora.docstring_pairs(corpora.HELD_OUT, 500)]
-    select, calibration, train = pairs[:400], pairs[400:1000], pairs[1000:]
+    pairs: list[Example] = [*corpora.docstring_pairs(corpora.TRAIN, 2400)]
+    test: list[Example] = [*corpora.docstring_pairs(corpora.HELD_OUT, 300)]
+    select, calibration, train = pairs[:200], pairs[200:800], pairs[800:]
     return Task("docstrings", "retrieval", _turned(calibration, seed), _turned(train, seed), select, test)
 
 

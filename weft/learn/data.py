@@ -70,14 +70,33 @@ def read(source: str | Path) -> list[Example]:
     """
     path = Path(source)
     if path.is_dir():
-        found = [e for p in sorted(path.rglob("*")) if p.suffix in _READERS for e in read(p)]
+        found, problems = list[Example](), list[WeftError]()
+        for p in sorted(path.rglob("*")):
+            if p.suffix in _READERS and p.is_file():
+                try:
+                    found += _READERS[p.suffix](p)
+                except WeftError as e:
+                    problems.append(e)
+        raise_all(problems)
     elif path.suffix in _READERS and path.is_file():
         found = _READERS[path.suffix](path)
     else:
-        raise PathError("no data there", where=str(source), got="nothing readable", want=f"a folder or a file: {', '.join(_READERS)}", fix="check the path")
+        raise PathError(
+            "no data there",
+            where=str(source),
+            got="nothing readable",
+            want=f"a folder or a file: {', '.join(_READERS)}",
+            fix="check the path",
+        )
     kinds = sorted({type(e).__name__ for e in found})
     if len(kinds) != 1:
-        raise FormatError("data must be of one kind", where=str(source), got=", ".join(kinds) or "no examples", want="one kind of record", fix="split the file")
+        raise FormatError(
+            "data must be of one kind",
+            where=str(source),
+            got=", ".join(kinds) or "no examples",
+            want="one kind of record",
+            fix="split the file",
+        )
     return found
 
 
@@ -87,24 +106,36 @@ def _text(path: Path) -> list[Example]:
 
 def _decode(path: Path) -> str:
     try:
-        return path.read_text("utf8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise FormatError("a file is not text", where=path.name, got=str(e), want="UTF-8", fix="convert the file") from None
+        raise FormatError(
+            "a file is not text", where=path.name, got=str(e), want="UTF-8", fix="convert the file"
+        ) from None
 
 
 def _lines(path: Path) -> list[Example]:
-    lines = [(i, line) for i, line in enumerate(_decode(path).splitlines(), 1) if line.strip()]
-    return _records(path, [(f"line {i}", lambda line=line, i=i: parse_json(line.encode(), f"{path.name} line {i}")) for i, line in lines])
+    lines = [(i, line) for i, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
+    return _records(
+        path,
+        [(f"line {i}", lambda line=line, i=i: parse_json(line.encode(), f"{path.name} line {i}")) for i, line in lines],
+    )
 
 
 def _array(path: Path) -> list[Example]:
     table = parse_json(_decode(path).encode(), path.name)
     if not isinstance(table, list):
-        raise FormatError("a JSON data file holds a list", where=path.name, got=type(table).__name__, want="a list of records", fix="use .jsonl for one record a line")
+        raise FormatError(
+            "a JSON data file holds a list",
+            where=path.name,
+            got=type(table).__name__,
+            want="a list of records",
+            fix="use .jsonl for one record a line",
+        )
     return _records(path, [(f"record {i}", lambda r=r: r) for i, r in enumerate(table, 1)])
 
 
 def _table(path: Path) -> list[Example]:
+    csv.field_size_limit(1 << 30)
     rows = csv.DictReader(io.StringIO(_decode(path)))
     return _records(path, [(f"row {i}", lambda r=r: r) for i, r in enumerate(rows, 1)])
 
@@ -132,13 +163,21 @@ def _example(record: Any, where: str) -> Example:
             return Response(prompt, response, where)
         case {"query": str(query), "positive": str(positive)}:
             return Pair(query, positive, where)
-        case {"messages": [*turns]} if turns and all(isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns):
+        case {"messages": [*turns]} if turns and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+        ):
             return Chat(tuple((t["role"], t["content"]) for t in turns), where)
         case {"text": str(text)}:
             return Text(text, where)
         case _:
-            got = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise FormatError("a record cannot be used", where=where, got=got, want="text, or prompt and response, or messages, or query and positive (all strings)", fix="rename the fields")
+            got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            raise FormatError(
+                "a record cannot be used",
+                where=where,
+                got=got,
+                want="text, or prompt and response, or messages, or query and positive (all strings)",
+                fix="rename the fields",
+            )
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -158,7 +197,13 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, length: int) -> list[
     made = [e for example in examples for e in _encode(example, tokenizer, length)]
     made = [e for e in made if any(label != IGNORE for label in e.labels[1:])]
     if not made:
-        raise FormatError("no token is a target", where="training data", got=f"{len(examples)} examples", want="at least one response or text token", fix="fill in the responses, or raise the length")
+        raise FormatError(
+            "no token is a target",
+            where="training data",
+            got=f"{len(examples)} examples",
+            want="at least one response or text token",
+            fix="fill in the responses, or raise the length",
+        )
     return made
 
 
@@ -181,22 +226,44 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
         return [Encoded(prompt + target, [IGNORE] * len(prompt) + target)]
     if isinstance(example, Chat):
         return [_chat(example, tokenizer, length)]
-    raise FormatError("pairs do not train a language model", where=example.name, got="query and positive", want="text, responses or messages", fix="use an embedding model")
+    raise FormatError(
+        "pairs do not train a language model",
+        where=example.name,
+        got="query and positive",
+        want="text, responses or messages",
+        fix="use an embedding model",
+    )
 
 
 def _chat(example: Chat, tokenizer: Any, length: int) -> Encoded:
     """Render ever longer beginnings of the conversation; what an assistant's turn adds is a target."""
     turns = [{"role": r, "content": c} for r, c in example.messages]
+    if not tokenizer.chat_template:
+        raise FormatError(
+            "this tokenizer has no chat template",
+            where=example.name,
+            got="none",
+            want="a chat template",
+            fix="give prompt and response records",
+        )
     ids: list[int] = []
     labels: list[int] = []
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(turns[:i], tokenize=True, add_generation_prompt=True, return_dict=False)
+            asked = tokenizer.apply_chat_template(
+                turns[:i], tokenize=True, add_generation_prompt=True, return_dict=False
+            )
             labels += [IGNORE] * (len(asked) - len(ids))
             ids = list(asked)
         whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=True, return_dict=False)
         if list(whole[: len(ids)]) != ids:
-            raise FormatError("this chat template rewrites earlier turns", where=example.name, got="another beginning", want="a template that only appends", fix="give prompt and response records")
+            raise FormatError(
+                "this chat template rewrites earlier turns",
+                where=example.name,
+                got="another beginning",
+                want="a template that only appends",
+                fix="give prompt and response records",
+            )
         labels += whole[len(ids) :] if turn["role"] == "assistant" else [IGNORE] * (len(whole) - len(ids))
         ids = list(whole)
     return Encoded(ids[-length:], labels[-length:])

@@ -10,14 +10,18 @@ from torch import Tensor
 from weft.learn.data import IGNORE
 
 
-def likelihood(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], count: int | Tensor | None) -> Float[Tensor, ""]:
+def likelihood(
+    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], count: int | Tensor | None
+) -> Float[Tensor, ""]:
     """Σ -log p(target) over the batch's targets, divided by `count`, the targets of the whole step (None: of this batch). Nats a token."""
     targets = labels[:, 1:].flatten()
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
     return total / (count if count is not None else (targets != IGNORE).sum().clamp(min=1))
 
 
-def contrast(queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], temperature: float = 0.05) -> Float[Tensor, ""]:
+def contrast(
+    queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], temperature: float = 0.05
+) -> Float[Tensor, ""]:
     """InfoNCE over the batch: each normalised query against all positives. Nats a query."""
     scores = queries @ positives.T / temperature
     return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device))

@@ -40,7 +40,9 @@ class Trainer(transformers.Trainer):
 
     loss_of: Callable[[nn.Module, Mapping[str, Tensor], Any], Tensor]
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:  # type: ignore[override]
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:  # type: ignore[override]
         loss = self.loss_of(model, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -64,7 +66,13 @@ def restore(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's tensors back. Errors: FormatError if they are not exactly the model's trainable ones."""
     held, mine = read_tensors(checkpoint / TRAINABLE), trainable(model)
     if {n: t.shape for n, t in held.items()} != {n: p.shape for n, p in mine.items()}:
-        raise FormatError("a checkpoint is of another model", where=str(checkpoint), got=sorted(set(held) ^ set(mine))[:5], want="the model's trainable tensors", fix="remove the checkpoint folder")
+        raise FormatError(
+            "a checkpoint is of another model",
+            where=str(checkpoint),
+            got=sorted(set(held) ^ set(mine))[:5],
+            want="the model's trainable tensors",
+            fix="remove the checkpoint folder",
+        )
     with torch.no_grad():
         for name, p in mine.items():
             p.copy_(held[name])
@@ -125,7 +133,21 @@ def train(
     Errors: OptionError if nothing is trainable; FormatError if no token is a target.
     """
     if not trainable(model):
-        raise OptionError("nothing is trainable", where=type(model).__name__, got="a frozen model", want="an adapter", fix='weft.apply(model, "lora") first')
+        raise OptionError(
+            "nothing is trainable",
+            where=type(model).__name__,
+            got="a frozen model",
+            want="an adapter",
+            fix='weft.apply(model, "lora") first',
+        )
+    if len({isinstance(e, Pair) for e in data}) > 1:
+        raise FormatError(
+            "data must be of one kind",
+            where="training data",
+            got="pairs and others",
+            want="one kind",
+            fix="split the data",
+        )
     items, loss = _task(model, data, tokenizer, length)
     history = History()
     start = time.monotonic()
@@ -141,7 +163,7 @@ def train(
         )  # fmt: skip
         if checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
-        trainer = Trainer(model=model, args=args, train_dataset=_Items(items), data_collator=_Pad(tokenizer))
+        trainer = Trainer(model=model, args=args, train_dataset=_Items(items), data_collator=_Pad(tokenizer, length))
         trainer.loss_of = loss
         trainer.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         trainer.remove_callback(transformers.PrinterCallback)
@@ -150,7 +172,9 @@ def train(
             trainer.train(resume_from_checkpoint=_last(work) if out else None)
     model.eval()
     history.losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
-    history.tokens = sum(len(i.input_ids) for i in items if isinstance(i, Encoded)) * steps * batch // max(1, len(items))
+    history.tokens = (
+        sum(len(i.input_ids) for i in items if isinstance(i, Encoded)) * steps * batch // max(1, len(items))
+    )
     history.seconds = time.monotonic() - start
     return history
 
@@ -161,7 +185,9 @@ def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int
         goal = objective(model)
         items = [{"texts": (e.query, e.positive)} for e in data if isinstance(e, Pair)]
         return items, lambda m, x, _: contrast(*(goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1)))
-    return list(encode(data, tokenizer, length=length)), lambda m, x, count: likelihood(forward(m, _inputs(x)), x["labels"], count)
+    return list(encode(data, tokenizer, length=length)), lambda m, x, count: likelihood(
+        forward(m, _inputs(x)), x["labels"], count
+    )
 
 
 def _inputs(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,13 +202,13 @@ def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:
 class _Pad:
     """Batches: ids and labels padded to the longest; texts tokenized, the two of a pair beside each other."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self.tokenizer, self.length = tokenizer, length
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
         if isinstance(items[0], dict):
             texts = [t for i in items for t in i["texts"]]
-            made = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            made = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
             return {k: made[k] for k in ("input_ids", "attention_mask")}
         width = max(len(i.input_ids) for i in items)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0

@@ -25,7 +25,13 @@ def inverse_factor(gram: Float[Tensor, "n n"], damp: float, where: str) -> tuple
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if not torch.isfinite(h).all():
-        raise NumericError("a statistic is not finite", where=where, got="NaN or infinity", want="finite values", fix="look for overflow in the inputs")
+        raise NumericError(
+            "a statistic is not finite",
+            where=where,
+            got="NaN or infinity",
+            want="finite values",
+            fix="look for overflow in the inputs",
+        )
     if mean <= 0:
         return torch.eye(len(h), dtype=torch.float64, device=h.device), damp
     diagonal[diagonal <= 0] = mean
@@ -36,13 +42,24 @@ def inverse_factor(gram: Float[Tensor, "n n"], damp: float, where: str) -> tuple
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return upper, tried
-    raise NumericError("a Gram matrix cannot be inverted", where=where, got=f"not positive definite at damping {1000 * damp:g}", want="a positive definite matrix", fix="raise damp, or use more calibration tokens")
+    raise NumericError(
+        "a Gram matrix cannot be inverted",
+        where=where,
+        got=f"not positive definite at damping {1000 * damp:g}",
+        want="a positive definite matrix",
+        fix="raise damp, or use more calibration tokens",
+    )
 
 
 Settle = Callable[[Float[Tensor, "m"], int, slice], Float[Tensor, "m"]]
 
 
-def solve(w: Float[Tensor, "m n"], upper: Float[Tensor, "n n"], settle: Settle, start: Callable[[Tensor, int, int, slice], None] | None = None) -> Float[Tensor, "m n"]:
+def solve(
+    w: Float[Tensor, "m n"],
+    upper: Float[Tensor, "n n"],
+    settle: Settle,
+    start: Callable[[Tensor, int, int, slice], None] | None = None,
+) -> Float[Tensor, "m n"]:
     """Values after settling every column from first to last.
 
     settle(column, j, rows) gives what column j of these rows becomes; the error (w_j - q_j) / U_jj times U_j is taken from the
@@ -58,7 +75,13 @@ def solve(w: Float[Tensor, "m n"], upper: Float[Tensor, "n n"], settle: Settle, 
     return out
 
 
-def _solve(x: Float[Tensor, "n m"], unit: Float[Tensor, "n n"], settle: Settle, start: Callable[[Tensor, int, int, slice], None] | None, rows: slice) -> Float[Tensor, "n m"]:
+def _solve(
+    x: Float[Tensor, "n m"],
+    unit: Float[Tensor, "n n"],
+    settle: Settle,
+    start: Callable[[Tensor, int, int, slice], None] | None,
+    rows: slice,
+) -> Float[Tensor, "n m"]:
     n = len(x)
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)

@@ -53,12 +53,14 @@ _SHRINK = {2: 0.45, 3: 0.6, 4: 0.7}
 """The smallest share of the range worth trying, by bits: fewer levels gain more from clipping."""
 
 
-def search(w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], name: str, group: int, symmetric: bool, *, steps: int = 8) -> Fitted:
+def search(
+    w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], name: str, group: int, symmetric: bool, *, steps: int = 8
+) -> Fitted:
     """The grid of least Σ_j weight_ij (w_ij - q_ij)² in each group, among shrunken ranges; never worse than `minmax`.
 
     A symmetric integer grid has one more level below zero than above, so its full range is tried from both sides.
     """
-    spec, x = grid(name), grouped(w.float(), group)  # [m g k]
+    x = grouped(w.float(), group)  # [m g k]
     v = grouped(weight.float().clamp(min=0), group)  # [1 g k] or [m g k]
     v = torch.where(v.sum(-1, keepdim=True) > 0, v, torch.ones_like(v))
     start = minmax(w, name, group, symmetric)

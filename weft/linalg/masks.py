@@ -21,7 +21,13 @@ def best(score: Float[Tensor, "m n"], pattern: str, sparsity: float, where: str)
         return torch.zeros(m, n, dtype=torch.bool, device=score.device).scatter_(1, order, True)
     keep, of = map(int, pattern.split(":"))
     if n % of:
-        raise OptionError("this pattern does not fit the weight", where=where, got=f"{n} columns", want=f"a multiple of {of}", fix="use pattern=row, or leave the site out")
+        raise OptionError(
+            "this pattern does not fit the weight",
+            where=where,
+            got=f"{n} columns",
+            want=f"a multiple of {of}",
+            fix="use pattern=row, or leave the site out",
+        )
     order = score.view(m, -1, of).argsort(dim=2, descending=True, stable=True)[..., :keep]
     return torch.zeros(m, n // of, of, dtype=torch.bool, device=score.device).scatter_(2, order, True).view(m, n)
 

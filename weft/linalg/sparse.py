@@ -11,12 +11,15 @@ from torch import Tensor
 from weft.expr import Expr, Quantized, spread
 from weft.linalg.grids import Fitted
 
+
 def compact(w: Shaped[Tensor, "m n"], mask: Bool[Tensor, "m n"]) -> Shaped[Tensor, "m k"]:
     """The kept entries of each row, in order; every row keeps k."""
     return w[mask].view(mask.shape[0], -1)
 
 
-def expand(per_group: Float[Tensor, "m g"], group: int, n: int, mask: Bool[Tensor, "m n"] | None) -> Float[Tensor, "m n"]:
+def expand(
+    per_group: Float[Tensor, "m g"], group: int, n: int, mask: Bool[Tensor, "m n"] | None
+) -> Float[Tensor, "m n"]:
     """One value a group of kept entries, at every column; where nothing is kept, that of the group before."""
     if mask is None:
         return spread(per_group, group, n)

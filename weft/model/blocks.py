@@ -21,7 +21,11 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             found.append((held, path, module))
     if not found or max(f[0] for f in found) == 0:
         raise OptionError(
-            "this model has no stack of blocks", where=type(model).__name__, got="no list of like modules", want="a transformer", fix="use mode dense"
+            "this model has no stack of blocks",
+            where=type(model).__name__,
+            got="no list of like modules",
+            want="a transformer",
+            fix="use mode dense",
         )
     _, path, module = max(found, key=lambda f: (f[0], -len(f[1])))
     return path, module

@@ -93,7 +93,13 @@ class Group:
     def site(self) -> Site:
         """The only site of a per-site group."""
         if len(self.sites) != 1:
-            raise OptionError("this group has several sites", where=self.name, got=len(self.sites), want="one", fix='declare per="site"')
+            raise OptionError(
+                "this group has several sites",
+                where=self.name,
+                got=len(self.sites),
+                want="one",
+                fix='declare per="site"',
+            )
         return self.sites[0]
 
     @property
@@ -124,7 +130,11 @@ class Group:
         for site in self.sites:
             if not site.evidence:
                 raise OptionError(
-                    "this method needs calibration data", where=site.name, got="no evidence", want="a Gram matrix", fix="pass data"
+                    "this method needs calibration data",
+                    where=site.name,
+                    got="no evidence",
+                    want="a Gram matrix",
+                    fix="pass data",
                 )
             for e in site.evidence:
                 finite(e.gram, f"{site.name}.gram")
@@ -180,5 +190,3 @@ def finite(t: Tensor, where: str) -> Tensor:
             fix="look for NaN weights or inputs that overflow; calibrate in float32",
         )
     return t
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from weft.error import ConflictError
 from weft.expr import Expr, tensors
@@ -31,18 +31,27 @@ class StandIn(Tensor):
         return f"StandIn({list(self.shape)}, {self.dtype}, {self.expr.describe()})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        written = [a for s, a in zip(func._schema.arguments, args, strict=False) if s.alias_info is not None and s.alias_info.is_write]
-        if any(isinstance(a, StandIn) for a in written):
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {**dict(zip((s.name for s in func._schema.arguments), args, strict=False)), **(kwargs or {})}
+        written = [
+            given.get(s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write
+        ]
+        if any(isinstance(a, StandIn) for a in tree_leaves(written)):
             raise ConflictError(
-                "a woven weight cannot be written", where=str(func), got="an in-place write", want="a rewrite", fix="weft.unweave(model) first"
+                "a woven weight cannot be written",
+                where=str(func),
+                got="an in-place write",
+                want="a rewrite",
+                fix="weft.unweave(model) first",
             )
 
         def dense(t: Any) -> Any:
             if not isinstance(t, StandIn):
                 return t
             StandIn.made += 1
-            return t.expr.dense().detach().to(t.dtype)
+            return t.expr.dense().detach().to(t.dtype, copy=True)  # a copy: views of it may be written
 
         if func is torch.ops.aten.detach.default:
             return StandIn.of(args[0].expr, args[0].dtype)

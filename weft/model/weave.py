@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError
-from weft.expr import Dense, Expr, spec, tensors
+from weft.expr import CHUNK, Dense, Expr, spec, tensors
 from weft.model.site import Kind, Site
 from weft.model.standin import StandIn
 
@@ -38,7 +39,11 @@ class _Woven(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise ConflictError(
-                "a woven weight cannot be assigned", where=type(self).__name__, got="weight = ...", want="a rewrite", fix="weft.unweave(model) first"
+                "a woven weight cannot be assigned",
+                where=type(self).__name__,
+                got="weight = ...",
+                want="a rewrite",
+                fix="weft.unweave(model) first",
             )
         super().__setattr__(name, value)
 
@@ -51,6 +56,12 @@ class WovenLinear(_Woven, nn.Linear):
     """A linear layer whose weight is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if (
+            self.bias is not None
+            and isinstance(self.expr, Dense)
+            and (self.expr.w.dtype == input.dtype or self.expr.w.numel() <= CHUNK // 16)
+        ):
+            return F.linear(input, self.expr.w.to(input.dtype), self.bias.to(input.dtype))
         y = self.expr(input)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -102,7 +113,13 @@ def weave(model: Model) -> Model:
     method such as `lora`. Errors: ConflictError if the model is woven.
     """
     if is_woven(model):
-        raise ConflictError("this model is woven already", where=type(model).__name__, got="a woven model", want="a plain one", fix="use it as it is")
+        raise ConflictError(
+            "this model is woven already",
+            where=type(model).__name__,
+            got="a woven model",
+            want="a plain one",
+            fix="use it as it is",
+        )
     model.requires_grad_(False)
     places: dict[str, Place] = {}
     shared: dict[int, tuple[Place, Expr]] = {}
@@ -112,7 +129,13 @@ def weave(model: Model) -> Model:
         woven, kind = _WEAVES[type(module)]
         weight = module._parameters.pop("weight")
         if weight is None:
-            raise ShapeError("a module has no weight", where=path, got="None", want="a parameter", fix="load the model's weights first")
+            raise ShapeError(
+                "a module has no weight",
+                where=path,
+                got="None",
+                want="a parameter",
+                fix="load the model's weights first",
+            )
         if id(weight) not in shared:
             name = f"{path}.weight" if path else "weight"
             place = Place(name, kind, (), Original(weight.detach), weight.dtype)
@@ -130,9 +153,11 @@ def weave(model: Model) -> Model:
 
 
 def unweave(model: Model, *, original: bool = False) -> Model:
-    """Plain weights again, in place: today's values, or the pretrained ones. Values keep the checkpoint's dtype."""
+    """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in."""
     for place in places(model).values():
-        value = place.original() if original else expression(model, place).dense().to(place.dtype)
+        value = (place.original() if original else expression(model, place).dense()).to(
+            model.get_submodule(place.modules[0]).compute
+        )
         weight = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
         for path in place.modules:
             module = model.get_submodule(path)
@@ -153,7 +178,13 @@ def is_woven(model: nn.Module) -> bool:
 def places(model: nn.Module) -> dict[str, Place]:
     """Site name to place, in module order. Errors: ConflictError if the model is not woven."""
     if not is_woven(model):
-        raise ConflictError("this model is not woven", where=type(model).__name__, got="a plain model", want="a woven one", fix="weft.weave(model)")
+        raise ConflictError(
+            "this model is not woven",
+            where=type(model).__name__,
+            got="a plain model",
+            want="a woven one",
+            fix="weft.weave(model)",
+        )
     return model.__dict__["_weft"]
 
 
@@ -172,10 +203,19 @@ def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
     known = places(model)
     for name, expr in exprs.items():
         if name not in known:
-            raise OptionError("no such site", where=name, got=name, want="a site of this model", fix="weft show lists them")
+            raise OptionError(
+                "no such site", where=name, got=name, want="a site of this model", fix="weft show lists them"
+            )
         old = expression(model, known[name])
         if old.shape != expr.shape:
-            raise ShapeError("an expression has another shape", where=name, got=list(expr.shape), want=list(old.shape), fix="keep the weight's shape")
+            raise ShapeError(
+                "an expression has another shape",
+                where=name,
+                got=list(expr.shape),
+                want=list(old.shape),
+                fix="keep the weight's shape",
+            )
+    for name, expr in exprs.items():
         for path in known[name].modules:
             model.get_submodule(path).expr = expr
 
@@ -193,7 +233,13 @@ def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
         else:
             found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
         if not found:
-            raise OptionError("a pattern matches no site", where="at", got=pattern, want="a name or glob, such as *.mlp.*", fix="weft show lists the sites")
+            raise OptionError(
+                "a pattern matches no site",
+                where="at",
+                got=pattern,
+                want="a name or glob, such as *.mlp.*",
+                fix="weft show lists the sites",
+            )
         out.update(found)
     return [n for n in names if n in out]
 
@@ -206,7 +252,11 @@ def output_sites(model: nn.Module) -> set[str]:
     """The sites of the output head, where the model has one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get else None
-    return {n for n, p in places(model).items() if any(model.get_submodule(m) is head for m in p.modules)} if head is not None else set()
+    return (
+        {n for n, p in places(model).items() if any(model.get_submodule(m) is head for m in p.modules)}
+        if head is not None
+        else set()
+    )
 
 
 def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: int = 0) -> Site:
@@ -230,7 +280,9 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers that belong to no expression: norms, biases, position tables."""
     inside = {f"{path}.expr." for place in places(model).values() for path in place.modules}
     prefixes = tuple(inside)
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(prefixes)}
+    made = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(prefixes)}
+    first = {id(v): k for k, v in reversed(made.items())}
+    return {k: v for k, v in made.items() if first[id(v)] == k}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -242,7 +294,9 @@ def fingerprint(model: nn.Module) -> str:
         items |= {f"{name}:{k}": t for k, t in tensors(expr).items()}
     for name, t in sorted(items.items()):
         word.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        word.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b"")
+        word.update(
+            memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b""
+        )
     return word.hexdigest()
 
 
@@ -252,7 +306,13 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *_: Any, **opt
 
     unknown = set(options) - {"is_main_process", "state_dict", "safe_serialization", "max_shard_size"}
     if unknown:
-        raise OptionError("a woven model's save_pretrained has no such option", where="save_pretrained", got=sorted(unknown), want="a folder", fix="weft.save(model, folder)")
+        raise OptionError(
+            "a woven model's save_pretrained has no such option",
+            where="save_pretrained",
+            got=sorted(unknown),
+            want="a folder",
+            fix="weft.save(model, folder)",
+        )
     if options.get("is_main_process", True):
         save(self, Path(save_directory), replace=True)
 
@@ -263,7 +323,11 @@ def _tie_weights(self: nn.Module, *_: Any, **__: Any) -> None:
 
 def _resize(self: nn.Module, *_: Any, **__: Any) -> None:
     raise ConflictError(
-        "a woven embedding cannot be resized", where=type(self).__name__, got="resize_token_embeddings", want="a plain model", fix="weft.unweave(model), resize, weave again"
+        "a woven embedding cannot be resized",
+        where=type(self).__name__,
+        got="resize_token_embeddings",
+        want="a plain model",
+        fix="weft.unweave(model), resize, weave again",
     )
 
 
@@ -272,4 +336,3 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "tie_weights": _tie_weights,
     "resize_token_embeddings": _resize,
 }
-

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.model import Evidence, fingerprint, finite, places
 from weft.progress import Progress, Silent
-from weft.stats.gradients import gradients
+from weft.stats.gradients import gradients, trim
 from weft.stats.objective import objective
 from weft.stats.sums import InputSums, OutputSums
-from weft.stats.walker import Batch, Edges, Walker
+from weft.stats.walker import Batch, Edges, Walker, forward
 from weft.store.files import read_json, read_tensors, write_json, write_tensors
 
 VERSION = 1
@@ -53,15 +55,38 @@ class Stats:
 
 def key(model: nn.Module, batches: Sequence[Batch], seed: int, gradient: bool) -> str:
     """Content address of the evidence: the model's values, the token ids, the seed."""
-    word = hashlib.blake2b(f"{VERSION} {seed} {gradient} {fingerprint(model)}".encode(), digest_size=16)
+    word = hashlib.blake2b(
+        f"{VERSION} {seed} {gradient} {fingerprint(model)} {_computes(model)}".encode(), digest_size=16
+    )
     for batch in batches:
         for name, t in sorted(batch.items()):
             word.update(f"{name}{list(t.shape)}".encode() + t.contiguous().numpy().tobytes())
     return word.hexdigest()
 
 
+def _computes(model: nn.Module) -> str:
+    """What a configuration computes with its weights."""
+    config = getattr(model, "config", None)
+    table = (
+        {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in {"_name_or_path", "transformers_version", "architectures", "dtype"}
+        }
+        if config is not None
+        else {}
+    )
+    return json.dumps(table, sort_keys=True, default=str)
+
+
 def collect(
-    model: nn.Module, batches: Sequence[Batch], folder: Path, *, gradient: bool = True, seed: int = 0, progress: Progress | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    folder: Path,
+    *,
+    gradient: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Stats:
     """Evidence of every woven site from these batches, in `folder` under its content address; read back if it is there.
 
@@ -94,6 +119,7 @@ class _Writer:
         self.tokens = 0
 
     def walk(self, batches: Sequence[Batch], progress: Progress) -> None:
+        self.seen = {} if self.outputs else _counts(self.model, batches)
         self._lookups(batches)
         walker = Walker(self.model, batches)
         with progress.bar("evidence", len(walker.blocks) + 1) as step:
@@ -140,11 +166,14 @@ class _Writer:
         for name, place in places(self.model).items():
             if place.kind != "embedding":
                 continue
-            sums = next((self.outputs[p] for p in place.modules if p in self.outputs and self.outputs[p].counts is not None), None)
+            sums = next(
+                (self.outputs[p] for p in place.modules if p in self.outputs and self.outputs[p].counts is not None),
+                None,
+            )
             rows, width = self.model.get_submodule(place.modules[0]).expr.shape  # type: ignore[misc]
             counts = sums.counts if sums is not None and sums.counts is not None else torch.zeros(int(rows)).double()
             if sums is None and not self.outputs:
-                counts = torch.stack([torch.bincount(b["input_ids"].flatten(), minlength=int(rows)) for b in batches]).sum(0).double()
+                counts = sum((self.seen[p] for p in place.modules if p in self.seen), torch.zeros(int(rows)).double())
             gram = sums.gram if sums is not None and sums.gram is not None else torch.eye(int(width)).double()
             seen = counts.sum().clamp(min=1)
             weight = (counts / seen).float()
@@ -163,8 +192,33 @@ class _Writer:
             self.files |= {name: file, f"{name}|edge": name}
             self.groups.append((name,))
             zero = torch.zeros(n)
-            out = {f"{name}|gram": torch.zeros(n, n), f"{name}|mean": zero, f"{name}|mean_abs": zero.clone(), f"{name}|weight": torch.zeros(m)}
+            out = {
+                f"{name}|gram": torch.zeros(n, n),
+                f"{name}|mean": zero,
+                f"{name}|mean_abs": zero.clone(),
+                f"{name}|weight": torch.zeros(m),
+            }
             write_tensors(self.place / file, out)
+
+
+def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """How often each row of each embedding is looked up, one sequence at a time, its padding left out."""
+    made: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Any:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            made[path] = made.get(path, 0) + torch.bincount(args[0].flatten(), minlength=module.num_embeddings).double()
+
+        return see
+
+    hooks = [m.register_forward_pre_hook(hook(p)) for p, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    with torch.no_grad():
+        for b in batches:
+            for i in range(len(b["input_ids"])):
+                forward(model, trim({k: v[i : i + 1] for k, v in b.items()}))
+    for h in hooks:
+        h.remove()
+    return made
 
 
 def _means(edge: str, sums: InputSums) -> dict[str, Tensor]:

@@ -19,7 +19,12 @@ from weft.stats.walker import Batch, forward, forwards
 
 
 def gradients(
-    model: nn.Module, batches: Sequence[Batch], objective: Objective, *, seed: int = 0, progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, OutputSums], int]:
     """Sums over all batches of each module's squared output gradients, and the number of units they are sums over.
 
@@ -32,7 +37,7 @@ def gradients(
     with torch.enable_grad(), lean, _tapped(model, sums):
         for batch in batches:
             for i in range(len(next(iter(batch.values())))):
-                one = _trim({k: v[i : i + 1] for k, v in batch.items()})
+                one = trim({k: v[i : i + 1] for k, v in batch.items()})
                 vectors = objective.vectors(forward(model, one), one)
                 objective.probe(vectors, rng).backward()
                 units += len(vectors)
@@ -41,7 +46,7 @@ def gradients(
     return sums, units
 
 
-def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the padding at the end of a single sequence."""
     if "attention_mask" not in batch:
         return batch

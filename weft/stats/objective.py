@@ -52,7 +52,7 @@ class Objective:
             labels = (logits - (-noise.log_()).log_()).argmax(-1)
         return F.cross_entropy(vectors.float(), labels, reduction="sum")
 
-    def distance(self, vectors: Float[Tensor, "u c"], original: Float[Tensor, "u c"]) -> Float[Tensor, u]:
+    def distance(self, vectors: Float[Tensor, "u c"], original: Float[Tensor, "u c"]) -> Float[Tensor, "u"]:
         """The distance of each unit."""
         if self.embeds:
             return 1 - (vectors * original).sum(-1)

@@ -15,14 +15,18 @@ class InputSums:
 
     tokens: int
     gram: Float[Tensor, "n n"]
-    total: Float[Tensor, n]
-    total_abs: Float[Tensor, n]
+    total: Float[Tensor, "n"]
+    total_abs: Float[Tensor, "n"]
 
     @classmethod
     def zero(cls, n: int, device: torch.device) -> InputSums:
         """Nothing seen."""
         wide = torch.float64 if device.type != "mps" else torch.float32
-        return cls(0, torch.zeros(n, n, dtype=wide, device=device), *(torch.zeros(n, dtype=wide, device=device) for _ in range(2)))
+        return cls(
+            0,
+            torch.zeros(n, n, dtype=wide, device=device),
+            *(torch.zeros(n, dtype=wide, device=device) for _ in range(2)),
+        )
 
     def add(self, x: Float[Tensor, "t n"]) -> None:
         """Add the tokens x."""
@@ -37,6 +41,6 @@ class InputSums:
 class OutputSums:
     """Squared output gradients of one use of a weight; for an embedding their Gram, and how often each row was looked up."""
 
-    squares: Float[Tensor, m] | None = None
+    squares: Float[Tensor, "m"] | None = None
     gram: Float[Tensor, "n n"] | None = None
-    counts: Float[Tensor, m] | None = None
+    counts: Float[Tensor, "m"] | None = None

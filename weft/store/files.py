@@ -46,10 +46,22 @@ def header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as f:
             length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else -1
             if not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise FormatError("this is no safetensors file", where=path.name, got=f"header of {length} bytes in {size}", want="a header inside the file", fix="copy the file again")
+                raise FormatError(
+                    "this is no safetensors file",
+                    where=path.name,
+                    got=f"header of {length} bytes in {size}",
+                    want="a header inside the file",
+                    fix="copy the file again",
+                )
             raw = f.read(length)
     except OSError as e:
-        raise PathError("a file cannot be read", where=str(path), got=e.strerror or "unreadable", want="a safetensors file", fix="check the path") from None
+        raise PathError(
+            "a file cannot be read",
+            where=str(path),
+            got=e.strerror or "unreadable",
+            want="a safetensors file",
+            fix="check the path",
+        ) from None
     return _audit(path, parse_json(raw, path.name), size - 8 - length)
 
 
@@ -58,18 +70,38 @@ def _audit(path: Path, table: Any, room: int) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
 
     def bad(name: str, got: object, want: str) -> None:
-        problems.append(FormatError("a tensor's header is wrong", where=f"{path.name}: {name}", got=got, want=want, fix="copy the file again"))
+        problems.append(
+            FormatError(
+                "a tensor's header is wrong",
+                where=f"{path.name}: {name}",
+                got=got,
+                want=want,
+                fix="copy the file again",
+            )
+        )
 
     if not isinstance(table, dict):
-        raise FormatError("a header is no table", where=path.name, got=type(table).__name__, want="a JSON object", fix="copy the file again")
+        raise FormatError(
+            "a header is no table",
+            where=path.name,
+            got=type(table).__name__,
+            want="a JSON object",
+            fix="copy the file again",
+        )
     for name, item in table.items():
         if name == "__metadata__":
             continue
         match item:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if not rest:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if (
+                not rest
+            ):
                 good = dtype in _SIZES and all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in shape)
                 if not good or stop - start != math.prod(shape) * _SIZES[dtype] or not 0 <= start <= stop <= room:
-                    bad(name, f"{dtype} {shape} at {start}..{stop} of {room}", "dtype, shape and offsets that agree and lie in the file")
+                    bad(
+                        name,
+                        f"{dtype} {shape} at {start}..{stop} of {room}",
+                        "dtype, shape and offsets that agree and lie in the file",
+                    )
                 else:
                     found[name] = Entry(dtype, tuple(shape), start, stop)
             case _:
@@ -114,7 +146,13 @@ def read_json(path: Path) -> Any:
     try:
         raw = path.read_bytes()
     except OSError as e:
-        raise PathError("a file cannot be read", where=str(path), got=e.strerror or "unreadable", want="a JSON file", fix="check the path") from None
+        raise PathError(
+            "a file cannot be read",
+            where=str(path),
+            got=e.strerror or "unreadable",
+            want="a JSON file",
+            fix="check the path",
+        ) from None
     return parse_json(raw, path.name)
 
 
@@ -122,7 +160,13 @@ def parse_json(raw: bytes, where: str) -> Any:
     """JSON without duplicate keys, NaN or infinity. Errors: FormatError."""
 
     def bad(got: str) -> FormatError:
-        return FormatError("a file is not JSON", where=where, got=got, want="JSON, unique keys, finite numbers", fix="copy the file again")
+        return FormatError(
+            "a file is not JSON",
+            where=where,
+            got=got,
+            want="JSON, unique keys, finite numbers",
+            fix="copy the file again",
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -160,5 +204,3 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-

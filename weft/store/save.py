@@ -24,7 +24,13 @@ _TRAVEL = (
 
 
 def save(
-    model: nn.Module, out: Path | str, *, tokenizer: Any = None, replace: bool = False, manifest: dict[str, Any] | None = None, files: dict[str, str] | None = None
+    model: nn.Module,
+    out: Path | str,
+    *,
+    tokenizer: Any = None,
+    replace: bool = False,
+    manifest: dict[str, Any] | None = None,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
 
@@ -114,5 +120,3 @@ def _travel(model: nn.Module, stage: Path, tokenizer: Any) -> None:
         write_json(stage / "generation_config.json", model.generation_config.to_dict())  # type: ignore[union-attr,operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
-
-

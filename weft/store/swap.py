@@ -51,10 +51,20 @@ def _may_replace(out: Path, replace: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not replace:
-        raise ConflictError("the output exists already", where=str(out), got="a folder with files", want="a new folder", fix="choose another, or replace it")
+        raise ConflictError(
+            "the output exists already",
+            where=str(out),
+            got="a folder with files",
+            want="a new folder",
+            fix="choose another, or replace it",
+        )
     if not (out / MANIFEST).exists():
         raise ConflictError(
-            "this folder is not weft's to replace", where=str(out), got=f"no {MANIFEST}", want="a folder that weft wrote", fix="choose another folder, or empty it"
+            "this folder is not weft's to replace",
+            where=str(out),
+            got=f"no {MANIFEST}",
+            want="a folder that weft wrote",
+            fix="choose another folder, or empty it",
         )
 
 
@@ -78,7 +88,13 @@ def exchange(stage: Path, out: Path) -> None:
         if hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(stage), -100, os.fsencode(out), 2) == 0:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, 0):
-            raise PathError("a folder cannot be replaced", where=str(out), got=os.strerror(ctypes.get_errno()), want="a writable parent folder", fix="check its permissions")
+            raise PathError(
+                "a folder cannot be replaced",
+                where=str(out),
+                got=os.strerror(ctypes.get_errno()),
+                want="a writable parent folder",
+                fix="check its permissions",
+            )
     aside = out.with_name(f"{stage.name}.old")
     out.rename(aside)
     try:
@@ -131,4 +147,11 @@ def verify(folder: Path) -> list[str]:
 
 def inside(folder: Path, path: Path) -> bool:
     """Whether `path`, links followed, lies in `folder`."""
-    return path.resolve().is_relative_to(folder.resolve())
+    root, end = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs"  # the hub's cache links the files of a snapshot there
+    return end.is_relative_to(root) or (
+        root.parent.name == "snapshots"
+        and path.is_symlink()
+        and path.parent.resolve().is_relative_to(root)
+        and end.is_relative_to(blobs)
+    )

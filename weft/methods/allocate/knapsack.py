@@ -36,7 +36,13 @@ def knapsack(
     least = float(np.where(usable, c, np.inf).min(1).sum())
     if not least <= budget:
         want = f"at least {int(least)} bytes" if np.isfinite(least) else "a usable candidate for every site"
-        raise ConflictError("no choice fits the budget", where="knapsack", got=f"{budget} bytes", want=want, fix="raise the budget or add smaller candidates")
+        raise ConflictError(
+            "no choice fits the budget",
+            where="knapsack",
+            got=f"{budget} bytes",
+            want=want,
+            fix="raise the budget or add smaller candidates",
+        )
     for s in range(len(c)):
         _drop_dominated(c[s], e[s], usable[s])
     rows, cols = np.nonzero(usable)
@@ -47,7 +53,10 @@ def knapsack(
     for slack in (0, 2e-6):  # the solver may miss a bound by 1e-6 of it: then once more with that much less to spend
         made = milp(
             ee / scale,
-            constraints=[LinearConstraint(one.tocsr(), 1, 1), LinearConstraint(ce[None] / max(1, budget), -np.inf, 1 - slack)],
+            constraints=[
+                LinearConstraint(one.tocsr(), 1, 1),
+                LinearConstraint(ce[None] / max(1, budget), -np.inf, 1 - slack),
+            ],
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": gap},

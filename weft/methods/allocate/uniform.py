@@ -23,7 +23,13 @@ def uniform(cost: Int[Tensor, "s c"], error: Float[Tensor, "s c"], budget: int) 
     fits = usable & (total <= budget)
     if not bool(fits.any()):
         least = int(total[usable].min()) if bool(usable.any()) else "no candidate that all sites share"
-        raise ConflictError("no uniform choice fits the budget", where="uniform", got=f"{budget} bytes", want=f"at least {least}", fix="raise the budget")
+        raise ConflictError(
+            "no uniform choice fits the budget",
+            where="uniform",
+            got=f"{budget} bytes",
+            want=f"at least {least}",
+            fix="raise the budget",
+        )
     best = torch.where(fits, error.double().sum(0), torch.inf).argmin()
     return best.expand(len(cost)).clone()
 

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", rows="P190", paper="2410.21271", needs={"gram"}, beats=Beats("svd_residual", start="rtn", start_options={"bits": 3}))
+@method(
+    kind="rewrite",
+    rows="P190",
+    paper="2410.21271",
+    needs={"gram"},
+    beats=Beats("svd_residual", start="rtn", start_options={"bits": 3}),
+)
 def eora(
     g: Group,
     *,
-    rank: Annotated[int, Field(ge=1, le=4096, description="rank of the compensation", json_schema_extra={"better": "up"})] = 16,
+    rank: Annotated[
+        int, Field(ge=1, le=4096, description="rank of the compensation", json_schema_extra={"better": "up"})
+    ] = 16,
 ) -> Expr:
     """Add the rank-r matrix that best restores the layer's output rather than its weights.
 
@@ -33,4 +41,6 @@ def eora(
 @eora.claim("restores more of a 3-bit model than plain SVD at the same rank")
 def claim(lab: Lab) -> Claim:
     rounded = ("rtn", {"bits": 3, "group": 0})
-    return lab.compare(ours=[rounded, ("eora", {"rank": 16})], baseline=[rounded, ("svd_residual", {"rank": 16})], floor=[rounded])
+    return lab.compare(
+        ours=[rounded, ("eora", {"rank": 16})], baseline=[rounded, ("svd_residual", {"rank": 16})], floor=[rounded]
+    )

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def svd_residual(
     g: Group,
     *,
-    rank: Annotated[int, Field(ge=1, le=4096, description="rank of the compensation", json_schema_extra={"better": "up"})] = 16,
+    rank: Annotated[
+        int, Field(ge=1, le=4096, description="rank of the compensation", json_schema_extra={"better": "up"})
+    ] = 16,
 ) -> Expr:
     """Add the best rank-r approximation of the error in weight space (ZeroQuant-V2's LoRC): W' = W + B A, B A = argmin ||W0 - W - B A||_F."""
     return total({"base": g.now, "compensation": truncate(g.original - g.now.dense().float(), rank)})

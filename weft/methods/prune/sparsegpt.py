@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2301.00774", needs={"gram"}, rowwise=True, beats=Beats("wanda", options={"pattern": "2:4"}))
+@method(
+    kind="rewrite", paper="2301.00774", needs={"gram"}, rowwise=True, beats=Beats("wanda", options={"pattern": "2:4"})
+)
 def sparsegpt(
     g: Group,
     *,
-    sparsity: Annotated[float, Field(ge=0, le=0.99, description="share of each row set to zero", json_schema_extra={"better": "down"})] = 0.5,
-    pattern: Annotated[Literal["row", "2:4", "4:8"], Field(description="row, or N of every M columns kept (sparsity is then N:M's)")] = "row",
+    sparsity: Annotated[
+        float, Field(ge=0, le=0.99, description="share of each row set to zero", json_schema_extra={"better": "down"})
+    ] = 0.5,
+    pattern: Annotated[
+        Literal["row", "2:4", "4:8"], Field(description="row, or N of every M columns kept (sparsity is then N:M's)")
+    ] = "row",
     damp: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Gram")] = 0.01,
 ) -> Expr:
     """Second-order pruning: in each block of 128 columns drop the entries with the smallest w_ij² / U_jj², U from (G + λI)^-1 = Uᵀ U,

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 def wanda(
     g: Group,
     *,
-    sparsity: Annotated[float, Field(ge=0, le=0.99, description="share of each row set to zero", json_schema_extra={"better": "down"})] = 0.5,
-    pattern: Annotated[Literal["row", "2:4", "4:8"], Field(description="row, or N of every M columns kept (sparsity is then N:M's)")] = "row",
+    sparsity: Annotated[
+        float, Field(ge=0, le=0.99, description="share of each row set to zero", json_schema_extra={"better": "down"})
+    ] = 0.5,
+    pattern: Annotated[
+        Literal["row", "2:4", "4:8"], Field(description="row, or N of every M columns kept (sparsity is then N:M's)")
+    ] = "row",
 ) -> Expr:
     """Keep the entries of each row with the largest |w_ij| sqrt(E[x_j²]); no update of the others."""
     w = g.now.dense()

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2210.17323", needs={"gram"}, per="input", rowwise=True, beats=Beats("rtn", options={"bits": 3}))
+@method(
+    kind="rewrite",
+    paper="2210.17323",
+    needs={"gram"},
+    per="input",
+    rowwise=True,
+    beats=Beats("rtn", options={"bits": 3}),
+)
 def gptq(
     g: Group,
     *,
@@ -27,7 +34,9 @@ def gptq(
     group: Annotated[int, Field(ge=0, le=65536, description="columns per scale; 0: the whole row")] = 64,
     symmetric: Annotated[bool, Field(description="no zero point")] = True,
     damp: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Gram")] = 0.01,
-    search_scale: Annotated[bool, Field(description="search each group's scale, weighed by the Gram's diagonal")] = True,
+    search_scale: Annotated[
+        bool, Field(description="search each group's scale, weighed by the Gram's diagonal")
+    ] = True,
     order: Annotated[bool, Field(description="solve columns by falling activation, store them in place")] = True,
 ) -> list[Expr]:
     """Second-order rounding: after column j is rounded its error (w_j - q_j) / U_jj times U_j is taken from the columns to its right,
@@ -59,7 +68,9 @@ def gptq(
     return out
 
 
-def _solve(w: Float[Tensor, "m n"], mask: Tensor | None, upper: Tensor, by: Tensor | None, fit: Fitted, bits: int) -> Quantized:
+def _solve(
+    w: Float[Tensor, "m n"], mask: Tensor | None, upper: Tensor, by: Tensor | None, fit: Fitted, bits: int
+) -> Quantized:
     """Codes of every kept entry, by the column solver."""
     by = torch.arange(w.shape[1], device=w.device) if by is None else by
     scale, zero = (expand(t, fit.group, w.shape[1], mask).T[by].contiguous() for t in (fit.scales, fit.zero()))

@@ -48,7 +48,7 @@ def section(report: Report) -> str:
                 words.with_interval(row.score, digits),
                 words.with_interval(row.versus_fit, digits, signed=True),
                 words.verdict(row.versus_fit),
-            ]  # fmt: skip
+            ]
         )
     tuned = (
         ""
@@ -62,7 +62,8 @@ def section(report: Report) -> str:
         [
             f"### {report.model.name} on {report.data.name}",
             f"```\n{report.command}\n```",
-            f"The original scores {words.number(report.original.score, digits)}{tuned}. {len(report.seeds)} seeds, {report.data.test_documents} test documents.",
+            f"The original scores {words.number(report.original.score, digits)}{tuned}. {len(report.seeds)} seeds, "
+            f"{report.data.test_documents} test documents.",
             table(rows),
             f"Measured over predicted {report.objective.name}, {len(checks)} whole-model choices: median {np.median(ratio):.2f}, "
             f"middle half {np.quantile(ratio, 0.25):.2f} to {np.quantile(ratio, 0.75):.2f}. All steps together: {words.duration(seconds)}.",

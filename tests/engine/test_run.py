@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import weft.engine.run as module
+import weft.engine.propagate as module
 from weft.engine import get
-from weft.engine.run import Chain, Step, apply, group_of, groups, propagate, run
+from weft.engine.propagate import propagate
+from weft.engine.run import Chain, Step, apply, group_of, groups, run
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, LowRank, Quantized, Sum, tensors
 from weft.model import expressions, fingerprint, match, places, weave
@@ -124,7 +125,9 @@ def test_fallbacks_are_told(tiny: Any, evidence: Any, monkeypatch: Any) -> None:
         return gptq.fn(g, **options)
 
     model = weave(tiny(layers=3))
-    monkeypatch.setattr(module, "get", lambda n: gptq if n != "gptq" else type(gptq)(**{**vars(gptq), "fn": act}))
+    monkeypatch.setattr(
+        "weft.engine.run.get", lambda n: gptq if n != "gptq" else type(gptq)(**{**vars(gptq), "fn": act})
+    )
     _, notes = apply(
         model, [Step("gptq", tuple(gptq.bind({}).items()))], at=["q_proj", "v_proj"], stats=evidence("llama")
     )

@@ -38,7 +38,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 def small(name: str, seed: int) -> Task:
     """A task of a few sentences, with pairs for `pairs`."""
-    parts = [sentences(n, 10 * i + (seed if i < 2 else 0)) for i, n in enumerate((40, 60, 10, 60))]
+    parts = [sentences(n, 10 * i + (seed if i < 2 else 0)) for i, n in enumerate((40, 60, 10, 30))]
     if name == "pairs":
         pairs: list[list[Example]] = [[Pair(s, f"yes {s}") for s in part] for part in parts]
         return Task(name, "retrieval", *pairs)
@@ -50,15 +50,15 @@ def small(name: str, seed: int) -> Task:
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (trial, tuning):
         monkeypatch.setattr(module, "task_of", small)
-    monkeypatch.setattr(tuning, "STEPS", 6)
-    monkeypatch.setattr(tuning, "RATES", (1e-2, 3e-2))
+    monkeypatch.setattr(tuning, "STEPS", 4)
+    monkeypatch.setattr(tuning, "RATES", (3e-2,))
 
 
 @pytest.fixture
 def subject(tiny: Callable[..., nn.Module], words: Any) -> Subject:
     """A tiny language model."""
     model = weave(tiny("llama", max_position_embeddings=256))
-    return Subject("tiny", model, words, "words", "words", calibration=256, units=40, length=16)
+    return Subject("tiny", model, words, "words", "words", calibration=128, units=40, length=16)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_tuned_arms_gain(lab: Lab) -> None:
     assert made.verdict == "reproduced" and found.ours == found.baseline > 0 and found.floor == 0
     assert found.metric == "gain in bits per byte" and made.arms["floor"] == "untuned"
     assert lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=2.0).verdict == "contradicted"
-    assert lab.only("tiny-embed").tune(ours={"rank": 2}, baseline={"rank": 1}, share=1.0).findings[0].units == 60
+    assert lab.only("tiny-embed").tune(ours={"rank": 2}, baseline={"rank": 1}, share=1.0).findings[0].units == 30
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_another_seed_turns_the_order_of_what_is_learnt_from_and_nothing_else() 
 def test_docstring_pairs_do_not_hold_the_docstring() -> None:
     """A positive is the source without what the query says."""
     pairs = [e for e in task("docstrings").test if isinstance(e, Pair)]
-    assert len(pairs) > 300 and not any(p.query in p.positive for p in pairs)
+    assert len(pairs) > 200 and not any(p.query in p.positive for p in pairs)
     assert all(p.positive.lstrip().startswith("def ") for p in pairs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,11 +99,13 @@ class Method:
 
     def fingerprint(self) -> str:
         """Hash of the method's file: editing it invalidates its steps and its proof."""
-        return _hash(inspect.getfile(self.fn))
+        file = inspect.getfile(self.fn)
+        now = os.stat(file)
+        return _hash(file, now.st_mtime_ns, now.st_size)
 
 
 @functools.cache
-def _hash(file: str) -> str:
+def _hash(file: str, _changed: int, _size: int) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Run methods: one step or a chain on a group, on a whole model from dense evidence, or block by block behind its own errors."""
+"""Run methods: one step or a chain on a group, or on a whole model from dense evidence."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from weft.engine.method import Method
 from weft.engine.registry import get
-from weft.error import OptionError
-from weft.expr import Expr, build, spec, stack, tensors, terms_of, total
-from weft.model import Evidence, Group, Site, finite, match, places, set_expressions, site
-from weft.model.blocks import block_of, blocks
-from weft.progress import Progress, Silent
-from weft.stats import Edges, Stats, Walker
-from weft.store.files import parse_json, read_tensors, write_json, write_tensors
+from weft.error import ConflictError, OptionError
+from weft.expr import Expr, stack, terms_of, total
+from weft.model import Group, Site, match, set_expressions, site
+from weft.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
         terms = terms_of(group.site.now)  # all but the base stay as they are: a slice of a trainable leaf is frozen
         bare = group.put([terms.pop("base", group.site.now)])
         made = stack([run(replace(bare, sites=(part,)), chain)[0] for part in bare.site.slices()])
-        return [_with(made, terms)]
+        return [_with(made, terms, group.name)]
     for step in chain:
         group = group.put(_step(group, get(step.method), dict(step.options)))
     return [s.now for s in group]
@@ -79,24 +75,29 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
         )
     whole = {s.name: terms_of(s.now) for s in group}
     seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
-    if method.per == "input":
-        made = list(method(seen, **options))
-    else:
-        made = [method(replace(seen, sites=(s,)), **options) for s in seen]
+    made = (
+        list(method(seen, **options))
+        if method.per == "input"
+        else [method(replace(seen, sites=(s,)), **options) for s in seen]
+    )
     if method.whole:
         return made
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
-    return [_with(new, others) for new, others in zip(made, rest, strict=True)]
+    return [_with(new, others, s.name) for new, others, s in zip(made, rest, group, strict=True)]
 
 
-def _with(new: Expr, others: Mapping[str, Expr]) -> Expr:
-    """What a method made of the base, then the weight's other terms; adapters stay, a compensation may be replaced."""
+def _with(new: Expr, others: Mapping[str, Expr], where: str) -> Expr:
+    """What a method made of the base, then the weight's other terms; a compensation may be replaced, an adapter may not."""
     fresh = terms_of(new)
-    return total({"base": fresh["base"], **others, **fresh, **_adapters(others)})
-
-
-def _adapters(terms: Mapping[str, Expr]) -> dict[str, Expr]:
-    return {r: t for r, t in terms.items() if r.startswith("adapter:")}
+    if twice := [r for r in fresh if r.startswith("adapter:") and r in others]:
+        raise ConflictError(
+            "this weight has an adapter of that name",
+            where=where,
+            got=twice[0],
+            want="a new name",
+            fix="give another name, or merge the first",
+        )
+    return total({"base": fresh["base"], **others, **fresh})
 
 
 def group_of(model: nn.Module, names: Sequence[str], stats: Stats | None, *, seed: int = 0) -> Group:
@@ -180,163 +181,6 @@ def relative_error(before: Site, after: Expr) -> float | None:
     gram, weight = before.evidence[0].gram, before.original
     gap = after.dense().float() - weight
     return float((((gap @ gram) * gap).sum().clamp(min=0) / ((weight @ gram) * weight).sum().clamp(min=1e-20)).sqrt())
-
-
-def propagate(
-    model: nn.Module,
-    chains: Mapping[str, Chain],
-    stats: Stats,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    *,
-    seed: int = 0,
-    journal: Path | None = None,
-    progress: Progress | None = None,
-) -> list[tuple[str, str]]:
-    """Rewrite every site by its chain, in place, each behind the errors of what comes before it. Returns the fallbacks.
-
-    Embeddings (and a head tied to one) come first, from dense evidence; then, block by block, each group of sites that
-    read one input sees the Gram of what the compressed blocks before it feed this one, with the dense row weights; the
-    head comes last.
-    With a `journal` folder each stage's result is kept there, and a run that was interrupted goes on behind them.
-    Errors: those of the methods; NumericError if an input is not finite.
-    """
-    names = list(chains)
-    log = _Journal(journal, model)
-    if not any(get(s.method).needs for chain in chains.values() for s in chain):
-        log.stage("all", lambda: _rewrite(model, groups(model, names, stats), chains, stats, seed))
-        return log.notes
-    stages: dict[int | str, list[tuple[str, ...]]] = {"first": []}
-    last = [g for g in groups(model, names, stats) if block_of(model, g[0]) is None and _is_head(model, g[0])]
-    for g in groups(model, names, stats):
-        where = block_of(model, g[0])
-        if g not in last:
-            stages.setdefault("first" if where is None else where, []).append(g)
-    log.stage("first", lambda: _rewrite(model, stages["first"], chains, stats, seed))
-    if log.replay([f"block-{i:04d}" for i in range(len(blocks(model)[1]))] + (["last"] if last else [])):
-        return log.notes
-    walker = Walker(model, batches)
-    with (progress or Silent()).bar("compress", len(walker.blocks)) as bar:
-        for i in range(len(walker.blocks)):
-            log.stage(
-                f"block-{i:04d}",
-                lambda i=i: _behind(
-                    model, stages.get(i, []), chains, stats, seed, lambda edges: walker.step(i, edges, keep=False)
-                ),
-            )
-            walker.step(i)
-            bar(1)
-    if last:
-        log.stage(
-            "last",
-            lambda: _behind(model, last, chains, stats, seed, lambda edges: [None for _ in walker.finish(edges)]),
-        )
-    return log.notes
-
-
-def _is_head(model: nn.Module, name: str) -> bool:
-    return places(model)[name].kind == "linear"
-
-
-Done = tuple[dict[str, Expr], list[tuple[str, str]]]
-
-
-def _rewrite(
-    model: nn.Module, todo: Sequence[tuple[str, ...]], chains: Mapping[str, Chain], stats: Stats, seed: int
-) -> Done:
-    made: dict[str, Expr] = {}
-    notes: list[tuple[str, str]] = []
-    for names in todo:
-        group = group_of(model, names, stats, seed=seed)
-        made |= _solve(group, chains)
-        notes += group.notes
-    return made, notes
-
-
-def _solve(group: Group, chains: Mapping[str, Chain]) -> dict[str, Expr]:
-    """Sites of one group, those with the same chain together."""
-    made: dict[str, Expr] = {}
-    for chain in dict.fromkeys(chains[s.name] for s in group):
-        part = replace(group, sites=tuple(s for s in group if chains[s.name] == chain))
-        made |= dict(zip([s.name for s in part], run(part, chain), strict=True))
-    return made
-
-
-def _behind(
-    model: nn.Module,
-    todo: Sequence[tuple[str, ...]],
-    chains: Mapping[str, Chain],
-    stats: Stats,
-    seed: int,
-    walk: Callable[[Edges], Any],
-) -> Done:
-    """Rewrite groups from the inputs that today's model gives them."""
-    made: dict[str, Expr] = {}
-    notes: list[tuple[str, str]] = []
-    edges = Edges(frozenset(n for names in todo for n in names))
-    walk(edges)
-    for names in todo:
-        group = group_of(model, names, stats, seed=seed)
-        group = replace(group, sites=tuple(replace(s, evidence=_seen(s, edges)) for s in group))
-        made |= _solve(group, chains)
-        notes += group.notes
-    return made, notes
-
-
-def _seen(before: Site, edges: Edges) -> tuple[Evidence, ...]:
-    """The site's evidence with today's inputs and the dense row weights."""
-    if before.name not in edges.of:
-        return before.evidence
-    sums = edges.sums[edges.of[before.name]]
-    gram = finite(sums.gram, f"{before.name}.gram") / max(1, sums.tokens)
-    return (Evidence(gram, before.evidence[0].weight, sums.tokens),)
-
-
-class _Journal:
-    """Results of finished stages on disk: each stage's tensors, then its expressions; read back by a later run."""
-
-    def __init__(self, folder: Path | None, model: nn.Module) -> None:
-        self.folder, self.model = folder, model
-        self.notes: list[tuple[str, str]] = []
-
-    def stage(self, name: str, work: Callable[[], Done]) -> None:
-        """Do the work, or take its result from the journal; put the expressions in place."""
-        made, notes = self._read(name) or work()
-        if self.folder is not None and not (self.folder / f"{name}.json").exists():
-            write_tensors(
-                self.folder / f"{name}.safetensors",
-                {f"{s}:{p}": t for s, e in made.items() for p, t in tensors(e).items()},
-            )
-            write_json(
-                self.folder / f"{name}.json",
-                {
-                    "sites": {s: spec(e) for s, e in made.items()},
-                    "notes": notes,
-                    "trainable": [
-                        f"{s}:{p}" for s, e in made.items() for p, t in tensors(e).items() if t.requires_grad
-                    ],
-                },
-            )
-        set_expressions(self.model, made)
-        self.notes += notes
-
-    def replay(self, names: Sequence[str]) -> bool:
-        """Take all these stages from the journal, if it has every one."""
-        made = [self._read(name) for name in names]
-        if not all(made):
-            return False
-        for exprs, notes in filter(None, made):
-            set_expressions(self.model, exprs)
-            self.notes += notes
-        return True
-
-    def _read(self, name: str) -> Done | None:
-        if self.folder is None or not (self.folder / f"{name}.json").exists():
-            return None
-        index = parse_json((self.folder / f"{name}.json").read_bytes(), f"{name}.json")
-        held = read_tensors(self.folder / f"{name}.safetensors")
-        held |= {k: nn.Parameter(held[k].clone()) for k in index["trainable"]}
-        made = {s: build(tree, lambda p, s=s: held[f"{s}:{p}"]) for s, tree in index["sites"].items()}
-        return made, [(w, t) for w, t in index["notes"]]
 
 
 @functools.cache

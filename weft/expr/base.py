@@ -69,7 +69,7 @@ class Expr(nn.Module):
     All that a node must write is `dense`, and `size` where its shape is not the dimensions "m" and "n".
     """
 
-    __annotations__: ClassVar[dict[str, Any]] = {}
+    __annotations__: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     shape: tuple[int, int]
 
     def __init_subclass__(cls) -> None:
@@ -157,7 +157,7 @@ class Expr(nn.Module):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         """x times the transposed value, in x's dtype. Frozen: nothing dense is kept for the backward."""
         if self.frozen():
-            return _FrozenProduct.apply(x, self)  # type: ignore[no-any-return]
+            return _FrozenProduct.apply(x, self)
         return F.linear(x, self.dense().to(x.dtype))
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:

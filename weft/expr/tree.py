@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +42,7 @@ class Sum(Expr):
 
     def named(self) -> dict[str, Expr]:
         """The terms by role, in order."""
-        return dict(self.terms.items())  # type: ignore[arg-type]
+        return cast(dict[str, Expr], dict(self.terms.items()))
 
     def kids(self) -> Iterator[Expr]:
         yield from self.named().values()
@@ -79,7 +80,7 @@ class Product(Expr):
 
     def __init__(self, *factors: Expr) -> None:
         nn.Module.__init__(self)
-        fits = all(a.shape[1] == b.shape[0] for a, b in zip(factors, factors[1:], strict=False))
+        fits = all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(factors))
         if not factors or not fits:
             raise ShapeError(
                 "these factors make no product",
@@ -92,7 +93,7 @@ class Product(Expr):
         self.shape = factors[0].shape[0], factors[-1].shape[1]
 
     def kids(self) -> Iterator[Expr]:
-        yield from self.factors  # type: ignore[misc]
+        yield from cast(Iterable[Expr], self.factors)
 
     def dense(self) -> Float[Tensor, "m n"]:
         *rest, value = (f.dense() for f in self.kids())
@@ -138,9 +139,9 @@ def normal(expr: Expr) -> Normal | None:
     terms = terms_of(factors[at])
     if "base" not in terms or any(isinstance(t, Sum | Product) for t in terms.values()):
         return None
-    left, right = factors[:at], factors[at + 1 :]
+    left, right = ([f for f in side if isinstance(f, Diagonal)] for side in (factors[:at], factors[at + 1 :]))
     base = terms.pop("base")
-    return Normal(tuple(left), base, terms, tuple(right))  # type: ignore[arg-type]
+    return Normal(tuple(left), base, terms, tuple(right))
 
 
 def terms_of(expr: Expr) -> dict[str, Expr]:

@@ -117,7 +117,8 @@ def plan(
     count = len(chains(s.bits, s.groups))
     size, sites = work.size, len(expressions(work.plain))
     lines = [
-        f"model: {model}, {type(work.plain).__name__}, {size.parameters:,} parameters, {size.bf16_bytes:,} bytes in bfloat16, {sites} sites",
+        f"model: {model}, {type(work.plain).__name__}, {size.parameters:,} parameters in {sites} sites, "
+        f"{size.bf16_bytes:,} bytes in bfloat16",
         f"seeds: {s.seeds}; each: evidence from {s.tokens:,} tokens, then {count} candidates a site ({count * sites:,} in all)",
         f"choice: by {work.goal.name} ({work.goal.unit}) on {s.select_tokens:,} other tokens",
     ]
@@ -126,12 +127,11 @@ def plan(
     for b in [budget] if isinstance(budget, str) else budget:
         limit = budgets.parse(b, size)
         rank = work.rank(limit) if data else 0
-        tuning = (
-            f"; then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) tuned {s.tune_steps} steps"
-            if rank
-            else ""
-        )
-        lines.append(f"budget {b}: {limit:,} bytes; {', '.join(ARMS)} built behind their own errors{tuning}")
+        lines.append(f"budget {b}: {limit:,} bytes; {', '.join(ARMS)}, built behind their own errors")
+        if rank:
+            lines.append(
+                f"  then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) is tuned {s.tune_steps} steps"
+            )
     return lines
 
 

@@ -51,7 +51,7 @@ def report(work: Work, name: str, found: Sequence[schema.Budget], command: str) 
             select_tokens=sum(b["input_ids"].numel() for b in run.distance.batches),
             train_examples=len(run.data.train) if rank else 0,
             test_documents=len(work.score(run, work.plain, work.print)[0]),
-        ),  # fmt: skip
+        ),
         metric=schema.Metric(name=metric, unit=unit),
         objective=schema.Objective(name=work.goal.name, unit=work.goal.unit),
         environment=schema.Environment(
@@ -61,7 +61,7 @@ def report(work: Work, name: str, found: Sequence[schema.Budget], command: str) 
             weft=version("weft"),
             platform=f"{platform.system()} {platform.machine()}",
             threads=torch.get_num_threads(),
-        ),  # fmt: skip
+        ),
         seeds=list(range(s.seeds)),
         original=schema.Original(
             score=_mean(work.score(run, work.plain, work.print)), bytes=work.bytes, tuned_score=tuned
@@ -102,10 +102,16 @@ def _row(work: Work, arm: Any, stage: Any, seeds: Sequence[Mapping[str, Arm]]) -
     theirs = np.stack([made["fit"].scores[0] for made in seeds])
     labels = list(dict.fromkeys(a.build.label for a in mine))
     return schema.Row(
-        arm=arm, stage=stage, choice=" / ".join(labels), bytes=mine[0].nbytes, share=budgets.share(mine[0].nbytes, work.size),
-        scores=[_mean(a.scores) for a in mine], score=_interval(values, weights),
-        versus_fit=None if arm == "fit" else _interval(values - theirs, weights), adapter_bytes=work.adapter_bytes(mine[0].rank) if mine[0].rank else 0,
-    )  # fmt: skip
+        arm=arm,
+        stage=stage,
+        choice=" / ".join(labels),
+        bytes=max(a.nbytes for a in mine),
+        share=budgets.share(max(a.nbytes for a in mine), work.size),
+        scores=[_mean(a.scores) for a in mine],
+        score=_interval(values, weights),
+        versus_fit=None if arm == "fit" else _interval(values - theirs, weights),
+        adapter_bytes=work.adapter_bytes(mine[0].rank),
+    )
 
 
 def _interval(values: np.ndarray, weights: np.ndarray) -> schema.Interval:
@@ -123,9 +129,13 @@ def _check(b: Build) -> schema.Check:
 def _choices(work: Work) -> list[schema.Check]:
     """Choices that were measured from dense evidence, before building."""
     return [
-        schema.Check(label=run.search.label(c), kind="mixed" if len(set(c)) > 1 else "uniform", predicted=run.search.predicted(c), measured=m)
-        for run in work.runs.values() for c, m in run.search.seen.items()
-    ]  # fmt: skip
+        schema.Check(
+            label=label, kind="mixed" if label == "mixed" else "uniform", predicted=run.search.predicted(c), measured=m
+        )
+        for run in work.runs.values()
+        for c, m in run.search.seen.items()
+        for label in [run.search.label(c)]
+    ]
 
 
 def _sites(work: Work, run: Run, build: Build) -> list[schema.SiteRow]:
@@ -154,7 +164,7 @@ def _sites(work: Work, run: Run, build: Build) -> list[schema.SiteRow]:
                 bytes=e.nbytes(),
                 predicted=loss,
                 error=error[name],
-            )  # fmt: skip
+            )
         )
     return rows
 
@@ -176,7 +186,7 @@ def _uniform(work: Work, run: Run) -> list[schema.Uniform]:
                         bytes=run.search.nbytes(choice),
                         share=budgets.share(run.search.nbytes(choice), work.size),
                         predicted=run.search.predicted(choice),
-                    )  # fmt: skip
+                    )
                 )
     return made
 
@@ -189,29 +199,25 @@ def _original_tuned(work: Work, run: Run, rank: int) -> float:
 
 def _next(work: Work, found: Sequence[schema.Budget]) -> list[str]:
     """Advice that follows from what was found."""
-    saved = [b.out for b in found if b.out]
-    made = (
-        [f"weft generate {saved[0]} --prompt '...'" if not work.goal.embeds else f"weft show {saved[0]}"]
-        if saved
-        else []
-    )
-    if saved:
-        made += [
-            f"weft export {saved[0]} --to hf --out DIR   (a plain checkpoint for other tools)",
-            f"weft verify {saved[0]}",
-        ]
+    saved = next((b.out for b in found if b.out), None)
+    if saved is None:
+        made = ["give --out to keep the models"]
     else:
-        made.append("give --out to keep the models")
+        use = f"weft show {saved}" if work.goal.embeds else f"weft generate {saved} 'def '"
+        made = [
+            use,
+            f"weft export {saved} --to hf --out DIR   (a plain checkpoint for other tools)",
+            f"weft verify {saved}",
+        ]
     if not work.data:
         made.append("give --data to tune an adapter on your own examples and to be scored on them")
     if work.settings.seeds < 3:
-        made.append("run with three seeds (without --quick) for intervals over seeds")
+        made.append("leave out --quick for three seeds and longer tuning")
     for b in found:
-        ahead = [r for r in b.rows if r.versus_fit and r.versus_fit.low <= 0]
-        if ahead:
-            made.append(
-                f"at {b.budget} {ahead[0].arm} is not behind ({ahead[0].stage}): more calibration or choosing tokens may tell them apart (--tokens)"
-            )
+        near = [r for r in b.rows if r.versus_fit and r.versus_fit.low <= 0]
+        if near:
+            said = f"at {b.budget}, {near[0].arm} is not clearly behind ({near[0].stage})"
+            made.append(f"{said}: more tokens to calibrate and choose by may tell them apart (--tokens)")
     return made
 
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.engine import get
-from weft.engine.run import Chain, Step, apply, chain_key, code_version, propagate
+from weft.engine.propagate import propagate
+from weft.engine.run import Chain, Step, apply, chain_key, code_version
 from weft.expr import tensors
 from weft.fitting import budget as budgets
 from weft.fitting.candidates import BITS, GROUPS, Table, chains, table, uniform_chains
@@ -43,11 +44,11 @@ class Settings:
     """How much work fit does."""
 
     seeds: int = 3
-    tokens: int = 16384
+    tokens: int = 8192
     """Calibration tokens."""
-    select_tokens: int = 8192
+    select_tokens: int = 6144
     """Tokens that choices are measured on."""
-    test_tokens: int = 40960
+    test_tokens: int = 24576
     """Tokens that the result is scored on, at about four bytes each."""
     length: int = 256
     bits: tuple[int, ...] = BITS
@@ -55,9 +56,10 @@ class Settings:
     """Widths and columns per scale of the roundings that are tried; fewer are faster on a large model."""
     tries: int = 3
     """How many of the best predicted uniform choices are measured."""
-    tune_steps: int = 100
-    tune_batch: int = 8
+    tune_steps: int = 40
+    tune_batch: int = 4
     lr: float = 5e-3
+    """Learning rate for text; pairs take a tenth of it."""
 
     @classmethod
     def quick(cls) -> Settings:
@@ -118,7 +120,7 @@ class Work:
         self.runs: dict[int, Run] = {}
 
     @contextmanager
-    def step(self, name: str, detail: str) -> Iterator[None]:
+    def step(self, name: str, detail: str) -> Generator[None]:
         """Record a step's time, the peak memory so far, and whether its results were in the cache."""
         start, hits, misses = time.monotonic(), self.cache.hits, self.cache.misses
         yield
@@ -263,6 +265,7 @@ class Work:
         before = self.about(run, build.chains) if build else self.print
         apply(model, (Step.of("lora", rank=rank),), at="all-linear", seed=run.seed)
         s = self.settings
+        rate = s.lr / 10 if self.goal.embeds else s.lr
         name = key(
             "tuned",
             before,
@@ -271,7 +274,7 @@ class Work:
             s.tune_steps,
             s.tune_batch,
             s.length,
-            s.lr,
+            rate,
             run.seed,
             get("lora").fingerprint(),
             code_version("learn"),
@@ -280,7 +283,7 @@ class Work:
         def learn() -> dict[str, Tensor]:
             work = self.cache.path("tuning", name)
             made = train(
-                model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=s.tune_batch, length=s.length, lr=s.lr,
+                model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=s.tune_batch, length=s.length, lr=rate,
                 seed=run.seed, out=work, save_every=max(10, s.tune_steps // 4), progress=self.progress,
             )  # fmt: skip
             held = {

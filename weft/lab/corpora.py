@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +19,26 @@ TRAIN = ("stdlib", "numpy", "scipy", "torch")
 HELD_OUT = ("networkx", "jinja2", "fsspec", "filelock", "yaml", "rich", "packaging", "tqdm")
 """Packages to test on; ref-lm has not seen them."""
 HEADERS_TRAIN = ("ATen/native", "ATen/core", "ATen/cpu", "c10/util", "torch/csrc/jit")
-HEADERS_HELD_OUT = ("c10/core", "torch/nn", "torch/optim", "torch/data", "torch/csrc/autograd", "torch/csrc/distributed")
-_SKIP = ("site-packages", "/tests/", "/test/", "/testing/", "idle_test", "lib2to3", "ensurepip", "pydoc_data", "_sysconfigdata", "_vendor")
+HEADERS_HELD_OUT = (
+    "c10/core",
+    "torch/nn",
+    "torch/optim",
+    "torch/data",
+    "torch/csrc/autograd",
+    "torch/csrc/distributed",
+)
+_SKIP = (
+    "site-packages",
+    "/tests/",
+    "/test/",
+    "/testing/",
+    "idle_test",
+    "lib2to3",
+    "ensurepip",
+    "pydoc_data",
+    "_sysconfigdata",
+    "_vendor",
+)
 
 
 def python_source(packages: Sequence[str], nbytes: int, *, seed: int = 0) -> list[Text]:
@@ -49,14 +69,26 @@ def _package(name: str) -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
     found = find_spec(name)
     if found is None or found.origin is None:
-        raise ResourceError("a package of the corpus is not installed", where=name, got="nothing", want=f"the package {name}", fix=f"pip install {name}")
+        want = f"the package {name}"
+        raise ResourceError(
+            "a package of the corpus is not installed", where=name, got="nothing", want=want, fix=f"pip install {name}"
+        )
     return Path(found.origin).parent
 
 
-def _python_files(package: str) -> list[tuple[str, Path]]:
-    root = _package(package)
-    found = [(f"{package}/{p.relative_to(root)}", p) for p in sorted(root.rglob("*.py"))]
-    return [(n, p) for n, p in found if not any(s in f"/{p.relative_to(root)}" for s in _SKIP)]
+@cache
+def _python_files(package: str) -> tuple[tuple[str, Path], ...]:
+    root = str(_package(package))
+    found: list[tuple[str, Path]] = []
+    for folder, inner, files in os.walk(root):
+        inside = folder[len(root) :].replace(os.sep, "/") + "/"
+        inner[:] = [d for d in inner if not any(s in f"{inside}{d}/" for s in _SKIP)]
+        found += [
+            (f"{package}{inside}{f}", Path(folder, f))
+            for f in files
+            if f.endswith(".py") and not any(s in inside + f for s in _SKIP)
+        ]
+    return tuple(sorted(found))
 
 
 def _shuffled(files: Sequence[tuple[str, Path]], seed: int) -> list[tuple[str, Path]]:

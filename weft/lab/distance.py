@@ -22,13 +22,17 @@ REFERENCE_BYTES = 1 << 30
 class Distance:
     """Distance to the original on fixed batches, whose outputs of the original are kept on disk."""
 
-    def __init__(self, original: nn.Module, batches: Sequence[Mapping[str, Tensor]], goal: Objective, cache: Cache, name: str) -> None:
+    def __init__(
+        self, original: nn.Module, batches: Sequence[Mapping[str, Tensor]], goal: Objective, cache: Cache, name: str
+    ) -> None:
         self.goal = goal
         self.batches: list[Mapping[str, Tensor]] = []
         self.held: list[Tensor] = []
         used = 0
         for i, batch in enumerate(batches):
-            made = cache.tensors("reference", key(name, i), lambda batch=batch: {"out": self._vectors(original, batch)})["out"]
+            made = cache.tensors(
+                "reference", key(name, i), lambda batch=batch: {"out": self._vectors(original, batch)}
+            )["out"]
             if self.batches and used + made.nbytes > REFERENCE_BYTES:
                 break
             used += made.nbytes
@@ -45,8 +49,14 @@ class Distance:
         weights: list[np.ndarray] = []
         for batch, ref in zip(self.batches, self.held, strict=True):
             out = self._vectors(model, batch)
-            each = torch.cat([self.goal.distance(a, b).double() for a, b in zip(out.split(ROWS), ref.split(ROWS), strict=True)])
-            rows = each.view(len(batch["input_ids"]), -1) if "attention_mask" not in batch or self.goal.embeds else each.unsqueeze(1)
+            each = torch.cat(
+                [self.goal.distance(a, b).double() for a, b in zip(out.split(ROWS), ref.split(ROWS), strict=True)]
+            )
+            rows = (
+                each.view(len(batch["input_ids"]), -1)
+                if "attention_mask" not in batch or self.goal.embeds
+                else each.unsqueeze(1)
+            )
             values.append(rows.mean(1).numpy())
             weights.append(np.full(len(rows), rows.shape[1], dtype=np.float64))
         return np.concatenate(values), np.concatenate(weights)
@@ -61,13 +71,17 @@ LOGITS = 1 << 26
 """Logits that a batch of windows gives at most (256 MiB in float32)."""
 
 
-def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8) -> list[dict[str, Tensor]]:
+def windows(
+    texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8
+) -> list[dict[str, Tensor]]:
     """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there."""
     batch = max(1, min(batch, LOGITS // (length * len(tokenizer))))
     ids: list[int] = []
     end = tokenizer.eos_token_id
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + ([end] if end is not None else [])
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (
+            [end] if end is not None else []
+        )
         if len(ids) >= tokens:
             break
     count = max(1, min(len(ids), tokens) // length)
@@ -75,7 +89,9 @@ def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, b
     return [{"input_ids": r} for r in rows.split(batch)]
 
 
-def padded(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 16, sort: bool = True) -> list[dict[str, Tensor]]:
+def padded(
+    texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 16, sort: bool = True
+) -> list[dict[str, Tensor]]:
     """Batches of whole texts, padded, until about `tokens` are there; texts of like length together unless told not to `sort`."""
     encoded: list[list[int]] = []
     used = 0

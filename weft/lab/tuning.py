@@ -16,7 +16,7 @@ from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
 from weft.model import fork
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates that every arm chooses from, on the select set."""
 STEPS = 40
 BATCH = 8
@@ -24,8 +24,10 @@ TOKENS = 128
 """Tokens of a training window."""
 PAGE = 2048
 """Characters of a document that are trained and tested on."""
-SNIPPET = 256
+SNIPPET = 160
 """Characters of a pair's positive that are."""
+CHOICE = 128
+"""Examples that a learning rate is chosen by."""
 
 
 def gained(trial: Trial, chain: Chain) -> Arm:
@@ -60,7 +62,9 @@ def _metric(trial: Trial) -> tuple[str, str]:
 def _task(trial: Trial) -> tasks.Task:
     """The tuning task, its examples cut short."""
     held = task_of(trial.subject.tuning_task, trial.seed)
-    return dataclasses.replace(held, train=_short(held.train), select=_short(held.select), test=_short(held.test))
+    return dataclasses.replace(
+        held, train=_short(held.train), select=_short(held.select[:CHOICE]), test=_short(held.test)
+    )
 
 
 def _recipe(task: tasks.Task) -> list[Any]:

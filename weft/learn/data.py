@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,17 @@ def _array(path: Path) -> list[Example]:
             want="a list of records",
             fix="use .jsonl for one record a line",
         )
-    return _records(path, [(f"record {i}", lambda r=r: r) for i, r in enumerate(table, 1)])
+    return _records(path, [(f"record {i}", partial(_itself, r)) for i, r in enumerate(table, 1)])
 
 
 def _table(path: Path) -> list[Example]:
     csv.field_size_limit(1 << 30)
     rows = csv.DictReader(io.StringIO(_decode(path)))
-    return _records(path, [(f"row {i}", lambda r=r: r) for i, r in enumerate(rows, 1)])
+    return _records(path, [(f"row {i}", partial(_itself, r)) for i, r in enumerate(rows, 1)])
+
+
+def _itself(record: Any) -> Any:
+    return record
 
 
 _READERS: dict[str, Any] = {".txt": _text, ".jsonl": _lines, ".json": _array, ".csv": _table}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -42,19 +42,19 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:  # type: ignore[override]
+    ) -> Any:
         loss = self.loss_of(model, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         out = Path(output_dir or str(self.args.output_dir))
-        write_tensors(out / TRAINABLE, trainable(self.model))  # type: ignore[arg-type]
+        write_tensors(out / TRAINABLE, trainable(cast(nn.Module, self.model)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.model, Path(resume_from_checkpoint))  # type: ignore[arg-type]
+        restore(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        restore(self.model, Path(str(self.state.best_model_checkpoint)))  # type: ignore[arg-type]
+        restore(cast(nn.Module, self.model), Path(str(self.state.best_model_checkpoint)))
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -129,25 +129,11 @@ def train(
     """Train the model's trainable tensors in place; the loss is over target tokens only.
 
     Pairs train an embedding model by contrast. AdamW, linear warm-up over a twentieth of the steps, cosine decay to a tenth.
-    With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit. Deterministic for a seed on one machine.
+    With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit.
+    Deterministic for a seed on one machine.
     Errors: OptionError if nothing is trainable; FormatError if no token is a target.
     """
-    if not trainable(model):
-        raise OptionError(
-            "nothing is trainable",
-            where=type(model).__name__,
-            got="a frozen model",
-            want="an adapter",
-            fix='weft.apply(model, "lora") first',
-        )
-    if len({isinstance(e, Pair) for e in data}) > 1:
-        raise FormatError(
-            "data must be of one kind",
-            where="training data",
-            got="pairs and others",
-            want="one kind",
-            fix="split the data",
-        )
+    _may_train(model, data)
     items, loss = _task(model, data, tokenizer, length)
     history = History()
     start = time.monotonic()
@@ -159,10 +145,10 @@ def train(
             logging_steps=1, save_strategy="steps" if out else "no", save_steps=save_every, save_total_limit=2, report_to=[],
             disable_tqdm=True, remove_unused_columns=False, weight_decay=0.0, use_cpu=not torch.cuda.is_available(),
             label_names=["labels"], dataloader_pin_memory=False, logging_nan_inf_filter=False,
-            **({"gradient_checkpointing": True} if checkpointing else {}),
+            gradient_checkpointing=checkpointing or None,
         )  # fmt: skip
         if checkpointing:
-            model.enable_input_require_grads()  # type: ignore[operator]
+            cast(Any, model).enable_input_require_grads()
         trainer = Trainer(model=model, args=args, train_dataset=_Items(items), data_collator=_Pad(tokenizer, length))
         trainer.loss_of = loss
         trainer.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
@@ -179,15 +165,41 @@ def train(
     return history
 
 
+def _may_train(model: nn.Module, data: Sequence[Example]) -> None:
+    if not trainable(model):
+        raise OptionError(
+            "nothing is trainable",
+            where=type(model).__name__,
+            got="a frozen model",
+            want="an adapter",
+            fix='weft.apply(model, "lora") first',
+        )
+    if len({isinstance(e, Pair) for e in data}) > 1:
+        raise FormatError(
+            "data must be of one kind",
+            where="training data",
+            got="pairs and others",
+            want="one kind",
+            fix="split the data",
+        )
+
+
 def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int) -> tuple[list[Any], Any]:
     """What the batches are made of, and the loss of one."""
     if data and isinstance(data[0], Pair):
         goal = objective(model)
         items = [{"texts": (e.query, e.positive)} for e in data if isinstance(e, Pair)]
-        return items, lambda m, x, _: contrast(*(goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1)))
-    return list(encode(data, tokenizer, length=length)), lambda m, x, count: likelihood(
-        forward(m, _inputs(x)), x["labels"], count
-    )
+
+        def apart(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
+            queries, positives = (goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1))
+            return contrast(queries, positives)
+
+        return items, apart
+
+    def fit(m: nn.Module, x: Mapping[str, Tensor], count: Any) -> Tensor:
+        return likelihood(forward(m, _inputs(x)), x["labels"], count)
+
+    return list(encode(data, tokenizer, length=length)), fit
 
 
 def _inputs(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,10 @@ PATTERNS = ("row", "2:4", "4:8")
 
 
 def best(score: Float[Tensor, "m n"], pattern: str, sparsity: float, where: str) -> Bool[Tensor, "m n"]:
-    """Mask of the highest scores: all but floor(sparsity n) of each row, or N of every M columns. Errors: OptionError if M does not divide n."""
+    """Mask of the highest scores: all but floor(sparsity n) of each row, or N of every M columns.
+
+    Errors: OptionError if M does not divide n.
+    """
     m, n = score.shape
     if pattern == "row":
         keep = n - int(sparsity * n)

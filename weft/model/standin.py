@@ -23,11 +23,11 @@ class StandIn(Tensor):
     def of(expr: Expr, dtype: torch.dtype) -> StandIn:
         """A stand-in for the expression's value in `dtype`."""
         first = next(iter(tensors(expr).values()))
-        self: StandIn = Tensor._make_wrapper_subclass(StandIn, expr.shape, dtype=dtype, device=first.device)  # type: ignore[attr-defined]
+        self: StandIn = Tensor._make_wrapper_subclass(StandIn, expr.shape, dtype=dtype, device=first.device)
         self.expr = expr
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StandIn({list(self.shape)}, {self.dtype}, {self.expr.describe()})"
 
     @classmethod

@@ -10,67 +10,18 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError
-from weft.expr import CHUNK, Dense, Expr, spec, tensors
+from weft.expr import Dense, Expr, spec, tensors
 from weft.model.site import Kind, Site
-from weft.model.standin import StandIn
+from weft.model.woven import WovenEmbedding, WovenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Callable[[], Tensor]
-
-
-class _Woven(nn.Module):
-    """What woven modules share: an expression where the weight was."""
-
-    expr: Expr
-    compute: torch.dtype
-
-    @property
-    def weight(self) -> Tensor:
-        """A read-only stand-in: free metadata; any operation on it makes the value dense."""
-        return StandIn.of(self.expr, self.compute)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise ConflictError(
-                "a woven weight cannot be assigned",
-                where=type(self).__name__,
-                got="weight = ...",
-                want="a rewrite",
-                fix="weft.unweave(model) first",
-            )
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.compute = fn(torch.empty(0, dtype=self.compute)).dtype
-        return super()._apply(fn, recurse)
-
-
-class WovenLinear(_Woven, nn.Linear):
-    """A linear layer whose weight is an expression."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if (
-            self.bias is not None
-            and isinstance(self.expr, Dense)
-            and (self.expr.w.dtype == input.dtype or self.expr.w.numel() <= CHUNK // 16)
-        ):
-            return F.linear(input, self.expr.w.to(input.dtype), self.bias.to(input.dtype))
-        y = self.expr(input)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class WovenEmbedding(_Woven, nn.Embedding):
-    """An embedding whose table is an expression."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.expr.rows(input).to(self.compute)
 
 
 _WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
@@ -127,7 +78,7 @@ def weave(model: Model) -> Model:
         if type(module) not in _WEAVES or (isinstance(module, nn.Embedding) and module.max_norm is not None):
             continue
         woven, kind = _WEAVES[type(module)]
-        weight = module._parameters.pop("weight")
+        weight = module._parameters.pop("weight")  # pyright: ignore[reportPrivateUsage]
         if weight is None:
             raise ShapeError(
                 "a module has no weight",
@@ -142,10 +93,9 @@ def weave(model: Model) -> Model:
             places[name], shared[id(weight)] = place, (place, Dense(weight))
         place, expr = shared[id(weight)]
         place.modules += (path,)
-        module.__class__ = woven
-        module.compute = weight.dtype  # type: ignore[assignment]
-        module.expr = expr  # type: ignore[assignment]
-    model._weft = places  # type: ignore[assignment]
+        slot = cast(Any, module)
+        slot.__class__, slot.compute, slot.expr = woven, weight.dtype, expr
+    cast(Any, model)._weft = places
     for name, method in _METHODS.items():
         if hasattr(model, name):
             object.__setattr__(model, name, types.MethodType(method, model))
@@ -156,7 +106,7 @@ def unweave(model: Model, *, original: bool = False) -> Model:
     """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in."""
     for place in places(model).values():
         value = (place.original() if original else expression(model, place).dense()).to(
-            model.get_submodule(place.modules[0]).compute
+            cast(torch.dtype, model.get_submodule(place.modules[0]).compute)
         )
         weight = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
         for path in place.modules:
@@ -190,7 +140,7 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 def expression(model: nn.Module, place: Place) -> Expr:
     """The expression at a place."""
-    return model.get_submodule(place.modules[0]).expr  # type: ignore[return-value]
+    return cast(Expr, model.get_submodule(place.modules[0]).expr)
 
 
 def expressions(model: nn.Module) -> dict[str, Expr]:
@@ -294,9 +244,8 @@ def fingerprint(model: nn.Module) -> str:
         items |= {f"{name}:{k}": t for k, t in tensors(expr).items()}
     for name, t in sorted(items.items()):
         word.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        word.update(
-            memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b""
-        )
+        raw: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b""
+        word.update(memoryview(raw))
     return word.hexdigest()
 
 

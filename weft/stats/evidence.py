@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.model import Evidence, fingerprint, finite, places
+from weft.model import Evidence, expression, fingerprint, finite, places
 from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients, trim
 from weft.stats.objective import objective
@@ -142,10 +142,10 @@ class _Writer:
         rows = places(self.model)[name]
         squares = [self.outputs[p].squares for p in rows.modules if p in self.outputs]
         found = next((s for s in squares if s is not None), None)
+        size = expression(self.model, rows).shape[0]
         if self.outputs:
-            size = self.model.get_submodule(rows.modules[0]).expr.shape[0]  # type: ignore[union-attr]
-            return (found / self.units).float() if found is not None else torch.zeros(int(size))
-        return torch.ones(int(self.model.get_submodule(rows.modules[0]).expr.shape[0]))  # type: ignore[union-attr]
+            return (found / self.units).float() if found is not None else torch.zeros(size)
+        return torch.ones(size)
 
     def _write(self, file: str, edges: Edges) -> None:
         out: dict[str, Tensor] = {}
@@ -170,11 +170,11 @@ class _Writer:
                 (self.outputs[p] for p in place.modules if p in self.outputs and self.outputs[p].counts is not None),
                 None,
             )
-            rows, width = self.model.get_submodule(place.modules[0]).expr.shape  # type: ignore[misc]
-            counts = sums.counts if sums is not None and sums.counts is not None else torch.zeros(int(rows)).double()
+            rows, width = expression(self.model, place).shape
+            counts = sums.counts if sums is not None and sums.counts is not None else torch.zeros(rows).double()
             if sums is None and not self.outputs:
-                counts = sum((self.seen[p] for p in place.modules if p in self.seen), torch.zeros(int(rows)).double())
-            gram = sums.gram if sums is not None and sums.gram is not None else torch.eye(int(width)).double()
+                counts = sum((self.seen[p] for p in place.modules if p in self.seen), torch.zeros(rows).double())
+            gram = sums.gram if sums is not None and sums.gram is not None else torch.eye(width).double()
             seen = counts.sum().clamp(min=1)
             weight = (counts / seen).float()
             per_unit = (gram / self.units).float() if self.outputs else gram.float()
@@ -187,7 +187,7 @@ class _Writer:
     def _unused(self) -> None:
         """Sites that no data reached: zero evidence, so that nothing is claimed of them."""
         for i, name in enumerate(n for n in places(self.model) if n not in self.files):
-            m, n = (int(d) for d in self.model.get_submodule(places(self.model)[name].modules[0]).expr.shape)  # type: ignore[union-attr]
+            m, n = expression(self.model, places(self.model)[name]).shape
             file = f"unused-{i:04d}.safetensors"
             self.files |= {name: file, f"{name}|edge": name}
             self.groups.append((name,))
@@ -206,7 +206,7 @@ def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
 
     def hook(path: str) -> Any:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def see(module: nn.Embedding, args: tuple[Tensor, ...]) -> None:
             made[path] = made.get(path, 0) + torch.bincount(args[0].flatten(), minlength=module.num_embeddings).double()
 
         return see

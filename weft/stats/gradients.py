@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,7 +33,11 @@ def gradients(
     """
     sums: dict[str, OutputSums] = {path: OutputSums() for place in places(model).values() for path in place.modules}
     units, rng = 0, torch.Generator().manual_seed(seed)
-    lean = forwards(blocks(model)[1], lambda plain: partial(checkpoint, plain, use_reentrant=False))
+
+    def light(plain: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, plain, use_reentrant=False)
+
+    lean = forwards(blocks(model)[1], light)
     with torch.enable_grad(), lean, _tapped(model, sums):
         for batch in batches:
             for i in range(len(next(iter(batch.values())))):
@@ -55,7 +59,7 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Iterator[None]:
+def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Generator[None]:
     hooks = [model.get_submodule(path).register_forward_hook(_tap(s)) for path, s in sums.items()]
     try:
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ class Walker:
             self._check()
 
     @contextmanager
-    def _replaced(self, act: Callable[[Tensor, _Call], Tensor]) -> Iterator[list[Tensor]]:
+    def _replaced(self, act: Callable[[Tensor, _Call], Tensor]) -> Generator[list[Tensor]]:
         """Blocks that call `act(hidden, call)` instead of computing; yields the hidden states that entered."""
         entered: list[Tensor] = []
         like = self._tuple_result()
@@ -72,7 +72,11 @@ class Walker:
         """Whether blocks return a tuple, found by running the first one once on batch 0."""
         if not hasattr(self, "_tuple"):
             results: list[Any] = []
-            hook = self.blocks[0].register_forward_hook(lambda *a: results.append(a[-1]))
+
+            def take(*seen: Any) -> None:
+                results.append(seen[-1])
+
+            hook = self.blocks[0].register_forward_hook(take)
             with torch.no_grad(), _stop_after(self.blocks[0]):
                 forward(self.model, {k: v[:1] for k, v in self.batches[0].items()})
             hook.remove()
@@ -128,7 +132,7 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _stop_after(module: nn.Module) -> Iterator[None]:
+def _stop_after(module: nn.Module) -> Generator[None]:
     def stop(*_: Any) -> None:
         raise _Stop
 
@@ -142,18 +146,18 @@ def _stop_after(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Generator[None]:
     """While open, each module's `forward` is `make(forward)`."""
     before = [(m, m.__dict__.get("forward")) for m in modules]
     for m, _ in before:
-        m.forward = make(m.forward)  # type: ignore[method-assign]
+        m.forward = make(m.forward)
     try:
         yield
     finally:
         for m, own in before:
             del m.forward
             if own is not None:
-                m.forward = own  # type: ignore[method-assign]
+                m.forward = own
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -194,17 +198,22 @@ class Edges:
         return [tuple(s for s, e in self.of.items() if e == edge) for edge in self.sums]
 
 
+def _reader(edges: Edges, name: str, keep: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+        edges.see(name, args[0], keep)
+
+    return read
+
+
 @contextmanager
-def observing(model: nn.Module, prefix: str, edges: Edges | None, keep: Tensor | None) -> Iterator[None]:
+def observing(model: nn.Module, prefix: str, edges: Edges | None, keep: Tensor | None) -> Generator[None]:
     """While open, `edges` sees what each woven Linear under `prefix` reads."""
     hooks: list[Any] = []
     for name, place in places(model).items() if edges is not None else ():
         for path in place.modules:
             module = model.get_submodule(path)
-            if path.startswith(prefix) and isinstance(module, nn.Linear):
-                hooks.append(
-                    module.register_forward_pre_hook(lambda _, args, name=name: edges.see(name, args[0], keep))
-                )
+            if edges is not None and path.startswith(prefix) and isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_pre_hook(_reader(edges, name, keep)))
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int32, UInt8
@@ -15,7 +15,7 @@ from weft.expr import Dense, Expr, Quantized, Sum
 from weft.grid import pack, packed_bytes
 from weft.model import Place, expressions, places, plain_tensors
 from weft.store.files import write_json
-from weft.store.save import _travel, _write_shards, narrow  # pyright: ignore[reportPrivateUsage]
+from weft.store.save import narrow, travel, write_shards
 from weft.store.swap import staged
 
 BITS = {"int4": 4, "int8": 8}
@@ -66,14 +66,14 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     notes += _zero_points(list(schemes.values()))
     body = {"format": 1, "kind": "compressed-tensors", "class": type(model).__name__, "notes": notes}
     with staged(Path(out), replace=replace, manifest=body) as stage:
-        _travel(model, stage, None)
-        config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr,operator]
+        travel(model, stage, None)
+        config: dict[str, Any] = cast(Any, model).config.to_dict()
         config.pop("_name_or_path", None)
         said = quantization_config(schemes, _ignored(model, schemes))
         write_json(
             stage / "config.json", {**config, "architectures": [type(model).__name__], "quantization_config": said}
         )
-        _write_shards(stage, _content(model, packed), "model")
+        write_shards(stage, _content(model, packed), "model")
     return notes
 
 

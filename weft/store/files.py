@@ -7,11 +7,11 @@ import math
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -125,9 +125,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole: beside its place, synced, then renamed."""
+    """Write a safetensors file whole: beside its place, synced, then renamed. Tensors that share storage are written each."""
+    seen: set[int] = set()
+    made: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        held = t.detach().contiguous()
+        shared = held.untyped_storage().data_ptr() in seen
+        made[name] = held.clone() if shared else held
+        seen.add(made[name].untyped_storage().data_ptr())
     with _beside(path) as part:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part, metadata={"format": "pt"})
+        save_file(made, part, metadata={"format": "pt"})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -159,32 +166,29 @@ def read_json(path: Path) -> Any:
 def parse_json(raw: bytes, where: str) -> Any:
     """JSON without duplicate keys, NaN or infinity. Errors: FormatError."""
 
-    def bad(got: str) -> FormatError:
-        return FormatError(
+    def refuse(got: str) -> NoReturn:
+        raise FormatError(
             "a file is not JSON",
             where=where,
             got=got,
             want="JSON, unique keys, finite numbers",
             fix="copy the file again",
-        )
+        ) from None
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise bad("a duplicate key")
+            refuse("a duplicate key")
         return made
 
-    def constant(name: str) -> Any:
-        raise bad(name)
-
     try:
-        return json.loads(raw, object_pairs_hook=unique, parse_constant=constant)
+        return json.loads(raw, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise bad(str(e)) from None
+        refuse(str(e))
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _beside(path: Path) -> Generator[Path]:
     """A temporary name beside `path` that becomes it at the end, synced; removed if the body fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.expr import build
+from weft.expr import Expr, build
 from weft.model import places, set_expressions, weave
 from weft.model.weave import Original
-from weft.store.files import read_json, read_tensors
-from weft.store.swap import MANIFEST, digest, inside
+from weft.store.checkpoint import assign, assign_plain, checkpoint, read_object, skeleton
+from weft.store.files import read_json
+from weft.store.swap import MANIFEST, digest
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja"]
 
@@ -29,18 +30,18 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """
     folder = find(where)
     compute = dtype or torch.float32
-    manifest = _object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     if manifest is not None and manifest.get("kind") == "weft":
         return _load_weft(folder, manifest, compute)
     content = checkpoint(folder, "model")
     model = skeleton(folder)
-    rest = _assign(model, content, compute, where=folder.name)
+    rest = assign(model, content, compute, where=folder.name)
     raise_all(rest)
     _ready(model, folder, compute)
     weave(model)
     for place in places(model).values():
         for path in place.modules:
-            model.get_submodule(path).compute = compute
+            cast(Any, model.get_submodule(path)).compute = compute
     model.__dict__["_weft_base"] = {"path": str(folder.resolve()), "hash": _headers(folder)}
     return model
 
@@ -72,182 +73,8 @@ def find(where: str | Path) -> Path:
         ) from e
 
 
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise FormatError(
-            "a file holds no table",
-            where=path.name,
-            got=type(value).__name__,
-            want="a JSON object",
-            fix="copy the file again",
-        )
-    return value
-
-
-def checkpoint(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Every tensor of a folder's checkpoint (`stem`.safetensors, or its index and shards), mapped. Errors: PathError, FormatError."""
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.exists() and single.exists():
-        raise FormatError(
-            "two checkpoints in one folder",
-            where=str(folder),
-            got=f"{index.name} and {single.name}",
-            want="one of them",
-            fix="remove the stale one",
-        )
-    if single.exists():
-        return read_tensors(single)
-    if not index.exists():
-        raise PathError(
-            "no safetensors checkpoint",
-            where=str(folder),
-            got=", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing",
-            want=single.name,
-            fix="convert the model to safetensors",
-        )
-    table = _object(index).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(v, str) and v.endswith(".safetensors") and inside(folder, folder / v) for v in table.values()
-    ):
-        raise FormatError(
-            "an index names files that it must not",
-            where=index.name,
-            got="a bad weight_map",
-            want="safetensors files in this folder",
-            fix="do not use this model",
-        )
-    made: dict[str, Tensor] = {}
-    for file in sorted(set(table.values())):
-        held = read_tensors(folder / file)
-        want = {k for k, v in table.items() if v == file}
-        if set(held) != want:
-            raise FormatError(
-                "a shard and its index differ",
-                where=file,
-                got=sorted(set(held) ^ want)[:5],
-                want="the tensors that the index names",
-                fix="copy the model again",
-            )
-        made |= held
-    return made
-
-
-def skeleton(folder: Path) -> nn.Module:
-    """The model's class on `meta`, from config.json. Errors: FormatError for a class that is not transformers' own."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    config_file = _object(folder / "config.json")
-    listed = config_file.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
-        raise FormatError(
-            "unknown architecture",
-            where=f"{folder.name}/config.json",
-            got=name,
-            want="a model class of transformers",
-            fix="weft runs no code from model folders",
-        )
-    config_file.pop("quantization_config", None)
-    config_file.pop("auto_map", None)
-    try:
-        config = cls.config_class.from_dict(config_file)
-        with init_empty_weights(include_buffers=False):
-            model = cls(config)
-    except Exception as e:
-        raise FormatError(
-            "a configuration makes no model",
-            where=f"{folder.name}/config.json",
-            got=f"{type(e).__name__}: {e}",
-            want=f"a configuration of {name}",
-            fix="copy the file again",
-        ) from e
-    model.config._name_or_path = str(folder)
-    return model
-
-
-def _assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:
-    """Put tensors in their places; matrices as they are (mapped), the rest in the compute dtype. Returns every mismatch."""
-    want: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix != "." and not set(content) & set(want):
-        strip = all(k.startswith(prefix) for k in content)
-        content = {k.removeprefix(prefix) if strip else prefix + k: t for k, t in content.items()}
-    loose = {n for n, _ in model.named_buffers()} - set(want)
-    tied = (
-        set(getattr(model, "_tied_weights_keys", None) or ())
-        if getattr(model.config, "tie_word_embeddings", False)
-        else set()
-    )
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    problems: list[WeftError] = []
-    for name in sorted(set(content) - set(want) - loose):
-        problems.append(
-            FormatError(
-                "unexpected tensor",
-                where=f"{where}: {name}",
-                got=list(content[name].shape),
-                want="no such tensor",
-                fix="the checkpoint is of another model",
-            )
-        )
-    for name, slot in want.items():
-        if name not in content:
-            if name not in tied:
-                problems.append(
-                    FormatError(
-                        "missing tensor",
-                        where=f"{where}: {name}",
-                        got="nothing",
-                        want=list(slot.shape),
-                        fix="the checkpoint is of another model",
-                    )
-                )
-        elif content[name].shape != slot.shape:
-            problems.append(
-                FormatError(
-                    "a tensor has another shape",
-                    where=f"{where}: {name}",
-                    got=list(content[name].shape),
-                    want=list(slot.shape),
-                    fix="the checkpoint is of another model",
-                )
-            )
-        elif content[name].is_floating_point() != slot.is_floating_point():
-            problems.append(
-                FormatError(
-                    "a tensor has another type",
-                    where=f"{where}: {name}",
-                    got=str(content[name].dtype),
-                    want=str(slot.dtype),
-                    fix="weft reads no other tool's codes",
-                )
-            )
-        else:
-            value = (
-                content[name]
-                if name in matrices or not content[name].is_floating_point()
-                else content[name].to(compute)
-            )
-            _put(model, name, value)
-    return problems
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        )
-    else:
-        module._buffers[leaf] = value
-
-
 def _ready(model: nn.Module, folder: Path, compute: torch.dtype) -> None:
-    model.tie_weights()  # type: ignore[operator]
+    cast(Any, model).tie_weights()
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if left:
         raise FormatError(
@@ -257,14 +84,14 @@ def _ready(model: nn.Module, folder: Path, compute: torch.dtype) -> None:
             want="a value for every tensor",
             fix="the checkpoint is of another model",
         )
-    for module in model.modules():
+    for module in cast(Iterable[Any], model.modules()):
         for name, b in module._buffers.items():
             if b is not None and b.is_floating_point() and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = b.to(compute)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+        cast(Any, model).generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     model.eval().requires_grad_(False)
     model.__dict__["_weft_source"] = folder
 
@@ -280,7 +107,7 @@ def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> 
         )
     content = checkpoint(folder, "weft")
     model = skeleton(folder)
-    model.tie_weights()  # type: ignore[operator]
+    cast(Any, model).tie_weights()
     weave(model)
     sites = manifest["sites"]
     known = places(model)
@@ -300,11 +127,28 @@ def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> 
             terms[name][path] = t
         else:
             plain[key] = t
-    exprs = {}
+    exprs, problems = _build(sites, terms, folder.name)
+    problems += assign_plain(model, plain, compute, folder.name)
+    raise_all(problems)
+    set_expressions(model, exprs)
+    _ready(model, folder, compute)
+    for place in known.values():
+        place.original = Original(_base_reader(manifest.get("base"), place.name))
+        for path in place.modules:
+            cast(Any, model.get_submodule(path)).compute = compute
+    model.__dict__["_weft_base"] = manifest.get("base")
+    return model
+
+
+def _build(
+    sites: Mapping[str, Any], terms: Mapping[str, dict[str, Tensor]], where: str
+) -> tuple[dict[str, Expr], list[WeftError]]:
+    """Every site's expression from its tree and its tensors, which are used up; and what cannot be read."""
+    exprs: dict[str, Expr] = {}
     problems: list[WeftError] = []
     for name, tree in sites.items():
         try:
-            exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{folder.name}: {name}"))
+            exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{where}: {name}"))
         except WeftError as e:
             problems.append(e)
             continue
@@ -312,7 +156,7 @@ def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> 
             problems.append(
                 FormatError(
                     "an expression cannot be read",
-                    where=f"{folder.name}: {name}",
+                    where=f"{where}: {name}",
                     got=f"{type(e).__name__}: {e}",
                     want="an expression",
                     fix="copy the folder again",
@@ -323,58 +167,13 @@ def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> 
             problems.append(
                 FormatError(
                     "unexpected tensors",
-                    where=f"{folder.name}: {name}",
+                    where=f"{where}: {name}",
                     got=sorted(terms[name]),
                     want="those of its expression",
                     fix="copy the folder again",
                 )
             )
-    problems += _assign_plain(model, plain, compute, folder.name)
-    raise_all(problems)
-    set_expressions(model, exprs)
-    _ready(model, folder, compute)
-    for place in known.values():
-        place.original = Original(_base_reader(manifest.get("base"), place.name))
-        for path in place.modules:
-            model.get_submodule(path).compute = compute
-    model.__dict__["_weft_base"] = manifest.get("base")
-    return model
-
-
-def _assign_plain(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:
-    want = {n: t for n, t in model.state_dict(keep_vars=True).items() if ".expr." not in f".{n}"}
-    problems: list[WeftError] = []
-    alike: dict[int, list[str]] = {}
-    for n, t in want.items():
-        alike.setdefault(id(t), []).append(n)
-    expected = {names[0] for names in alike.values()}
-    for name in sorted(set(content) ^ expected):
-        problems.append(
-            FormatError(
-                "a tensor is missing or unexpected",
-                where=f"{where}: {name}",
-                got="in one only",
-                want="the model's tensors",
-                fix="copy the folder again",
-            )
-        )
-    for name in set(content) & set(want):
-        value = content[name].to(compute) if content[name].is_floating_point() else content[name]
-        if value.shape != want[name].shape:
-            problems.append(
-                FormatError(
-                    "a tensor has another shape",
-                    where=f"{where}: {name}",
-                    got=list(value.shape),
-                    want=list(want[name].shape),
-                    fix="copy the folder again",
-                )
-            )
-        else:
-            shared = nn.Parameter(value, requires_grad=False) if isinstance(want[name], nn.Parameter) else value
-            for other in alike[id(want[name])]:
-                _put(model, other, shared)
-    return problems
+    return exprs, problems
 
 
 def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:

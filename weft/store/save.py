@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +52,15 @@ def save(
         **(manifest or {}),
     }
     with staged(Path(out), replace=replace, manifest=body) as stage:
-        _travel(model, stage, tokenizer)
+        travel(model, stage, tokenizer)
         for name, text in (files or {}).items():
             (stage / name).write_text(text, "utf8")
-        config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr,operator]
+        config: dict[str, Any] = cast(Any, model).config.to_dict()
         config.pop("_name_or_path", None)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}
         write_json(stage / "config.json", {**config, "architectures": [type(model).__name__]})
-        _write_shards(stage, content, "model" if plain else "weft")
+        write_shards(stage, content, "model" if plain else "weft")
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +89,8 @@ def base(model: nn.Module) -> dict[str, str] | None:
     return model.__dict__.get("_weft_base")
 
 
-def _write_shards(stage: Path, content: dict[str, Tensor], stem: str) -> None:
+def write_shards(stage: Path, content: dict[str, Tensor], stem: str) -> None:
+    """Write tensors to one file, or to shards of at most `SHARD` bytes and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, t in content.items():
         held = sum(x.numel() * x.element_size() for x in shards[-1].values())
@@ -108,7 +109,8 @@ def _write_shards(stage: Path, content: dict[str, Tensor], stem: str) -> None:
     write_json(stage / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _travel(model: nn.Module, stage: Path, tokenizer: Any) -> None:
+def travel(model: nn.Module, stage: Path, tokenizer: Any) -> None:
+    """Copy what belongs to a model besides its weights: tokenizer, chat template, generation config."""
     source = model.__dict__.get("_weft_source")
     if source is not None:
         for pattern in _TRAVEL:
@@ -117,6 +119,6 @@ def _travel(model: nn.Module, stage: Path, tokenizer: Any) -> None:
                     (stage / path.relative_to(source)).parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, stage / path.relative_to(source))
     elif getattr(model, "generation_config", None) is not None:
-        write_json(stage / "generation_config.json", model.generation_config.to_dict())  # type: ignore[union-attr,operator]
+        write_json(stage / "generation_config.json", cast(Any, model).generation_config.to_dict())
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)

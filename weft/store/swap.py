@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ MANIFEST = "weft.json"
 
 
 @contextmanager
-def staged(out: Path, *, replace: bool, manifest: dict[str, Any]) -> Iterator[Path]:
+def staged(out: Path, *, replace: bool, manifest: dict[str, Any]) -> Generator[Path]:
     """A folder to write into that becomes `out` at the end, with `manifest` and every file's size and hash as weft.json.
 
     Whatever happens, `out` is the old folder or the new one. Errors: ConflictError if `out` exists and is not to be

@@ -22,7 +22,7 @@ def svd_residual(
         int, Field(ge=1, le=4096, description="rank of the compensation", json_schema_extra={"better": "up"})
     ] = 16,
 ) -> Expr:
-    """Add the best rank-r approximation of the error in weight space (ZeroQuant-V2's LoRC): W' = W + B A, B A = argmin ||W0 - W - B A||_F."""
+    """Add the best rank-r approximation of the error in weight space (ZeroQuant-V2's LoRC): W' = W + B A, B A = argmin ||W0 - W - B A||_F."""  # noqa: E501
     return total({"base": g.now, "compensation": truncate(g.original - g.now.dense().float(), rank)})
 
 

@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY) ## compress and tune the shipped model to three budgets; prints a table and the report's path
-	@$(BIN)/weft fit ref-lm --data python --budget 14% --budget 27% --budget 51% --out out/demo --quick
+	@$(BIN)/weft fit ref-lm --data cpp --budget 14% --budget 27% --budget 51% --out out/demo --quick --replace
 
 test: lint browser ## lint, types, every test, fresh proofs, docs
 	@if $(CHROMIUM); then $(ONE) WEFT_BROWSER=1 $(BIN)/python -m pytest -n $(WORKERS); \

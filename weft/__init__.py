@@ -17,35 +17,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weft.api import (
-        Changes,
-        apply,
-        export,
-        fit,
-        load,
-        merge,
-        methods,
-        plan,
-        prove,
-        save,
-        show,
-        stale,
-        train,
-        verify,
-    )
+    from weft.api import Changes, apply, export, load, merge, methods, save, show, train, verify
     from weft.error import WeftError
-    from weft.fitting.work import Settings
+    from weft.fitting.fit import fit, plan
+    from weft.fitting.settings import Settings
+    from weft.lab.prove import prove, stale
     from weft.model import expressions, fork, unweave, weave
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate, tokenizer
 
 _HOME = {
-    "weft.api": (
-        "Changes", "apply", "export", "fit", "load", "merge", "methods", "plan", "prove", "save", "show", "stale",
-        "train", "verify",
-    ),
+    "weft.api": ("Changes", "apply", "export", "load", "merge", "methods", "save", "show", "train", "verify"),
     "weft.error": ("WeftError",),
-    "weft.fitting.fit": ("Settings",),
+    "weft.fitting.fit": ("fit", "plan"),
+    "weft.fitting.settings": ("Settings",),
+    "weft.lab.prove": ("prove", "stale"),
     "weft.model": ("expressions", "fork", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
     "weft.score": ("evaluate", "generate", "tokenizer"),

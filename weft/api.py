@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,11 +25,6 @@ from weft.model import expressions, fork, match, places, set_expressions
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
-
-if TYPE_CHECKING:
-    from weft.fitting.work import Settings
-    from weft.lab.claims import Claim
-    from weft.report.schema import Report
 
 To = Literal["hf", "peft", "compressed-tensors"]
 
@@ -218,54 +213,3 @@ def show(model: nn.Module) -> list[Row]:
 def methods() -> list[Entry]:
     """Every method: name, verb, kind, one line of help, paper."""
     return list(entries())
-
-
-def fit(
-    model: str | Path,
-    out: str | Path | None = None,
-    *,
-    budget: str | Sequence[str] = (),
-    data: str | None = None,
-    max_loss: str | None = None,
-    settings: Settings | None = None,
-    cache: Path | None = None,
-    replace: bool = False,
-    command: str = "",
-    progress: Progress | None = None,
-) -> Report:
-    """The best model within a byte budget, beside the best uniform ones, with a report: see `weft.fitting.fit.fit`."""
-    from weft.fitting import fit as fitting
-
-    how: dict[str, Any] = {"budget": budget, "data": data, "max_loss": max_loss, "settings": settings, "cache": cache}
-    return fitting.fit(model, out, **how, replace=replace, command=command, progress=progress)
-
-
-def plan(
-    model: str | Path,
-    *,
-    budget: str | Sequence[str] = (),
-    data: str | None = None,
-    max_loss: str | None = None,
-    settings: Settings | None = None,
-    cache: Path | None = None,
-) -> list[str]:
-    """What `fit` with these arguments would do, line by line, without doing it."""
-    from weft.fitting import fit as fitting
-
-    return fitting.plan(model, budget=budget, data=data, max_loss=max_loss, settings=settings, cache=cache)
-
-
-def prove(
-    names: Sequence[str], *, folder: str | Path = "proofs", seeds: int = 3, progress: Progress | None = None
-) -> list[Claim]:
-    """Try the claims of these methods on lab models; verdicts, in the order of `names`, are kept in `folder`."""
-    from weft.lab import prove as proving
-
-    return proving.prove(names, folder=Path(folder), seeds=seeds, progress=progress)
-
-
-def stale(folder: str | Path = "proofs") -> list[str]:
-    """Methods without a proof, and those that changed since."""
-    from weft.lab import prove as proving
-
-    return proving.stale(Path(folder))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.fitting.work import Settings
+from weft.fitting.settings import Settings
 
 SMALL = Settings(
     seeds=2, tokens=1024, select_tokens=512, test_tokens=1024, length=32, tries=1, tune_steps=4, tune_batch=2, lr=1e-2

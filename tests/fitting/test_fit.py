@@ -20,7 +20,8 @@ import torch
 from weft.error import ConflictError, OptionError
 from weft.expr import tensors
 from weft.fitting.fit import fit, plan
-from weft.fitting.work import ADAPTER_SHARE, ARMS, Settings, Work
+from weft.fitting.settings import ADAPTER_SHARE, ARMS, Settings
+from weft.fitting.work import Work
 from weft.model import expressions
 from weft.progress import Silent
 from weft.report.schema import Report
@@ -54,12 +55,12 @@ def test_every_arm_fits_its_budget(fitted: tuple[Report, Path]) -> None:
 
 
 def test_bytes_are_those_on_disk(fitted: tuple[Report, Path]) -> None:
-    """The saved model loads, holds no more bytes than its budget, and the table's bytes are its tensors' bytes."""
+    """The saved model loads, holds no more bytes than its budget and than any seed's, and its bytes are its tensors' bytes."""
     for b in fitted[0].budgets:
         model = load(Path(b.out or ""))
         on_disk = sum(t.numel() * t.element_size() for e in expressions(model).values() for t in tensors(e).values())
         assert nbytes(model) <= b.limit_bytes and on_disk < nbytes(model)
-        assert nbytes(model) in {r.bytes for r in b.rows if r.arm == "fit"}
+        assert nbytes(model) <= max(r.bytes for r in b.rows if r.arm == "fit")
         assert nbytes(model) == json.loads((Path(b.out or "") / "weft.json").read_text())["bytes"]
 
 
@@ -178,7 +179,7 @@ def test_killed_anywhere_ends_with_the_same_bytes(lm: Path, examples: Path, tmp_
 def _process(lm: Path, examples: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path; from weft.fitting.fit import fit; from weft.fitting.work import Settings\n"
+        "from pathlib import Path; from weft.fitting.fit import fit; from weft.fitting.settings import Settings\n"
         "s = Settings(seeds=1, tokens=1024, select_tokens=512, length=32, tries=1, tune_steps=12, tune_batch=2, lr=1e-2)\n"
         "fit(sys.argv[1], sys.argv[3], budget='25%', data=sys.argv[2], settings=s, cache=Path(sys.argv[4]), replace=True)\n"
     )

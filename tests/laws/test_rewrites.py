@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from weft.engine import Group, get
-from weft.error import NumericError, OptionError
+from weft.error import ConflictError, NumericError, OptionError
 from weft.expr import Expr, spec, tensors, terms_of
 
 from .cases import REWRITES, STARTS, after, base, better, features, group, options, output_error, snapshot
@@ -218,11 +218,19 @@ def test_rewrite(law: Callable[[str], None], name: str) -> None:
 def test_pairs(first: str, second: str) -> None:
     """Every rewrite runs after every other, from a weight with an adapter, and loses neither adapters nor shape."""
     g = group("sum", (24, 1))
-    once = g.put(after(g, (first, small(first))))
-    made = after(once, (second, small(second)))
+    one, two = (first, small(first)), (second, small(second) | ({"name": "second"} if second == "lora" else {}))
+    once = g.put(after(g, one))
+    made = after(once, two)
     sound(once, made)
-    for a, b in zip(made, after(g, (first, small(first)), (second, small(second))), strict=True):
+    for a, b in zip(made, after(g, one, two), strict=True):
         assert snapshot(a) == snapshot(b)
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    """The second would silently replace the first."""
+    g = group("sum", (24, 1))
+    with pytest.raises(ConflictError, match="adapter of that name"):
+        after(g, "lora", "lora")
 
 
 def test_an_adapter_changes_nothing_at_first() -> None:

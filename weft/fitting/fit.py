@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from weft.error import OptionError
 from weft.fitting import budget as budgets
 from weft.fitting import result
 from weft.fitting.candidates import chains
-from weft.fitting.work import ARMS, Build, Run, Settings, Work
+from weft.fitting.settings import ARMS, Settings
+from weft.fitting.work import Build, Run, Work
 from weft.lab.metrics import Scores
 from weft.lab.models import resolve
 from weft.model import expressions
@@ -22,6 +23,7 @@ from weft.report.schema import Report
 from weft.store import save
 from weft.store.cache import Cache, default
 from weft.store.files import write_text
+from weft.store.swap import may_replace
 
 
 @dataclass(frozen=True)
@@ -66,37 +68,30 @@ def fit(
             want="one of them",
             fix="--budget 27%, or --max-loss 1%",
         )
+    for b in limits or [""]:
+        if out is not None:
+            may_replace(_place(out, b, len(limits)), replace)
     work = Work(resolve(model), data, settings, Cache(cache or default()), progress or Silent())
     wanted = {b: budgets.parse(b, work.size) for b in limits}
     if max_loss:
         wanted = _smallest(work, max_loss)
     found = {label: _arms(work, limit) for label, limit in sorted(wanted.items(), key=lambda b: b[1])}
     final = {label: _final(work, stages) for label, stages in found.items()}
-    places = {label: _place(out, label, wanted) for label in found}
+    places = {label: _place(out, label, len(wanted)) if out is not None else None for label in found}
     rows = [
         result.budget(work, label, wanted[label], places[label], stages, final[label])
         for label, stages in found.items()
     ]
-    report = result.report(work, str(model), rows, command)
+    rank = max(arm.rank for stages in found.values() for seeds in stages.values() for arm in seeds[0].values())
+    report = result.report(work, str(model), rows, rank, command)
     if out is not None:
         pages = result.files(report)
-        for label, place in places.items():
-            about = {
-                "fit": {
-                    "budget": label,
-                    "limit": wanted[label],
-                    "choice": final[label].build.label,
-                    "rank": final[label].rank,
-                }
-            }
-            save(
-                _model(work, final[label])[0],
-                place or Path(out),
-                replace=replace,
-                manifest=about,
-                files=pages if len(places) == 1 else {},
-            )
-        if len(places) > 1:
+        for label, last in final.items():
+            about = {"budget": label, "limit": wanted[label], "choice": last.build.label, "rank": last.rank}
+            beside = pages if len(final) == 1 else {}
+            place = _place(out, label, len(wanted))
+            save(_model(work, last)[0], place, replace=replace, manifest={"fit": about}, files=beside)
+        if len(final) > 1:
             for name, text in pages.items():
                 write_text(Path(out) / name, text)
     return report
@@ -135,10 +130,9 @@ def plan(
     return lines
 
 
-def _place(out: str | Path | None, label: str, wanted: Mapping[str, int]) -> Path | None:
-    if out is None:
-        return None
-    return Path(out) if len(wanted) == 1 else Path(out) / label.strip().replace("%", "pct")
+def _place(out: str | Path, label: str, count: int) -> Path:
+    """The folder of one of `count` budgets."""
+    return Path(out) if count == 1 else Path(out) / label.strip().replace("%", "pct")
 
 
 Stages = dict[str, list[dict[str, Arm]]]
@@ -150,7 +144,7 @@ def _arms(work: Work, limit: int) -> Stages:
     seeds = range(work.settings.seeds)
     made = {"compress": [_compressed(work, work.run(seed), limit) for seed in seeds]}
     rank = work.rank(limit) if work.data else 0
-    if rank:
+    if rank and limit - work.adapter_bytes(rank) >= work.least(work.run(0)):
         made["compress + tune"] = [_tuned(work, work.run(seed), limit, rank) for seed in seeds]
     return made
 

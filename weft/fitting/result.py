@@ -16,7 +16,8 @@ from weft.engine.run import group_of, groups, relative_error
 from weft.fitting import budget as budgets
 from weft.fitting.candidates import uniform_chains
 from weft.fitting.search import role
-from weft.fitting.work import ARMS, Build, Run, Work
+from weft.fitting.settings import ARMS
+from weft.fitting.work import Build, Run, Work
 from weft.lab.bootstrap import interval
 from weft.lab.metrics import Scores
 from weft.model import expressions
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     from weft.fitting.fit import Arm
 
 
-def report(work: Work, name: str, found: Sequence[schema.Budget], command: str) -> schema.Report:
-    """The whole report."""
+def report(work: Work, name: str, found: Sequence[schema.Budget], rank: int, command: str) -> schema.Report:
+    """The whole report; `rank` is that of the largest adapter, 0 if nothing was tuned."""
     run, s = work.run(0), work.settings
     metric, unit = run.data.metric
-    rank = max((work.rank(b.limit_bytes) for b in found), default=0) if work.data else 0
     tuned = _original_tuned(work, run, rank) if rank else None
     return schema.Report(
         weft=version("weft"),

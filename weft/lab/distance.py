@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from weft.error import NumericError
 from weft.stats import Objective, forward
 from weft.store.cache import Cache, key
 
@@ -44,7 +45,7 @@ class Distance:
             return self.goal.vectors(forward(model, batch), batch).float()
 
     def documents(self, model: nn.Module) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
-        """The mean distance of each window or text, and its units (tokens or texts)."""
+        """The mean distance of each window or text, and its units (tokens or texts). Errors: NumericError."""
         values: list[np.ndarray] = []
         weights: list[np.ndarray] = []
         for batch, ref in zip(self.batches, self.held, strict=True):
@@ -59,7 +60,16 @@ class Distance:
             )
             values.append(rows.mean(1).numpy())
             weights.append(np.full(len(rows), rows.shape[1], dtype=np.float64))
-        return np.concatenate(values), np.concatenate(weights)
+        made = np.concatenate(values)
+        if not np.isfinite(made).all():
+            raise NumericError(
+                "the model's output is not finite",
+                where=type(model).__name__,
+                got="NaN or infinity",
+                want="numbers",
+                fix="compress less",
+            )
+        return made, np.concatenate(weights)
 
     def __call__(self, model: nn.Module) -> float:
         """The mean distance of a unit."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.error import FormatError
+from weft.error import FormatError, NumericError
 from weft.lab.distance import padded
 from weft.learn.data import IGNORE, Chat, Encoded, Example, Pair, Response, Text, encode
 from weft.stats import forward, objective
@@ -92,12 +92,25 @@ def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length
 
 
 def retrieval(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Scores:
-    """1 - reciprocal rank of each query's positive among all positives (lower is better), and weights of one."""
+    """1 - reciprocal rank of each query's positive among all positives (lower is better), and weights of one.
+
+    Among positives that score alike the rank is the expected one, so a model whose embeddings collapse gains nothing.
+    Errors: NumericError for embeddings that are not finite.
+    """
     pairs = [e for e in examples if isinstance(e, Pair)]
     q = embeddings(model, tokenizer, [e.query for e in pairs])
     p = embeddings(model, tokenizer, [e.positive for e in pairs])
     scores = q @ p.T
-    rank = (scores > scores.diagonal().unsqueeze(1)).sum(1) + 1
+    if not torch.isfinite(scores).all():
+        raise NumericError(
+            "embeddings are not finite",
+            where=type(model).__name__,
+            got="NaN or infinity",
+            want="numbers",
+            fix="compress less, or train at a lower rate",
+        )
+    mine = scores.diagonal().unsqueeze(1)
+    rank = 1 + (scores > mine).sum(1) + ((scores == mine).sum(1) - 1) / 2
     return 1 - 1 / rank.double().numpy(), np.ones(len(pairs))
 
 

@@ -23,7 +23,7 @@ REALISM = "realism.json"
 def prove(
     names: Sequence[str],
     *,
-    folder: Path = PROOFS,
+    folder: str | Path = PROOFS,
     seeds: int = SEEDS,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -34,7 +34,7 @@ def prove(
     Files depend on the code and the lab models alone, but for the seconds. A killed run resumes from the cache.
     Errors: OptionError for methods without a claim, and for fewer than three seeds.
     """
-    methods = _claimed(names)
+    methods, folder = _claimed(names), Path(folder)
     lab = Lab(subjects, cache=cache, seeds=seeds)
     write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
     made: list[Claim] = []
@@ -48,12 +48,12 @@ def prove(
     return made
 
 
-def stale(folder: Path = PROOFS) -> list[str]:
+def stale(folder: str | Path = PROOFS) -> list[str]:
     """Methods with no proof, or whose file, or a file of a method that took part in the proof, has changed since.
 
     Errors: OptionError for methods without a claim; FormatError for a proof that is not JSON.
     """
-    return [m.name for m in _claimed(method_names()) if not _fresh(m, folder / f"{m.name}.json")]
+    return [m.name for m in _claimed(method_names()) if not _fresh(m, Path(folder) / f"{m.name}.json")]
 
 
 def _fresh(m: Method, path: Path) -> bool:

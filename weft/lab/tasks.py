@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,10 +46,11 @@ def _cpp(seed: int) -> Task:
 
 
 def _docstrings(seed: int) -> Task:
-    pairs: list[Example] = [*corpora.docstring_pairs(corpora.TRAIN, 2400)]
-    test: list[Example] = [*corpora.docstring_pairs(corpora.HELD_OUT, 300)]
-    select, calibration, train = pairs[:200], pairs[200:800], pairs[800:]
-    return Task("docstrings", "retrieval", _turned(calibration, seed), _turned(train, seed), select, test)
+    pairs = corpora.docstring_pairs(corpora.TRAIN, 2400)
+    said = {p.query for p in pairs}
+    test: list[Example] = [p for p in corpora.docstring_pairs(corpora.HELD_OUT, 300) if p.query not in said]
+    calibration, train = _turned(pairs[200:800], seed), _turned(pairs[800:], seed)
+    return Task("docstrings", "retrieval", calibration, train, [*pairs[:200]], test)
 
 
 def _lm(name: str, texts: list[Example], test: list[Example], seed: int) -> Task:
@@ -57,10 +58,10 @@ def _lm(name: str, texts: list[Example], test: list[Example], seed: int) -> Task
     return Task(name, "lm", _turned(texts[a:b], seed), _turned(texts[b:], seed), texts[:a], test)
 
 
-def _turned(examples: list[Example], seed: int) -> list[Example]:
+def _turned(examples: Sequence[Example], seed: int) -> list[Example]:
     """The examples from another place on: the order changes with the seed, the set does not."""
     at = seed * 7919 % max(1, len(examples))
-    return examples[at:] + examples[:at]
+    return [*examples[at:], *examples[:at]]
 
 
 _TASKS: dict[str, Callable[[int], Task]] = {"python": _python, "cpp": _cpp, "docstrings": _docstrings}

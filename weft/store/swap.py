@@ -28,7 +28,7 @@ def staged(out: Path, *, replace: bool, manifest: dict[str, Any]) -> Generator[P
     replaced, or holds what weft did not write.
     """
     out = out.absolute()
-    _may_replace(out, replace)
+    may_replace(out, replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     stage = out.with_name(f"{out.name}.weft-{socket.gethostname()}-{os.getpid()}")
@@ -47,7 +47,8 @@ def staged(out: Path, *, replace: bool, manifest: dict[str, Any]) -> Generator[P
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _may_replace(out: Path, replace: bool) -> None:
+def may_replace(out: Path, replace: bool) -> None:
+    """Refuse to write over a folder that was not to be replaced, or is not weft's. Errors: ConflictError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not replace:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -13,7 +18,7 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from weft.engine import method
-from weft.error import ConflictError
+from weft.error import ConflictError, NumericError
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -29,7 +34,8 @@ def knapsack(
 ) -> Int[Tensor, "s"]:
     """One choice a site: minimise Σ_s error[s, x_s] subject to Σ_s cost[s, x_s] <= budget, as an integer programme.
 
-    Entries that are not finite are not available. Errors: ConflictError with the least bytes that would do.
+    Entries that are not finite are not available. Errors: ConflictError with the least bytes that would do;
+    NumericError if the solver ends without a choice.
     """
     c, e = cost.double().numpy(), error.double().numpy()
     usable = np.isfinite(e) & np.isfinite(c)
@@ -47,25 +53,46 @@ def knapsack(
         _drop_dominated(c[s], e[s], usable[s])
     rows, cols = np.nonzero(usable)
     ce, ee = c[rows, cols], e[rows, cols]
-    scale = max(float(ee.max()), 1e-30)
+    unit = int(np.gcd.reduce(ce.astype(np.int64)))  # whole numbers of it: no choice is a little over the budget
     one = coo_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-    out = torch.as_tensor(np.where(usable, c, np.inf).argmin(1))  # the cheapest always fits
-    for slack in (0, 2e-6):  # the solver may miss a bound by 1e-6 of it: then once more with that much less to spend
+    with _muted():
         made = milp(
-            ee / scale,
+            ee / max(float(ee.max()), 1e-30),
             constraints=[
                 LinearConstraint(one.tocsr(), 1, 1),
-                LinearConstraint(ce[None] / max(1, budget), -np.inf, 1 - slack),
+                LinearConstraint(ce[None] / max(1, unit), -np.inf, budget // max(1, unit)),
             ],
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": gap},
         )
-        picked = np.flatnonzero(np.round(made.x) == 1) if made.x is not None else []
-        if len(picked) == len(c) and ce[picked].sum() <= budget:
-            out[torch.as_tensor(rows[picked])] = torch.as_tensor(cols[picked])
-            break
+    picked = np.flatnonzero(np.round(made.x) == 1) if made.x is not None else np.array([], dtype=np.int64)
+    if len(picked) != len(c) or ce[picked].sum() > budget:
+        raise NumericError(
+            "the allocation was not solved",
+            where="knapsack",
+            got=str(made.message),
+            want=f"one choice for each of {len(c)} sites within {budget} bytes",
+            fix="raise the gap, or the budget a little",
+        )
+    out = torch.empty(len(c), dtype=torch.long)
+    out[torch.as_tensor(rows[picked])] = torch.as_tensor(cols[picked])
     return out
+
+
+@contextmanager
+def _muted() -> Generator[None]:
+    """Drop what the solver's C++ prints to standard output, where results go."""
+    sys.stdout.flush()
+    held, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C keeps what it prints to a pipe until later
+        os.dup2(held, 1)
+        os.close(held)
+        os.close(nowhere)
 
 
 def _drop_dominated(cost: Any, error: Any, usable: Any) -> None:

@@ -42,15 +42,24 @@ def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: i
     found = examples(task, "test")[:limit]
     first, words = found[0], tokenizer(model)
     _suits(model, first, task)
+    more: dict[str, float] = {}
     if isinstance(first, Pair):
-        name, (values, weights) = "1 - mean reciprocal rank", metrics.retrieval(model, words, found)
+        cosines = metrics.similarities(model, words, found)
+        name, (values, weights) = "bits per query", metrics.bits_per_query(cosines)
+        more = {"mean reciprocal rank": float(metrics.reciprocal_ranks(cosines).mean())}
     elif isinstance(first, Text):
         texts = metrics.texts_of(found)
         name, (values, weights) = "bits per byte", metrics.bits_per_byte(model, words, texts, length=length)
     else:
         name = "bits per byte of the response"
         values, weights = metrics.response_bits(model, words, found, length=length)
-    return {"task": task, "metric": name, "documents": len(found), **interval(values[None], weights[None]).as_json()}
+    return {
+        "task": task,
+        "metric": name,
+        "documents": len(found),
+        **interval(values[None], weights[None]).as_json(),
+        **more,
+    }
 
 
 def _suits(model: nn.Module, first: Example, task: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from weft.error import FormatError
+from weft.error import FormatError, NumericError
 from weft.lab import metrics
 from weft.learn.data import Chat, Pair, Response, Text
 
@@ -84,11 +84,26 @@ def test_response_bits_refuse_what_has_no_response(clueless: nn.Module, words: A
 
 
 def test_retrieval_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks 1, 2 and 3 score 0, 1/2 and 2/3."""
+    """Ranks 1, 2 and 3, and the bits of the right one among three."""
     held = {"a": [1.0, 0, 0], "b": [0, 1.0, 0], "c": [0, 0, 1.0], "x": [1.0, 0, 0], "y": [0, 0.5, 0], "z": [0, 0.9, -1]}
     monkeypatch.setattr(metrics, "embeddings", lambda m, t, texts, **_: torch.tensor([held[s] for s in texts]))
-    values, weights = metrics.retrieval(nn.Identity(), None, [Pair("a", "x"), Pair("b", "y"), Pair("c", "z")])
-    assert list(values) == pytest.approx([0, 1 / 2, 2 / 3]) and list(weights) == [1, 1, 1]
+    cosines = metrics.similarities(nn.Identity(), None, [Pair("a", "x"), Pair("b", "y"), Pair("c", "z")])
+    assert list(metrics.reciprocal_ranks(cosines)) == pytest.approx([1, 1 / 2, 1 / 3])
+    values, weights = metrics.bits_per_query(cosines)
+    second = 1 + math.exp(0.4 / 0.05) + math.exp(-0.5 / 0.05)
+    assert values[1] == pytest.approx(math.log2(second)) and list(weights) == [1, 1, 1]
+
+
+def test_a_collapsed_model_gains_nothing_and_a_broken_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal embeddings score like guessing; embeddings that are not finite have no score."""
+    pairs = [Pair(str(i), f"p{i}") for i in range(8)]
+    monkeypatch.setattr(metrics, "embeddings", lambda m, t, texts, **_: torch.ones(len(texts), 3) / 3**0.5)
+    cosines = metrics.similarities(nn.Identity(), None, pairs)
+    assert metrics.bits_per_query(cosines)[0] == pytest.approx(3)
+    assert metrics.reciprocal_ranks(cosines) == pytest.approx(1 / 4.5)
+    monkeypatch.setattr(metrics, "embeddings", lambda m, t, texts, **_: torch.full((len(texts), 3), torch.nan))
+    with pytest.raises(NumericError, match="not finite"):
+        metrics.similarities(nn.Identity(), None, pairs)
 
 
 def test_embeddings_come_in_the_order_of_the_texts(tiny: Callable[..., nn.Module], words: Any) -> None:

@@ -37,7 +37,7 @@ class Data:
         return {
             "lm": ("bits per byte", "bits/byte"),
             "response": ("bits per byte of the response", "bits/byte"),
-            "retrieval": ("1 - mean reciprocal rank", ""),
+            "retrieval": ("bits per query", "bits/query"),
             "distance": ("distance to the original", ""),
         }[self.kind]
 
@@ -135,7 +135,7 @@ def score(
     if data.kind == "distance":
         return distance.documents(model)
     if data.kind == "retrieval":
-        return metrics.retrieval(model, tokenizer, examples)
+        return metrics.bits_per_query(metrics.similarities(model, tokenizer, examples))
     if data.kind == "response":
         return metrics.response_bits(model, tokenizer, examples)
     return metrics.bits_per_byte(model, tokenizer, metrics.texts_of(examples))

@@ -138,4 +138,4 @@ def _functions(name: str, path: Path) -> Iterator[Pair]:
             first = node.body[0]
             source = "\n".join(lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno])
             if 30 <= len(query) <= 200 and len(source) >= 80 and not query.startswith(("Parameters", "Args", ":param")):
-                yield Pair(query, source[:400], f"{name}:{node.lineno}")
+                yield Pair(query, source[:240], f"{name}:{node.lineno}")

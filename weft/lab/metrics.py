@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weft.error import FormatError, NumericError
 from weft.lab.distance import padded
 from weft.learn.data import IGNORE, Chat, Encoded, Example, Pair, Response, Text, encode
+from weft.learn.objective import TEMPERATURE
 from weft.stats import forward, objective
 
 Scores = tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]
@@ -91,17 +92,13 @@ def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length
     return torch.cat(made)[torch.tensor(order).argsort()]
 
 
-def retrieval(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Scores:
-    """1 - reciprocal rank of each query's positive among all positives (lower is better), and weights of one.
-
-    Among positives that score alike the rank is the expected one, so a model whose embeddings collapse gains nothing.
-    Errors: NumericError for embeddings that are not finite.
-    """
+def similarities(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Float[Tensor, "k k"]:
+    """Cosine of each query (rows) with every positive. Errors: NumericError for embeddings that are not finite."""
     pairs = [e for e in examples if isinstance(e, Pair)]
     q = embeddings(model, tokenizer, [e.query for e in pairs])
     p = embeddings(model, tokenizer, [e.positive for e in pairs])
-    scores = q @ p.T
-    if not torch.isfinite(scores).all():
+    cosines = q @ p.T
+    if not torch.isfinite(cosines).all():
         raise NumericError(
             "embeddings are not finite",
             where=type(model).__name__,
@@ -109,9 +106,23 @@ def retrieval(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> 
             want="numbers",
             fix="compress less, or train at a lower rate",
         )
-    mine = scores.diagonal().unsqueeze(1)
-    rank = 1 + (scores > mine).sum(1) + ((scores == mine).sum(1) - 1) / 2
-    return 1 - 1 / rank.double().numpy(), np.ones(len(pairs))
+    return cosines
+
+
+def bits_per_query(cosines: Float[Tensor, "k k"]) -> Scores:
+    """-log2 of each query's positive's softmax share among all positives (0 is perfect), and weights of one.
+
+    Where the reciprocal rank sees only changes of order, this sees every change; and it is what training lowers.
+    """
+    bits = -torch.log_softmax(cosines.double() / TEMPERATURE, 1).diagonal() / math.log(2)
+    return bits.numpy(), np.ones(len(bits))
+
+
+def reciprocal_ranks(cosines: Float[Tensor, "k k"]) -> Float[np.ndarray, "k"]:
+    """1 / rank of each query's positive; among positives that score alike the rank is the expected one."""
+    mine = cosines.diagonal().unsqueeze(1)
+    rank = 1 + (cosines > mine).sum(1) + ((cosines == mine).sum(1) - 1) / 2
+    return 1 / rank.double().numpy()
 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:

@@ -56,7 +56,7 @@ def untuned(trial: Trial) -> Arm:
 
 
 def _metric(trial: Trial) -> tuple[str, str]:
-    return ("gain in 1 - reciprocal rank", "") if trial.subject.embeds else ("gain in bits per byte", "bits/byte")
+    return ("gain in bits per query", "bits/query") if trial.subject.embeds else ("gain in bits per byte", "bits/byte")
 
 
 def _task(trial: Trial) -> tasks.Task:
@@ -84,7 +84,7 @@ def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[f
 
 def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
     if trial.subject.embeds:
-        return metrics.retrieval(model, trial.subject.tokenizer, examples)
+        return metrics.bits_per_query(metrics.similarities(model, trial.subject.tokenizer, examples))
     return metrics.bits_per_byte(model, trial.subject.tokenizer, metrics.texts_of(examples), length=256)
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from weft.learn.data import IGNORE
 
+TEMPERATURE = 0.05
+"""Cosines are divided by this before the softmax over positives."""
+
 
 def likelihood(
     logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], count: int | Tensor | None
@@ -19,9 +22,7 @@ def likelihood(
     return total / (count if count is not None else (targets != IGNORE).sum().clamp(min=1))
 
 
-def contrast(
-    queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], temperature: float = 0.05
-) -> Float[Tensor, ""]:
+def contrast(queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
     """InfoNCE over the batch: each normalised query against all positives. Nats a query."""
-    scores = queries @ positives.T / temperature
+    scores = queries @ positives.T / TEMPERATURE
     return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device))

@@ -17,7 +17,7 @@ from weft.report.schema import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
-NOTES = ROOT / "docs" / "measured.md"
+NOTES = ROOT / "benchmarks" / "measured.md"
 HEAD = """# Results
 
 Each table is printed by the command above it, on two cores; `python scripts/results.py OUT...` writes this page from the

@@ -31,8 +31,9 @@ class Settings:
     """How many of the best predicted uniform choices are measured."""
     tune_steps: int = 40
     tune_batch: int = 4
+    """Examples a step; twice as many pairs, which are each other's wrong answers."""
     lr: float = 5e-3
-    """Learning rate for text; pairs take a tenth of it."""
+    """Learning rate for text; pairs take a fifth of it."""
 
     @classmethod
     def quick(cls) -> Settings:

@@ -231,14 +231,14 @@ class Work:
         before = self.about(run, build.chains) if build else self.print
         apply(model, (Step.of("lora", rank=rank),), at="all-linear", seed=run.seed)
         s = self.settings
-        rate = s.lr / 10 if self.goal.embeds else s.lr
+        rate, batch = (s.lr / 5, 2 * s.tune_batch) if self.goal.embeds else (s.lr, s.tune_batch)
         name = key(
             "tuned",
             before,
             run.data.fingerprint(),
             rank,
             s.tune_steps,
-            s.tune_batch,
+            batch,
             s.length,
             rate,
             run.seed,
@@ -249,7 +249,7 @@ class Work:
         def learn() -> dict[str, Tensor]:
             work = self.cache.path("tuning", name)
             made = train(
-                model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=s.tune_batch, length=s.length, lr=rate,
+                model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=batch, length=s.length, lr=rate,
                 seed=run.seed, out=work, save_every=max(10, s.tune_steps // 4), progress=self.progress,
             )  # fmt: skip
             held = {

@@ -114,7 +114,7 @@ def test_report_lies_beside_the_models(fitted: tuple[Report, Path]) -> None:
 def test_without_data_nothing_is_tuned(lm: Path, small: Settings, tmp_path: Path) -> None:
     """Own texts calibrate, the distance to the original is the score, and one budget's folder holds model and report."""
     made = fit(lm, tmp_path / "out", budget="30%", settings=small, cache=tmp_path / "cache")
-    assert {r.stage for r in made.budgets[0].rows} == {"compress"} and made.metric.name == "distance to the original"
+    assert {r.stage for r in made.budgets[0].rows} == {"compress"} and made.metric.name == "KL to the original"
     assert made.original.score == pytest.approx(0, abs=1e-6)
     assert (tmp_path / "out" / "report.html").exists() and nbytes(load(tmp_path / "out")) <= made.budgets[0].limit_bytes
 

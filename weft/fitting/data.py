@@ -33,12 +33,11 @@ class Data:
 
     @property
     def metric(self) -> tuple[str, str]:
-        """Name and unit of the score; lower is better for all."""
+        """Name and unit of the score; lower is better for all. Of own texts the objective is the score."""
         return {
             "lm": ("bits per byte", "bits/byte"),
             "response": ("bits per byte of the response", "bits/byte"),
             "retrieval": ("bits per query", "bits/query"),
-            "distance": ("distance to the original", ""),
         }[self.kind]
 
     def fingerprint(self) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def report(work: Work, name: str, found: Sequence[schema.Budget], rank: int, command: str) -> schema.Report:
     """The whole report; `rank` is that of the largest adapter, 0 if nothing was tuned."""
     run, s = work.run(0), work.settings
-    metric, unit = run.data.metric
+    metric, unit = (work.goal.name, work.goal.unit) if run.data.kind == "distance" else run.data.metric
     tuned = _original_tuned(work, run, rank) if rank else None
     return schema.Report(
         weft=version("weft"),

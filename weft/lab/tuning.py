@@ -18,15 +18,15 @@ from weft.model import fork
 
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates that every arm chooses from, on the select set."""
-STEPS = 40
+STEPS = 24
 BATCH = 8
 TOKENS = 128
 """Tokens of a training window."""
-PAGE = 2048
+PAGE = 1024
 """Characters of a document that are trained and tested on."""
 SNIPPET = 160
 """Characters of a pair's positive that are."""
-CHOICE = 128
+CHOICE = 48
 """Examples that a learning rate is chosen by."""
 
 

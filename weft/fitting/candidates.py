@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from weft.engine import Group, get
 from weft.engine.run import Chain, Step, chain_key, code_version, group_of, groups, run
 from weft.expr import CHUNK, Expr
-from weft.model import expressions
+from weft.model import Site, expressions
 from weft.progress import Progress
 from weft.stats import Stats
 from weft.store.cache import Cache, key
 
 GROUPS = (0, 128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 7, 8)
+ROWS = 4096
+"""Rows that a candidate of a larger weight is judged by, where rows do not depend on each other."""
 
 
 def uniform_chains(method: str, bits: Sequence[int] = BITS, widths: Sequence[int] = GROUPS) -> list[Chain]:
@@ -78,7 +81,7 @@ def table(
     todo = groups(model, sites, stats)
     with progress.bar("candidates", len(todo)) as step:
         for names in todo:
-            name = key("candidates", stats.folder.name, names, keys, code_version(), seed)
+            name = key("candidates", stats.folder.name, names, keys, code_version(), ROWS, seed)
             held = cache.json("candidates", name, lambda names=names: _solve(model, names, wanted, stats, seed))
             for s in names:
                 nbytes[row[s]] = held[s]["bytes"]
@@ -90,15 +93,54 @@ def table(
 def _solve(
     model: nn.Module, names: tuple[str, ...], wanted: Sequence[Chain], stats: Stats, seed: int
 ) -> dict[str, Any]:
-    group = group_of(model, names, stats, seed=seed)
+    whole = group_of(model, names, stats, seed=seed)
+    rows = {s.name: s.now.shape[0] for s in whole}
+    few = _sampled(whole)
     made: dict[str, Any] = {n: {"bytes": [], "loss": []} for n in names}
-    begun: dict[Chain, Group] = {(): group}
+    begun: dict[bool, dict[Chain, Group]] = {True: {(): few}, False: {(): whole}}
     for chain in wanted:
-        exprs = _run(begun, chain) if _fits(group.sites[0].now.shape, chain) else None
-        for i, s in enumerate(group):
-            made[s.name]["bytes"].append(exprs[i].nbytes() if exprs else 0)
+        fits = _fits(whole.sites[0].now.shape, chain)
+        rowwise = all(get(s.method).rowwise for s in chain)
+        exprs = _run(begun[rowwise], chain) if fits else None
+        for i, s in enumerate(begun[rowwise][()]):
+            made[s.name]["bytes"].append(_bytes(exprs[i], rows[s.name]) if exprs else 0)
             made[s.name]["loss"].append(s.cost(exprs[i]) if exprs else None)
     return made
+
+
+def _sampled(group: Group) -> Group:
+    """The group with `ROWS` rows of each larger site, weighted so that their predicted loss is an unbiased estimate of all rows'.
+
+    Rows are drawn (systematically) with a chance proportional to the mean of 1/m and of their share in weight_i W_i G W_iᵀ.
+    """
+    if all(s.now.shape[0] <= ROWS for s in group):
+        return group
+    group.gram()  # of the whole weight, before its sample shares the cache
+    return replace(group, sites=tuple(s if s.now.shape[0] <= ROWS else _drawn(s, group.rng("rows")) for s in group))
+
+
+def _drawn(site: Site, rng: torch.Generator) -> Site:
+    m = site.now.shape[0]
+    size = torch.zeros(m, dtype=torch.float64)
+    for rows in site.now.row_slices():
+        part = site.rows(rows)
+        for e in part.evidence:
+            size[rows] += (((part.original @ e.gram.float()) * part.original).sum(1).clamp(min=0) * e.weight).double()
+    chance = 0.5 / m + 0.5 * size / size.sum().clamp(min=1e-300)
+    chance = (ROWS * chance / chance.sum()).clamp(max=1)
+    at = chance.cumsum(0) + torch.rand(1, generator=rng, dtype=torch.float64)
+    picked = torch.nonzero(at.floor() > torch.cat([at[:1] - chance[:1], at[:-1]]).floor()).flatten()
+    evidence = tuple(replace(e, weight=e.weight[picked] / chance[picked].to(e.weight.dtype)) for e in site.evidence)
+    return replace(site, now=site.now.take(picked), source=lambda: site.source()[picked], evidence=evidence)
+
+
+def _bytes(expr: Expr, rows: int) -> int:
+    """Bytes that the expression takes with this many rows: some tensors grow with them, the others do not."""
+    held = expr.shape[0]
+    if held == rows:
+        return expr.nbytes()
+    a_row = expr.take(slice(0, 2)).nbytes() - expr.take(slice(0, 1)).nbytes()
+    return expr.nbytes() + (rows - held) * a_row
 
 
 def _run(begun: dict[Chain, Group], chain: Chain) -> list[Expr]:

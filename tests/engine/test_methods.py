@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import weft
+from weft.catalog import files
 from weft.engine import get, names
 from weft.engine.method import METHODS
-from weft.engine.registry import files
 from weft.engine.run import Step, chain_key, code_version
 from weft.error import OptionError
 
@@ -47,12 +47,12 @@ def test_an_unknown_method_is_an_option_error(name: str) -> None:
 
 def test_two_methods_of_one_name_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     """Wherever the second one lies."""
-    import weft.engine.registry as registry
+    from weft import catalog
 
     for verb in ("a", "b"):
         (tmp_path / verb).mkdir()
         (tmp_path / verb / "same.py").write_text("")
-    monkeypatch.setattr(registry, "_ROOT", tmp_path)
+    monkeypatch.setattr(catalog, "ROOT", tmp_path)
     with pytest.raises(OptionError):
         files.__wrapped__()
 

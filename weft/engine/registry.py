@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
-from pathlib import Path
 
-import weft
+from weft.catalog import files
 from weft.engine.method import METHODS, Method
 from weft.error import OptionError
-
-_ROOT = Path(weft.__file__).parent / "methods"
-
-
-@cache
-def files() -> dict[str, Path]:
-    """Method name to file, in order of name. Errors: OptionError if two files share a name."""
-    found: dict[str, Path] = {}
-    for path in sorted(_ROOT.glob("*/[!_]*.py")):
-        if path.stem in found:
-            raise OptionError(
-                "two methods share a name",
-                where=path.stem,
-                got=str(path),
-                want="one file",
-                fix=f"rename one; the other is {found[path.stem]}",
-            )
-        found[path.stem] = path
-    return dict(sorted(found.items()))
 
 
 def names() -> list[str]:

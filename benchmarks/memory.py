@@ -8,6 +8,7 @@ Few candidates and calibration tokens: memory depends on shapes, time on both. E
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,8 +60,10 @@ def main() -> int:
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.05)
+    wall, used = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
-        f"peak anonymous memory {peak / 1e9:.2f} GB (limit {limit / 1e9:.1f}), {time.monotonic() - begun:.0f} s, exit {process.returncode}"
+        f"peak anonymous memory {peak / 1e9:.2f} GB (limit {limit / 1e9:.1f}), {wall / 60:.0f} min, of processors "
+        f"{(used.ru_utime + used.ru_stime) / 60:.0f} min, exit {process.returncode}"
     )
     return int(process.returncode != 0 or peak > limit)
 

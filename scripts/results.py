@@ -57,7 +57,6 @@ def section(report: Report) -> str:
     )
     checks = [c for b in report.budgets for c in b.checks if c.predicted > 0 and c.measured > 0]
     ratio = np.array([c.measured / c.predicted for c in checks])
-    seconds = sum(s.seconds for s in report.steps)
     return "\n\n".join(
         [
             f"### {report.model.name} on {report.data.name}",
@@ -66,7 +65,7 @@ def section(report: Report) -> str:
             f"{report.data.test_documents} test documents.",
             table(rows),
             f"Measured over predicted {report.objective.name}, {len(checks)} whole-model choices: median {np.median(ratio):.2f}, "
-            f"middle half {np.quantile(ratio, 0.25):.2f} to {np.quantile(ratio, 0.75):.2f}. All steps together: {words.duration(seconds)}.",
+            f"middle half {np.quantile(ratio, 0.25):.2f} to {np.quantile(ratio, 0.75):.2f}.",
         ]
     )
 

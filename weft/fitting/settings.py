@@ -21,7 +21,7 @@ class Settings:
     """Calibration tokens."""
     select_tokens: int = 6144
     """Tokens that choices are measured on."""
-    test_tokens: int = 24576
+    test_tokens: int = 49152
     """Tokens that the result is scored on, at about four bytes each."""
     length: int = 256
     bits: tuple[int, ...] = BITS
@@ -39,5 +39,5 @@ class Settings:
     def quick(cls) -> Settings:
         """One seed, short tuning: a first look within minutes."""
         return cls(
-            seeds=1, tokens=8192, select_tokens=4096, test_tokens=12288, tries=2, tune_steps=24, tune_batch=2, lr=1e-2
+            seeds=1, tokens=4096, select_tokens=3072, test_tokens=6144, tries=2, tune_steps=16, tune_batch=2, lr=1e-2
         )

@@ -58,7 +58,11 @@ def main() -> int:
         begun, peak = time.monotonic(), 0
         process = subprocess.Popen([sys.executable, "-c", FIT, model, out, cache])
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            now = anonymous(process.pid)
+            if now > 1.1 * peak:
+                print(f"{time.monotonic() - begun:6.0f} s  {now / 1e9:.2f} GB", file=sys.stderr, flush=True)
+                peak = now
+            peak = max(peak, now)
             time.sleep(0.05)
     wall, used = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     print(

@@ -110,7 +110,7 @@ def _evidence(
 
     embeds = objective(model).embeds
     found = resolve(data or ("docstrings" if embeds else "python"), embeds=embeds, seed=seed)
-    cut = batches(found.calibration, tokenizer(model), embeds=embeds, length=256, tokens=tokens)
+    cut = batches(found.calibration, model, tokenizer(model), length=256, tokens=tokens)
     return collect(model, cut, (cache or default()) / "evidence", seed=seed, progress=progress)
 
 

@@ -13,7 +13,10 @@ from torch import nn
 
 from weft.error import FormatError, NumericError
 from weft.lab import metrics
+from weft.lab.distance import LOGITS, fewer, windows
+from weft.lab.metrics import bits_per_byte
 from weft.learn.data import Chat, Pair, Response, Text
+from weft.model import weave
 
 TEXTS = ["the cat sat on the mat .", "a red bird flew over the old hill , under a blue tree ?", "dog"]
 
@@ -113,3 +116,13 @@ def test_embeddings_come_in_the_order_of_the_texts(tiny: Callable[..., nn.Module
     assert torch.allclose(made.norm(dim=1), torch.ones(3), atol=1e-5)
     for text, vector in zip(TEXTS, made, strict=True):
         assert torch.allclose(metrics.embeddings(model, words, [text])[0], vector, atol=1e-5)
+
+
+def test_no_batch_gives_more_logits_than_there_is_room_for(tiny: Any, words: Any) -> None:
+    """The model's classes count, not only the tokenizer's words; the score does not depend on the batch."""
+    texts = ["the cat sat on the mat . " * 40, "a dog ran . " * 9]
+    assert fewer(8, 256, 151936) == 1 and fewer(8, 256, 8192) == 8 and fewer(8, 256, 0) == 8
+    assert all(len(b["input_ids"]) == 1 for b in windows(texts, words, length=8, tokens=64, classes=LOGITS))
+    model = weave(tiny())
+    values = [bits_per_byte(model, words, texts, length=16, batch=b)[0] for b in (1, 16)]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError
 from weft.lab import metrics, tasks
-from weft.lab.distance import Distance, padded, windows
+from weft.lab.distance import Distance, classes, padded, windows
 from weft.learn.data import Example, Pair, Response, Text, read
 from weft.learn.data import fingerprint as examples_fingerprint
+from weft.stats import objective
 
 Kind = Literal["lm", "response", "retrieval", "distance"]
 
@@ -120,11 +121,13 @@ def texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
 
 
 def batches(
-    examples: Sequence[Example], tokenizer: Any, *, embeds: bool, length: int, tokens: int
+    examples: Sequence[Example], model: nn.Module, tokenizer: Any, *, length: int, tokens: int
 ) -> list[dict[str, Tensor]]:
     """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings."""
-    cut = padded if embeds else windows
-    return cut(texts(examples, tokenizer), tokenizer, length=length, tokens=tokens)
+    found = texts(examples, tokenizer)
+    if objective(model).embeds:
+        return padded(found, tokenizer, length=length, tokens=tokens)
+    return windows(found, tokenizer, length=length, tokens=tokens, classes=classes(model))
 
 
 def score(

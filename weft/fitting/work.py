@@ -143,7 +143,7 @@ class Work:
         return self.runs[seed]
 
     def _batches(self, examples: Sequence[Example], tokens: int) -> list[dict[str, Tensor]]:
-        return batches(examples, self.tokenizer, embeds=self.goal.embeds, length=self.settings.length, tokens=tokens)
+        return batches(examples, self.plain, self.tokenizer, length=self.settings.length, tokens=tokens)
 
     def _fixed(self) -> int:
         """Bytes of what is never compressed: norms and biases."""

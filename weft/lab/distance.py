@@ -81,11 +81,24 @@ LOGITS = 1 << 26
 """Logits that a batch of windows gives at most (256 MiB in float32)."""
 
 
+def classes(model: nn.Module) -> int:
+    """Width of a model's output distribution, as its configuration says; 0 where it has none."""
+    return int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0)
+
+
+def fewer(batch: int, length: int, classes: int) -> int:
+    """As many of `batch` windows as give no more than `LOGITS`, but one."""
+    return max(1, min(batch, LOGITS // (length * max(1, classes))))
+
+
 def windows(
-    texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8
+    texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int, batch: int = 8, classes: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there."""
-    batch = max(1, min(batch, LOGITS // (length * len(tokenizer))))
+    """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there.
+
+    `classes`: the model's, where it has more than its tokenizer has words.
+    """
+    batch = fewer(batch, length, max(classes, len(tokenizer)))
     ids: list[int] = []
     end = tokenizer.eos_token_id
     for text in texts:

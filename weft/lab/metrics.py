@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.error import FormatError, NumericError
-from weft.lab.distance import padded
+from weft.lab.distance import ROWS, classes, fewer, padded
 from weft.learn.data import IGNORE, Chat, Encoded, Example, Pair, Response, Text, encode
 from weft.learn.objective import TEMPERATURE
 from weft.stats import forward, objective
@@ -64,6 +64,7 @@ def _answer(e: Example) -> str:
 def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, batch: int) -> Float[np.ndarray, "k"]:
     """Σ -log2 p(target) of each document."""
     made = np.zeros(count)
+    batch = fewer(batch, max((len(e.input_ids) for _, e in windows), default=1), classes(model))
     order = sorted(range(len(windows)), key=lambda i: len(windows[i][1].input_ids))
     for a in range(0, len(order), batch):
         part = [windows[i] for i in order[a : a + batch]]
@@ -72,9 +73,13 @@ def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, 
         labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for _, e in part])
         mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for _, e in part])
         with torch.no_grad():
-            logits = forward(model, {"input_ids": ids, "attention_mask": mask})
-            nats = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
+            logits = forward(model, {"input_ids": ids, "attention_mask": mask})[:, :-1].flatten(0, 1)
+            target = labels[:, 1:].flatten()
+            nats = torch.cat(
+                [
+                    F.cross_entropy(x.float(), y, ignore_index=IGNORE, reduction="none")
+                    for x, y in zip(logits.split(ROWS), target.split(ROWS), strict=True)
+                ]
             )
         for (k, _), total in zip(part, nats.view(len(part), -1).double().sum(1).tolist(), strict=True):
             made[k] += total / math.log(2)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weft.api import Changes, apply, export, load, merge, methods, save, show, train, verify
+    from weft.api import Changes, apply, attach, export, load, may_write, merge, methods, run, save, show, train, verify
     from weft.error import WeftError
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from weft.score import evaluate, generate, tokenizer
 
 _HOME = {
-    "weft.api": ("Changes", "apply", "export", "load", "merge", "methods", "save", "show", "train", "verify"),
+    "weft.api": (
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "run", "save", "show", "train", "verify",
+    ),
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
     "weft.fitting.settings": ("Settings",),
@@ -39,8 +41,8 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "evaluate", "export", "expressions", "fit", "fork",
-    "generate", "load", "merge", "methods", "plan", "prove", "save", "show", "stale", "tokenizer", "train", "unweave",
+    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "attach", "evaluate", "export", "expressions", "fit", "fork",
+    "generate", "load", "may_write", "merge", "methods", "plan", "prove", "run", "save", "show", "stale", "tokenizer", "train", "unweave",
     "verify", "weave",
 ]  # fmt: skip
 

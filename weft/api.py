@@ -16,12 +16,13 @@ from weft.engine import get
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merged
+from weft.engine.recipe import Recipe, read
 from weft.engine.run import Change, Step
 from weft.error import OptionError
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import expressions, fork, match, places, set_expressions
+from weft.model import expressions, match
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -48,20 +49,39 @@ class Row:
     bits: float
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load(model: str | Path, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
     """A woven model from a folder, a hub id or a lab model's name (`ref-lm`, `minilm`), computed in `dtype` (float32).
 
-    Errors: PathError; FormatError with every problem found; ChangedError; ResourceError for a lab model not installed.
+    Errors: PathError; FormatError with every problem found; NumericError for weights that are not finite; ChangedError for
+    tensors that are not what weft wrote; ResourceError for a lab model not installed.
     """
-    return store.load(models.resolve(model), dtype=dtype)
+    return store.load(models.resolve(model), dtype=dtype, progress=progress)
 
 
-def save(model: nn.Module, out: str | Path, tokenizer: Any = None, replace: bool = False) -> None:
+def save(
+    model: nn.Module, out: str | Path, tokenizer: Any = None, replace: bool = False, progress: Progress | None = None
+) -> None:
     """Write a model folder, whole or not at all: an ordinary checkpoint if every weight is plain.
 
-    Errors: ConflictError if `out` exists and is not to be replaced.
+    Errors: ConflictError if `out` exists and is not to be replaced; NumericError; ResourceError; PathError.
     """
-    store.save(model, out, tokenizer=tokenizer, replace=replace)
+    store.save(model, out, tokenizer=tokenizer, replace=replace, progress=progress)
+
+
+def may_write(model: nn.Module, out: str | Path, replace: bool = False) -> None:
+    """Refuse before hours of work what `save` would refuse after them. Errors: ConflictError, ResourceError."""
+    store.may_write(model, out, replace=replace, nbytes=store.nbytes(model))
+
+
+def attach(
+    model: nn.Module, adapter: str | Path, *, name: str = "default", unverified_base: bool = False
+) -> list[str]:
+    """Add a PEFT LoRA folder to a model as terms `adapter:NAME`, in place; returns the sites.
+
+    Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for an adapter of another
+    base or a name that is taken; the model is unchanged then.
+    """
+    return store.attach(model, adapter, name=name, unverified_base=unverified_base)
 
 
 def apply(
@@ -99,6 +119,30 @@ def apply(
     with bars.bar(method, len(sites)) as done:
         changes, notes = engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done)
     return Changes(changes, notes)
+
+
+def run(
+    model: nn.Module,
+    recipe: Recipe | str | Path,
+    *,
+    data: str | None = None,
+    tokens: int = 16384,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Changes:
+    """Apply a recipe's steps in order, in place; each that needs evidence collects that of the model as it is by then.
+
+    Errors: FormatError and OptionError with every problem of the recipe, before the first step; those of `apply`.
+    """
+    steps = recipe if isinstance(recipe, Recipe) else read(Path(recipe))
+    made = Changes()
+    for step, at in steps.steps:
+        how: dict[str, Any] = {"data": data, "tokens": tokens, "seed": seed, "cache": cache, "progress": progress}
+        done = apply(model, step.method, at=at, **how, **dict(step.options))
+        made.extend(done)
+        made.fallbacks += done.fallbacks
+    return made
 
 
 def _evidence(
@@ -177,10 +221,7 @@ def export(
             fix="leave it out",
         )
     if to == "hf":
-        plain = fork(model)
-        for name, expr in expressions(plain).items():
-            set_expressions(plain, {name: merging.densify(expr, places(plain)[name].dtype)})
-        store.save(plain, out, replace=replace)
+        store.save(model, out, replace=replace, dense=True)
     elif to == "peft":
         from weft.store.peft import export_peft
 
@@ -200,9 +241,9 @@ def export(
     return []
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Path, progress: Progress | None = None) -> list[str]:
     """Every way in which a folder differs from its manifest; empty if it is whole. Errors: PathError if it has none."""
-    return store.verify(Path(folder))
+    return store.verify(Path(folder), progress)
 
 
 def show(model: nn.Module) -> list[Row]:

@@ -17,7 +17,7 @@ from weft.learn.data import IGNORE, Chat, Pair, Response, Text
 from weft.learn.objective import contrast, likelihood
 from weft.learn.train import TRAINABLE, restore, train, trainable
 from weft.model import expressions, plain_tensors, weave
-from weft.store.files import read_tensors, write_tensors
+from weft.store.tensors import read_tensors, write_tensors
 
 THINGS = ("cat", "dog", "bird")
 TEXTS = [Text(f"the {a} sat on the {b} mat .") for a in THINGS for b in ("old", "red", "blue")]

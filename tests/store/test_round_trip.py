@@ -20,7 +20,7 @@ from weft.expr import Dense, Sum
 from weft.model import expressions, fingerprint, site, unweave, weave
 from weft.stats import Stats, collect
 from weft.store import load, nbytes, save, stored, verify
-from weft.store.files import header
+from weft.store.audit import header
 from weft.store.save import narrow
 
 CHAINS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
@@ -115,7 +115,7 @@ def test_tied_stays_tied(tiny: Any, tmp_path: Path) -> None:
     save(model, tmp_path / "out")
     back = load(tmp_path / "out")
     assert back.lm_head.expr is back.model.embed_tokens.expr
-    assert not any(k.startswith("lm_head") for p in (tmp_path / "out").glob("*.safetensors") for k in header(p))
+    assert not any(k.startswith("lm_head") for p in (tmp_path / "out").glob("*.safetensors") for k in header(p).tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,7 +181,7 @@ def test_nbytes_is_what_the_files_hold(
     save(model, tmp_path / "out")
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert (len(files) > 1) is (shard == 5000)
-    assert sum(e.stop - e.start for p in files for e in header(p).values()) == nbytes(model)
+    assert sum(e.stop - e.start for p in files for e in header(p).tensors.values()) == nbytes(model)
     assert json.loads((tmp_path / "out" / "weft.json").read_text())["bytes"] == nbytes(model)
 
 
@@ -201,7 +201,7 @@ def test_shards_load(
     model, batch = weave(tiny(family)), batches(1)[0]
     apply(model, [Step.of(m) for m in chain_])
     save(model, tmp_path / "out")
-    sizes = [[e.stop - e.start for e in header(p).values()] for p in (tmp_path / "out").glob("*.safetensors")]
+    sizes = [[e.stop - e.start for e in header(p).tensors.values()] for p in (tmp_path / "out").glob("*.safetensors")]
     assert len(sizes) > 2 and all(sum(s) <= shard or len(s) == 1 for s in sizes)
     assert torch.equal(run(load(tmp_path / "out"), batch), run(model, batch)) and verify(tmp_path / "out") == []
 
@@ -295,7 +295,7 @@ def test_stored_names_are_unique_and_complete(family: str, tiny: Any, tmp_path: 
     model = weave(tiny(family))
     apply(model, chain(("rtn", {}), ("lora", {"rank": 2})))
     save(model, tmp_path / "out")
-    assert set(header(tmp_path / "out" / "weft.safetensors")) == set(stored(model))
+    assert set(header(tmp_path / "out" / "weft.safetensors").tensors) == set(stored(model))
     assert all(isinstance(e, Sum) for e in expressions(model).values())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from weft.cli.guard import BAD_INPUT, FALLBACKS, say
+from weft.cli.guard import FALLBACKS, say
 from weft.cli.output import emit
 from weft.progress import Bars, Progress, Silent
 
@@ -36,7 +36,7 @@ def bars(quiet: bool) -> Progress:
     return Silent() if quiet else Bars()
 
 
-def load(model: str) -> nn.Module:
+def load(model: str, quiet: bool = False) -> nn.Module:
     """The model, with transformers' own messages off."""
     import transformers
 
@@ -44,7 +44,7 @@ def load(model: str) -> nn.Module:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return weft.load(model)
+    return weft.load(model, progress=bars(quiet))
 
 
 def fit(
@@ -106,9 +106,13 @@ def report(
     """Write report.html anew from report.json, and print its table."""
     from weft.report.page import read, render
     from weft.store.files import write_text
+    from weft.store.swap import MANIFEST, amend
 
     made = read(folder / "report.json")
-    write_text(folder / "report.html", render(made))
+    if (folder / MANIFEST).exists():
+        amend(folder, {"report.html": render(made)})
+    else:
+        write_text(folder / "report.html", render(made))
     _report(made, as_json, quiet, f"report: {folder / 'report.html'}")
 
 
@@ -178,13 +182,14 @@ def train(
     import weft
     from weft.store.cache import default, key
 
-    woven = load(model)
+    woven = load(model, quiet)
     weft.apply(woven, "lora", at=at, seed=seed, rank=rank, name=name)
+    weft.may_write(woven, out, replace=replace_)
     about = key(str(Path(model).absolute()), data, rank, name, at, steps, batch, length, lr, seed)
     work = (cache or default()) / "train" / about
     how: dict[str, Any] = {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed}
     history = weft.train(woven, data, **how, out=work, progress=bars(quiet))
-    weft.save(woven, out, replace=replace_)
+    weft.save(woven, out, replace=replace_, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     emit(
         [{"steps": steps, "loss": loss, "tokens": history.tokens, "seconds": history.seconds, "out": str(out)}],
@@ -205,9 +210,10 @@ def merge(
     """Fold each weight's terms into one; says what that loses."""
     import weft
 
-    woven = load(model)
+    woven = load(model, quiet)
+    weft.may_write(woven, out, replace=replace_)
     made = weft.merge(woven, to=cast(Literal["dense", "grid"], to), at=at or "*")
-    weft.save(woven, out, replace=replace_)
+    weft.save(woven, out, replace=replace_, progress=bars(quiet))
     rows = [
         {"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error, "lost": c.lost}
         for c in made
@@ -233,20 +239,6 @@ def export(
     for note in notes:
         say(f"note: {note}")
     return FALLBACKS if notes else None
-
-
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that weft wrote.")], as_json: AsJson = False
-) -> int | None:
-    """Check every file of a folder against its manifest."""
-    from weft.store.swap import verify as check
-
-    problems = check(folder)
-    if as_json:
-        typer.echo(json.dumps(problems, indent=1))
-    else:
-        typer.echo("\n".join(problems) or "whole")
-    return BAD_INPUT if problems else None
 
 
 def prove(
@@ -281,4 +273,4 @@ def prove(
     return None
 
 
-ALL = (fit, show, methods, eval_, generate, train, merge, export, verify, report, prove)
+ALL = (fit, show, methods, eval_, generate, train, merge, export, report, prove)

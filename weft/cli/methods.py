@@ -79,10 +79,12 @@ def rewrite(
     from weft.engine.run import Step
 
     Step.of(name, **options)  # bad options show before the model is loaded
-    woven = load(model)
+    woven = load(model, quiet)
+    if out is not None:
+        weft.may_write(woven, out, replace=replace)
     made = weft.apply(woven, name, progress=bars(quiet), **how, **options)
     if out is not None:
-        weft.save(woven, out, replace=replace)
+        weft.save(woven, out, replace=replace, progress=bars(quiet))
     rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
     total = sum(c.nbytes for c in made)
     where = f"saved in {out}" if out is not None else "not saved: give --out"

@@ -87,7 +87,8 @@ def _onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
     kept, mask = getattr(base, "kept", None), base.mask()
     if isinstance(kept, Expr) and mask is not None:
         return base.rebuild(kept=_onto(kept, compact(value, mask)))
-    assert isinstance(base, Quantized)  # _refusal has seen to it
+    if not isinstance(base, Quantized):
+        raise _refusal("expression", base) or TypeError(type(base).__name__)
     fit = _fit(base, value)
     return Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group)
 

@@ -12,12 +12,14 @@ from torch import nn
 
 from weft.engine.registry import get
 from weft.engine.run import Chain, group_of, groups, run
+from weft.error import WeftError
 from weft.expr import Expr, build, spec, tensors
 from weft.model import Evidence, Group, Site, finite, places, set_expressions
 from weft.model.blocks import block_of, blocks
 from weft.progress import Progress, Silent
 from weft.stats import Edges, Stats, Walker
-from weft.store.files import parse_json, read_tensors, write_json, write_tensors
+from weft.store.files import read_json, write_json
+from weft.store.tensors import read_tensors, write_tensors
 
 
 def propagate(
@@ -170,8 +172,12 @@ class _Journal:
     def _read(self, name: str) -> Done | None:
         if self.folder is None or not (self.folder / f"{name}.json").exists():
             return None
-        index = parse_json((self.folder / f"{name}.json").read_bytes(), f"{name}.json")
-        held = read_tensors(self.folder / f"{name}.safetensors")
+        try:
+            index = read_json(self.folder / f"{name}.json")
+            held = read_tensors(self.folder / f"{name}.safetensors")
+        except WeftError:  # damaged: made again
+            (self.folder / f"{name}.json").unlink()
+            return None
         held |= {k: nn.Parameter(held[k].clone()) for k in index["trainable"]}
         made = {s: build(tree, lambda p, s=s: held[f"{s}:{p}"]) for s, tree in index["sites"].items()}
         return made, [(w, t) for w, t in index["notes"]]

@@ -31,13 +31,13 @@ def size(model: nn.Module) -> Size:
     return Size(floats, 2 * floats + rest)
 
 
-def parse(text: str, model: Size) -> int:
+def parse(text: str, model: Size, where: str = "--budget") -> int:
     """Bytes of a budget: `27%` of the bfloat16 bytes, `350MB`, or `3.2bpw` (bits per parameter). Errors: OptionError."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|bpw|[kKMG]?i?B)\s*", text)
     if not found:
         raise OptionError(
             "a budget cannot be read",
-            where="--budget",
+            where=where,
             got=text,
             want="27%, 350MB or 3.2bpw",
             fix="give a number and one of %, kB, MB, GB, bpw",
@@ -51,7 +51,7 @@ def parse(text: str, model: Size) -> int:
         limit = number * _UNITS[unit.upper()]
     if not 0 < limit < math.inf:
         raise OptionError(
-            "a budget must be positive", where="--budget", got=text, want="more than nothing", fix="raise it"
+            "a budget must be positive", where=where, got=text, want="more than nothing", fix="raise it"
         )
     return int(limit)
 

@@ -23,7 +23,7 @@ from weft.report.schema import Report
 from weft.store import save
 from weft.store.cache import Cache, default
 from weft.store.files import write_text
-from weft.store.swap import may_replace
+from weft.store.swap import may_replace, room
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def fit(
     wanted = {b: budgets.parse(b, work.size) for b in limits}
     if max_loss:
         wanted = _smallest(work, max_loss)
+    if out is not None:
+        room(Path(out), sum(wanted.values()))
     found = {label: _arms(work, limit) for label, limit in sorted(wanted.items(), key=lambda b: b[1])}
     final = {label: _final(work, stages) for label, stages in found.items()}
     places = {label: _place(out, label, len(wanted)) if out is not None else None for label in found}
@@ -90,7 +92,7 @@ def fit(
             about = {"budget": label, "limit": wanted[label], "choice": last.build.label, "rank": last.rank}
             beside = pages if len(final) == 1 else {}
             place = _place(out, label, len(wanted))
-            save(_model(work, last)[0], place, replace=replace, manifest={"fit": about}, files=beside)
+            save(_model(work, last)[0], place, replace=replace, manifest={"fit": about}, files=beside, progress=progress)
         if len(final) > 1:
             for name, text in pages.items():
                 write_text(Path(out) / name, text)

@@ -21,7 +21,8 @@ from weft.learn.objective import contrast, likelihood
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward
-from weft.store.files import read_json, read_tensors, write_tensors
+from weft.store.files import read_json
+from weft.store.tensors import read_tensors, write_tensors
 
 TRAINABLE = "trainable.safetensors"
 

@@ -263,7 +263,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *_: Any, **opt
             fix="weft.save(model, folder)",
         )
     if options.get("is_main_process", True):
-        save(self, Path(save_directory), replace=True)
+        save(self, Path(save_directory), replace=True, keep=True)
 
 
 def _tie_weights(self: nn.Module, *_: Any, **__: Any) -> None:

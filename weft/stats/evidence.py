@@ -17,9 +17,10 @@ from weft.stats.gradients import gradients, trim
 from weft.stats.objective import objective
 from weft.stats.sums import InputSums, OutputSums
 from weft.stats.walker import Batch, Edges, Walker, forward
-from weft.store.files import read_json, read_tensors, write_json, write_tensors
+from weft.store.files import read_json, write_json
+from weft.store.tensors import read_tensors, write_tensors
 
-VERSION = 1
+VERSION = 2
 GRADIENT_TOKENS = 8192
 """The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
 
@@ -43,12 +44,12 @@ class Stats:
         for name in names:
             held = read_tensors(self.folder / self.files[name])
             uses: list[Evidence] = []
-            if f"{name}|edge" in self.files:
-                edge = self.files[f"{name}|edge"]
-                sums = edges.setdefault(edge, {k: held[f"{edge}|{k}"] for k in ("gram", "mean", "mean_abs")})
-                uses.append(Evidence(sums["gram"], held[f"{name}|weight"], self.tokens, sums["mean"], sums["mean_abs"]))
-            if f"{name}|rows.gram" in held:
-                uses.append(Evidence(held[f"{name}|rows.gram"], held[f"{name}|rows.weight"], self.tokens))
+            if f"{name}:edge" in self.files:
+                edge = self.files[f"{name}:edge"]
+                sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs")})
+                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], self.tokens, sums["mean"], sums["mean_abs"]))
+            if f"{name}:rows.gram" in held:
+                uses.append(Evidence(held[f"{name}:rows.gram"], held[f"{name}:rows.weight"], self.tokens))
             made[name] = tuple(uses)
         return made
 
@@ -151,10 +152,10 @@ class _Writer:
         out: dict[str, Tensor] = {}
         for edge, sums in edges.sums.items():
             self.tokens = max(self.tokens, sums.tokens)
-            out |= {f"{edge}|{k}": t for k, t in _means(edge, sums).items()}
+            out |= {f"{edge}:{k}": t for k, t in _means(edge, sums).items()}
         for name, edge in edges.of.items():
-            out[f"{name}|weight"] = finite(self._weight(name), f"{name}.output gradient")
-            self.files[f"{name}|edge"] = edge
+            out[f"{name}:weight"] = finite(self._weight(name), f"{name}.output gradient")
+            self.files[f"{name}:edge"] = edge
             if name in self.files:
                 out |= read_tensors(self.place / self.files[name])
             self.files[name] = file
@@ -181,7 +182,7 @@ class _Writer:
             file = f"lookup-{len(self.groups):04d}.safetensors"
             self.files[name] = file
             self.groups.append((name,))
-            out = {f"{name}|rows.gram": finite(per_unit, f"{name}.output gradient"), f"{name}|rows.weight": weight}
+            out = {f"{name}:rows.gram": finite(per_unit, f"{name}.output gradient"), f"{name}:rows.weight": weight}
             write_tensors(self.place / file, out)
 
     def _unused(self) -> None:
@@ -189,14 +190,14 @@ class _Writer:
         for i, name in enumerate(n for n in places(self.model) if n not in self.files):
             m, n = expression(self.model, places(self.model)[name]).shape
             file = f"unused-{i:04d}.safetensors"
-            self.files |= {name: file, f"{name}|edge": name}
+            self.files |= {name: file, f"{name}:edge": name}
             self.groups.append((name,))
             zero = torch.zeros(n)
             out = {
-                f"{name}|gram": torch.zeros(n, n),
-                f"{name}|mean": zero,
-                f"{name}|mean_abs": zero.clone(),
-                f"{name}|weight": torch.zeros(m),
+                f"{name}:gram": torch.zeros(n, n),
+                f"{name}:mean": zero,
+                f"{name}:mean_abs": zero.clone(),
+                f"{name}:weight": torch.zeros(m),
             }
             write_tensors(self.place / file, out)
 

@@ -1,17 +1,44 @@
-"""Read checkpoints: every tensor of a folder, the empty model of its config, and each tensor put in its place."""
+"""A checkpoint's files, audited by their headers alone: which tensors there are, in which file, of which dtype and shape."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weft.error import FormatError, PathError, WeftError
-from weft.store.files import read_json, read_tensors
+from weft.error import FormatError, PathError, WeftError, raise_all
+from weft.store.audit import Entry, header
+from weft.store.files import read_json, safe_name
 from weft.store.swap import inside
+from weft.store.tensors import read_tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder: name to file and entry. Nothing is mapped before `read`."""
+
+    folder: Path
+    tensors: dict[str, tuple[str, Entry]]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What the headers say of each tensor."""
+        return {name: entry for name, (_, entry) in self.tensors.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor, mapped from disk."""
+        files = dict.fromkeys(file for file, _ in self.tensors.values())
+        return {name: t for file in files for name, t in read_tensors(self.folder / file).items()}
+
+    def one(self, name: str) -> Tensor:
+        """One tensor, mapped from disk."""
+        return read_tensors(self.folder / self.tensors[name][0])[name]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -28,187 +55,115 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def checkpoint(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Every tensor of a folder's checkpoint (`stem`.safetensors, or its index and shards), mapped. Errors: PathError, FormatError."""
+def checkpoint(folder: Path, stem: str) -> Checkpoint:
+    """A folder's audited checkpoint: `stem`.safetensors, or its index and shards. Errors: `audit`'s problems, all at once."""
+    found, problems = audit(folder, stem)
+    raise_all(problems)
+    return found
+
+
+def audit(folder: Path, stem: str) -> tuple[Checkpoint, list[WeftError]]:
+    """A folder's checkpoint as far as it is sound, and everything that is wrong with it.
+
+    A stale file beside the checkpoint, an index and headers that disagree, one tensor in two shards, a shard that is missing,
+    cut off, a link out of the folder or no safetensors file: all are problems.
+    """
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.exists() and single.exists():
-        raise FormatError(
-            "two checkpoints in one folder",
-            where=str(folder),
-            got=f"{index.name} and {single.name}",
-            want="one of them",
-            fix="remove the stale one",
-        )
-    if single.exists():
-        return read_tensors(single)
-    if not index.exists():
-        raise PathError(
-            "no safetensors checkpoint",
-            where=str(folder),
-            got=", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing",
-            want=single.name,
-            fix="convert the model to safetensors",
-        )
-    table = read_object(index).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(v, str) and v.endswith(".safetensors") and inside(folder, folder / v) for v in table.values()
-    ):
-        raise FormatError(
-            "an index names files that it must not",
-            where=index.name,
-            got="a bad weight_map",
-            want="safetensors files in this folder",
-            fix="do not use this model",
-        )
-    made: dict[str, Tensor] = {}
-    for file in sorted(set(table.values())):
-        held = read_tensors(folder / file)
-        want = {k for k, v in table.items() if v == file}
-        if set(held) != want:
-            raise FormatError(
-                "a shard and its index differ",
-                where=file,
-                got=sorted(set(held) ^ want)[:5],
-                want="the tensors that the index names",
-                fix="copy the model again",
-            )
-        made |= held
-    return made
+    shards = sorted(p for p in folder.glob(f"{stem}-*.safetensors") if re.search(r"-\d+-of-\d+\.safetensors$", p.name))
+    if not index.exists() and not single.exists():
+        return Checkpoint(folder, {}), [_absent(folder, single, shards)]
+    table, problems = _index(index) if index.exists() else ({}, list[WeftError]())
+    stale = [p for p in ([single] if single.exists() else []) + shards if p.name not in table.values()]
+    if index.exists() and stale or single.exists() and shards:
+        problems.append(_two(folder, [index] * index.exists() + [single] * single.exists() + shards))
+    files = sorted(set(table.values())) if index.exists() else [single.name]
+    held: dict[str, list[tuple[str, Entry]]] = {}
+    for file in files:
+        try:
+            if not inside(folder, folder / file):
+                raise _leaves(file, (folder / file).resolve())
+            for name, entry in header(folder / file).tensors.items():
+                held.setdefault(name, []).append((file, entry))
+        except WeftError as e:
+            problems.append(e)
+    if index.exists() and not problems:
+        problems += _disagreement(index.name, table, held)
+    return Checkpoint(folder, {name: places[0] for name, places in held.items()}), problems
 
 
-def skeleton(folder: Path) -> nn.Module:
-    """The model's class on `meta`, from config.json. Errors: FormatError for a class that is not transformers' own."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    config_file = read_object(folder / "config.json")
-    listed = config_file.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
-        raise FormatError(
-            "unknown architecture",
-            where=f"{folder.name}/config.json",
-            got=name,
-            want="a model class of transformers",
-            fix="weft runs no code from model folders",
-        )
-    config_file.pop("quantization_config", None)
-    config_file.pop("auto_map", None)
+def _index(path: Path) -> tuple[dict[str, str], list[WeftError]]:
+    """Tensor to file, as far as an index names files that may be opened."""
     try:
-        config = cls.config_class.from_dict(config_file)
-        with init_empty_weights(include_buffers=False):
-            model = cls(config)
-    except Exception as e:
-        raise FormatError(
-            "a configuration makes no model",
-            where=f"{folder.name}/config.json",
-            got=f"{type(e).__name__}: {e}",
-            want=f"a configuration of {name}",
-            fix="copy the file again",
-        ) from e
-    cast(Any, model.config)._name_or_path = str(folder)
-    return model
-
-
-def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:
-    """Put tensors in their places; matrices as they are (mapped), the rest in the compute dtype. Returns every mismatch."""
-    want: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix != "." and not set(content) & set(want):
-        strip = all(k.startswith(prefix) for k in content)
-        content = {k.removeprefix(prefix) if strip else prefix + k: t for k, t in content.items()}
-    loose = {n for n, _ in model.named_buffers()} - set(want)
-    tied = (
-        set(getattr(model, "_tied_weights_keys", None) or ())
-        if getattr(model.config, "tie_word_embeddings", False)
-        else set()
-    )
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+        table = read_object(path).get("weight_map")
+    except WeftError as e:
+        return {}, [e]
+    if not isinstance(table, dict) or not table:
+        want = "a weight_map: tensor names to files"
+        return {}, [FormatError("an index names no files", where=path.name, got=table, want=want, fix="copy the file again")]
     problems: list[WeftError] = []
-    for name in sorted(set(content) - set(want) - loose):
-        problems.append(
-            FormatError(
-                "unexpected tensor",
-                where=f"{where}: {name}",
-                got=list(content[name].shape),
-                want="no such tensor",
-                fix="the checkpoint is of another model",
-            )
-        )
-    for name, slot in want.items():
-        value = content.get(name)
-        problem = _misfit(slot, value, f"{where}: {name}")
-        if problem is not None and (value is not None or name not in tied):
-            problems.append(problem)
-        elif problem is None and value is not None:
-            as_is = name in matrices or not value.is_floating_point()
-            _put(model, name, value if as_is else value.to(compute))
-    return problems
-
-
-def _misfit(slot: Tensor, value: Tensor | None, where: str) -> FormatError | None:
-    """Why a checkpoint's tensor (None: it has none) cannot take a place of the model."""
-    if value is None:
-        what, got, want = "missing tensor", "nothing", list(slot.shape)
-    elif value.shape != slot.shape:
-        what, got, want = "a tensor has another shape", list(value.shape), list(slot.shape)
-    elif value.is_floating_point() != slot.is_floating_point():
-        return FormatError(
-            "a tensor has another type",
-            where=where,
-            got=str(value.dtype),
-            want=str(slot.dtype),
-            fix="weft reads no other tool's codes",
-        )
-    else:
-        return None
-    return FormatError(what, where=where, got=got, want=want, fix="the checkpoint is of another model")
-
-
-def assign_plain(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:
-    """Put a weft folder's plain tensors in their places, tied ones once, in the compute dtype. Returns every mismatch."""
-    want = {n: t for n, t in model.state_dict(keep_vars=True).items() if ".expr." not in f".{n}"}
-    problems: list[WeftError] = []
-    alike: dict[int, list[str]] = {}
-    for n, t in want.items():
-        alike.setdefault(id(t), []).append(n)
-    expected = {names[0] for names in alike.values()}
-    for name in sorted(set(content) ^ expected):
-        problems.append(
-            FormatError(
-                "a tensor is missing or unexpected",
-                where=f"{where}: {name}",
-                got="in one only",
-                want="the model's tensors",
-                fix="copy the folder again",
-            )
-        )
-    for name in set(content) & set(want):
-        value = content[name].to(compute) if content[name].is_floating_point() else content[name]
-        if value.shape != want[name].shape:
+    for name, file in table.items():
+        if not isinstance(file, str) or not safe_name(file) or not file.endswith(".safetensors"):
             problems.append(
                 FormatError(
-                    "a tensor has another shape",
-                    where=f"{where}: {name}",
-                    got=list(value.shape),
-                    want=list(want[name].shape),
-                    fix="copy the folder again",
+                    "an index names a file that it must not",
+                    where=f"{path.name}: {ascii(name[:80])}",
+                    got=ascii(file)[:200],
+                    want="a safetensors file in this folder",
+                    fix="do not use this model",
                 )
             )
-        else:
-            shared = nn.Parameter(value, requires_grad=False) if isinstance(want[name], nn.Parameter) else value
-            for other in alike[id(want[name])]:
-                _put(model, other, shared)
-    return problems
+    return ({}, problems[:20]) if problems else (table, [])
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = cast(Any, model.get_submodule(path))
-    if leaf in module._parameters:
-        module._parameters[leaf] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        )
+def _disagreement(index: str, table: dict[str, str], held: dict[str, list[tuple[str, Entry]]]) -> list[WeftError]:
+    """What an index says that the shards' headers do not, and the other way round."""
+    sets = {
+        "in the index only": sorted(set(table) - set(held)),
+        "in the shards only": sorted(set(held) - set(table)),
+        "in another shard, or in two": sorted(
+            n for n, places in held.items() if n in table and [f for f, _ in places] != [table[n]]
+        ),
+    }
+    got = "; ".join(f"{what}: {some(names)}" for what, names in sets.items() if names)
+    want, fix = "each tensor once, in the file that the index names", "copy the model again"
+    return [FormatError("an index and its shards differ", where=index, got=got, want=want, fix=fix)] if got else []
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first of these names, and how many more there are."""
+    held = list(names)
+    return ", ".join(held[:most]) + (f" and {len(held) - most} more" if len(held) > most else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the likeliest of the known names."""
+    close = difflib.get_close_matches(name, list(known)[:2000], 1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _absent(folder: Path, single: Path, shards: list[Path]) -> WeftError:
+    listed = some(sorted(p.name for p in folder.iterdir()), 8) if folder.is_dir() else "no folder"
+    if shards:
+        fix = "copy the model again"
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        fix = "weft opens no pickles: load it with transformers where it may run, save_pretrained writes safetensors"
     else:
-        module._buffers[leaf] = value
+        fix = "convert the model to safetensors"
+    want = f"{single.name}.index.json beside its shards" if shards else single.name
+    return PathError("no safetensors checkpoint", where=str(folder), got=listed or "nothing", want=want, fix=fix)
+
+
+def _two(folder: Path, files: list[Path]) -> WeftError:
+    when = {p.name: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(p.stat().st_mtime)) for p in files}
+    return FormatError(
+        "two checkpoints in one folder",
+        where=str(folder),
+        got=some((f"{name} of {t}" for name, t in when.items()), 8),
+        want="one single file, or one index and the shards that it names",
+        fix="remove the stale one",
+    )
+
+
+def _leaves(file: str, end: Path) -> WeftError:
+    want = "a file in this folder"
+    return FormatError("a shard leaves the folder", where=file, got=f"a link to {end}", want=want, fix="do not use this model")

@@ -14,9 +14,10 @@ from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, Quantized, Sum
 from weft.grid import pack, packed_bytes
 from weft.model import Place, expressions, places, plain_tensors
-from weft.store.files import write_json
-from weft.store.save import narrow, travel, write_shards
+from weft.store.card import card
+from weft.store.save import later, may_write, narrow, travel, write_shards
 from weft.store.swap import staged
+from weft.store.tensors import Later, size_of
 
 BITS = {"int4": 4, "int8": 8}
 
@@ -65,27 +66,28 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     notes = [_plainly(where[n], e) for n, e in exprs.items() if n not in packed and not isinstance(e, Dense)]
     notes += _zero_points(list(schemes.values()))
     body = {"format": 1, "kind": "compressed-tensors", "class": type(model).__name__, "notes": notes}
+    content = _content(model, packed)
+    may_write(model, out, replace=replace, nbytes=sum(size_of(t) for t in content.values()))
     with staged(Path(out), replace=replace, manifest=body) as stage:
         travel(model, stage, None)
+        stage.text("README.md", card(model, "compressed-tensors"))
         config: dict[str, Any] = cast(Any, model).config.to_dict()
         config.pop("_name_or_path", None)
         said = quantization_config(schemes, _ignored(model, schemes))
-        write_json(
-            stage / "config.json", {**config, "architectures": [type(model).__name__], "quantization_config": said}
-        )
-        write_shards(stage, _content(model, packed), "model")
+        stage.json("config.json", {**config, "architectures": [type(model).__name__], "quantization_config": said})
+        write_shards(stage, content, "model", {n for n, _ in model.named_buffers()})
     return notes
 
 
-def _content(model: nn.Module, packed: dict[str, Quantized]) -> dict[str, Tensor]:
+def _content(model: nn.Module, packed: dict[str, Quantized]) -> dict[str, Tensor | Later]:
     """Every tensor of the checkpoint."""
-    made = {n: narrow(t) for n, t in plain_tensors(model).items()}
+    made: dict[str, Tensor | Later] = {n: narrow(t) for n, t in plain_tensors(model).items()}
     for name, expr in expressions(model).items():
         place = places(model)[name]
         if name in packed:
-            made |= {f"{place.modules[0]}.{k}": t for k, t in tensors_of(packed[name], place.dtype).items()}
+            made |= {f"{place.modules[0]}.{k}": t for k, t in _packed(packed[name], place.dtype).items()}
         else:
-            made[name] = torch.cat([part.dense().detach().to(place.dtype) for part in expr.slices()])
+            made[name] = later(expr, place.dtype)
     return made
 
 
@@ -114,6 +116,20 @@ def quantization_config(packed: dict[str, Scheme], ignore: list[str]) -> dict[st
         "ignore": ignore,
         "config_groups": {f"group_{i}": s.as_json(targets[s]) for i, s in enumerate(schemes)},
     }
+
+
+def _packed(expr: Quantized, dtype: torch.dtype) -> dict[str, Later]:
+    """What `tensors_of` makes, each when it is written."""
+    (m, _), g, bits = expr.shape, expr.scales().shape[1], BITS[expr.grid]
+    forms = {
+        "weight_packed": (torch.int32, (m, -(-packed_bytes(expr.n, bits) // 4))),
+        "weight_scale": (dtype, (m, g)),
+        "weight_shape": (torch.int64, (2,)),
+        "weight_zero_point": (torch.int32, (-(-packed_bytes(m, bits) // 4), g)),
+    }
+    if expr.symmetric:
+        del forms["weight_zero_point"]
+    return {k: Later(kind, shape, lambda k=k: tensors_of(expr, dtype)[k]) for k, (kind, shape) in forms.items()}
 
 
 def tensors_of(expr: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,170 +1,57 @@
-"""Single files: safetensors and JSON, written whole or not at all, audited before they are mapped."""
+"""Small files: JSON and text, read within limits, written whole or not at all; and names that may become paths."""
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
+import re
+import secrets
 import socket
-import struct
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from weft.error import FormatError, PathError, ResourceError, WeftError
 
-from weft.error import FormatError, PathError, WeftError, raise_all
-
-MAX_HEADER = 100 << 20
-_SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4,
-    "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+MAX_JSON = 25 << 20
+"""Bytes of JSON that are read at most: a header of 100,000 tensors takes half of it."""
+_MAX_BRACKETS, _MAX_QUOTES = 1_000_000, 8_000_000
+_BAD = re.compile(r'[\\:<>"|?*\x00-\x1f\x7f]')
+MARK = ".weft-"
+"""How the names of temporary files, folders and locks begin: then host, process, and chance."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor as a file's header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def header(path: Path) -> dict[str, Entry]:
-    """The audited header of a safetensors file: every size, offset and dtype checked, nothing mapped.
-
-    Errors: PathError if it is missing, FormatError with every problem found.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else -1
-            if not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise FormatError(
-                    "this is no safetensors file",
-                    where=path.name,
-                    got=f"header of {length} bytes in {size}",
-                    want="a header inside the file",
-                    fix="copy the file again",
-                )
-            raw = f.read(length)
-    except OSError as e:
-        raise PathError(
-            "a file cannot be read",
-            where=str(path),
-            got=e.strerror or "unreadable",
-            want="a safetensors file",
-            fix="check the path",
-        ) from None
-    return _audit(path, parse_json(raw, path.name), size - 8 - length)
-
-
-def _audit(path: Path, table: Any, room: int) -> dict[str, Entry]:
-    problems: list[WeftError] = []
-    found: dict[str, Entry] = {}
-
-    def bad(name: str, got: object, want: str) -> None:
-        problems.append(
-            FormatError(
-                "a tensor's header is wrong",
-                where=f"{path.name}: {name}",
-                got=got,
-                want=want,
-                fix="copy the file again",
-            )
-        )
-
-    if not isinstance(table, dict):
-        raise FormatError(
-            "a header is no table",
-            where=path.name,
-            got=type(table).__name__,
-            want="a JSON object",
-            fix="copy the file again",
-        )
-    for name, item in table.items():
-        if name == "__metadata__":
-            continue
-        match item:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if (
-                not rest
-            ):
-                good = dtype in _SIZES and all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in shape)
-                if not good or stop - start != math.prod(shape) * _SIZES[dtype] or not 0 <= start <= stop <= room:
-                    bad(
-                        name,
-                        f"{dtype} {shape} at {start}..{stop} of {room}",
-                        "dtype, shape and offsets that agree and lie in the file",
-                    )
-                else:
-                    found[name] = Entry(dtype, tuple(shape), start, stop)
-            case _:
-                bad(name, item, "dtype, shape, data_offsets")
-    end = 0
-    for name, entry in sorted(found.items(), key=lambda kv: (kv[1].start, kv[1].stop)):
-        if entry.start != end:
-            bad(name, f"starts at {entry.start}", f"{end}: tensors neither overlap nor leave holes")
-        end = entry.stop
-    if not problems and end != room:
-        bad("(end)", f"{room} bytes", f"{end} bytes of data")
-    raise_all(problems)
-    return found
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of an audited file, mapped from disk (no copy)."""
-    header(path)
-    with safe_open(path, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole: beside its place, synced, then renamed. Tensors that share storage are written each."""
-    seen: set[int] = set()
-    made: dict[str, Tensor] = {}
-    for name, t in tensors.items():
-        held = t.detach().contiguous()
-        shared = held.untyped_storage().data_ptr() in seen
-        made[name] = held.clone() if shared else held
-        seen.add(made[name].untyped_storage().data_ptr())
-    with _beside(path) as part:
-        save_file(made, part, metadata={"format": "pt"})
+def safe_name(name: str) -> bool:
+    """Whether a name found in a file may become a path: relative, downward, plain on every system."""
+    parts = name.split("/")
+    return len(name) <= 512 and not _BAD.search(name) and all(p.strip(" .") and p == p.rstrip(" .") for p in parts)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with _beside(path) as part:
+    """Write a text file whole. Errors: PathError, ResourceError."""
+    with beside(path) as part:
         part.write_text(text, "utf8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole: sorted by nothing, indented, finite numbers only."""
+    """Write JSON whole: indented, finite numbers only. Errors: PathError, ResourceError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON. Errors: PathError, FormatError; duplicate keys and NaN are refused."""
+    """Parsed JSON. Errors: PathError, FormatError; duplicate keys, NaN and more than 25 MB are refused."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as f:
+            raw = f.read(MAX_JSON + 1)
     except OSError as e:
-        raise PathError(
-            "a file cannot be read",
-            where=str(path),
-            got=e.strerror or "unreadable",
-            want="a JSON file",
-            fix="check the path",
-        ) from None
+        raise unreadable(path, e, "a JSON file") from None
     return parse_json(raw, path.name)
 
 
 def parse_json(raw: bytes, where: str) -> Any:
-    """JSON without duplicate keys, NaN or infinity. Errors: FormatError."""
+    """JSON without duplicate keys, NaN or infinity, of bounded size once parsed. Errors: FormatError."""
 
     def refuse(got: str) -> NoReturn:
         raise FormatError(
@@ -181,24 +68,77 @@ def parse_json(raw: bytes, where: str) -> Any:
             refuse("a duplicate key")
         return made
 
+    if len(raw) > MAX_JSON:
+        refuse(f"more than {MAX_JSON} bytes")
+    if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS or raw.count(b'"') > _MAX_QUOTES:
+        refuse("more tables and words than any model has")
     try:
-        return json.loads(raw, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         refuse(str(e))
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
 @contextmanager
-def _beside(path: Path) -> Generator[Path]:
+def beside(path: Path) -> Generator[Path]:
     """A temporary name beside `path` that becomes it at the end, synced; removed if the body fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    part = path.with_name(f"{unique()}.part")
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def unique() -> str:
+    """A name that no other process or thread has: `.weft-HOST-PROCESS-CHANCE`."""
+    return f"{MARK}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def owner(name: str) -> tuple[str, int] | None:
+    """Host and process of a name that `unique` made; None for another name."""
+    found = re.fullmatch(re.escape(MARK) + r"(.+)-(\d+)-[0-9a-f]{8}(\.part|\.old)?", name)
+    return (found[1], int(found[2])) if found else None
+
+
+@contextmanager
+def told(out: Path) -> Generator[None]:
+    """Failures to write `out` with five fields. Errors: ResourceError for a full disk, PathError for what may not be written."""
     try:
-        yield part
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                "the disk is full",
+                where=str(out),
+                got=e.strerror,
+                want="room for the result",
+                fix="free some space, or write elsewhere; nothing was changed",
+            ) from e
+        raise PathError(
+            "this cannot be written",
+            where=str(out),
+            got=e.strerror or str(e),
+            want="a place that can be written",
+            fix="check the path, its permissions and the disk; nothing was changed",
+        ) from e
+
+
+def unreadable(path: Path, e: OSError, want: str) -> WeftError:
+    """The error for a file that cannot be opened or read."""
+    return PathError(
+        "a file cannot be read", where=str(path), got=e.strerror or "unreadable", want=want, fix="check the path"
+    )
 
 
 def sync(path: Path) -> None:

@@ -3,47 +3,99 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.expr import Expr, build
+from weft.error import ChangedError, FormatError, NumericError, PathError, WeftError, raise_all
+from weft.expr import Expr, Quantized, build
 from weft.model import places, set_expressions, weave
 from weft.model.weave import Original
-from weft.store.checkpoint import assign, assign_plain, checkpoint, read_object, skeleton
+from weft.progress import Progress, Silent
+from weft.store.assign import assign, assign_plain, broken, misfits, names, skeleton
+from weft.store.checkpoint import Checkpoint, audit, checkpoint, read_object
 from weft.store.files import read_json
-from weft.store.swap import MANIFEST, digest
+from weft.store.swap import MANIFEST, digest, read_manifest
+from weft.store.tensors import check_finite, seal, word_sum
 
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja"]
+WANTED = ["*.json", "model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja", "README.md"]
 
 
-def load(where: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
     """A woven model, in evaluation mode, frozen, from a folder or a hub id.
 
     Matrices stay mapped from disk in the file's dtype; everything is computed in `dtype` (default: float32 on the CPU).
-    No code from the folder runs. Errors: PathError, FormatError (every problem at once: missing, unexpected or
-    ill-shaped tensors, two checkpoints in one folder, names that leave the folder), ChangedError.
+    No code from the folder runs. Every byte is read once: weights must be finite, and where weft wrote the folder, what it wrote.
+    Errors: PathError; FormatError with every problem at once, from headers and configuration before a tensor is mapped
+    (missing, unexpected or ill-shaped tensors, two checkpoints in one folder, names that leave the folder);
+    NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise.
     """
     folder = find(where)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    woven = manifest is not None and manifest.get("kind") == "weft"
+    found, problems = audit(folder, "weft" if woven else "model")
+    if woven and found.tensors and audit(folder, "model")[0].tensors:
+        got, want = "model.safetensors beside weft.safetensors", "one of them"
+        fix = "remove the stale one"
+        problems.append(FormatError("two checkpoints in one folder", where=str(folder), got=got, want=want, fix=fix))
+    try:
+        model = skeleton(folder, len(found.tensors))
+    except WeftError as e:
+        raise_all([*problems, e])
+        raise
     compute = dtype or torch.float32
-    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-    if manifest is not None and manifest.get("kind") == "weft":
-        return _load_weft(folder, manifest, compute)
-    content = checkpoint(folder, "model")
-    model = skeleton(folder)
-    rest = assign(model, content, compute, where=folder.name)
-    raise_all(rest)
+    with (progress or Silent()).bar("load", max(1, len(found.tensors))) as step:
+        make = _load_weft if woven else _load_plain
+        return make(folder, manifest or {}, found, model, problems, compute, step)
+
+
+def _load_plain(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    found: Checkpoint,
+    model: nn.Module,
+    problems: list[WeftError],
+    compute: torch.dtype,
+    step: Callable[[int], None],
+) -> nn.Module:
+    raise_all(problems or misfits(model, found.entries, folder.name))
+    content = found.read()
+    sums = _sums(content, found, manifest, step)
+    named = names(model, found.entries)
+    raise_all(assign(model, {named[n]: t for n, t in content.items()}, compute))
     _ready(model, folder, compute)
     weave(model)
     for place in places(model).values():
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
-    model.__dict__["_weft_base"] = {"path": str(folder.resolve()), "hash": _headers(folder)}
+    model.__dict__["_weft_base"] = {"path": str(folder.resolve()), "seal": seal(content, sums)}
     return model
+
+
+def _sums(
+    content: Mapping[str, Tensor], found: Checkpoint, manifest: Mapping[str, Any], step: Callable[[int], None]
+) -> dict[str, str]:
+    """The sum of every tensor. Errors: ChangedError naming those that the manifest knows otherwise."""
+    known: dict[str, str] = {}
+    for file in dict.fromkeys(f for f, _ in found.tensors.values()):
+        known |= manifest.get("files", {}).get(file, {}).get("tensors", {})
+    sums: dict[str, str] = {}
+    for name, t in content.items():
+        sums[name] = word_sum(t)
+        step(1)
+    fix = f"copy the folder again; if another tool wrote this model, delete {MANIFEST}"
+    raise_all(
+        [
+            ChangedError("a tensor is not what was written", where=n, got=sums[n], want=known[n], fix=fix)
+            for n in content
+            if n in known and known[n] != sums[n]
+        ]
+    )
+    return sums
 
 
 def find(where: str | Path) -> Path:
@@ -96,17 +148,28 @@ def _ready(model: nn.Module, folder: Path, compute: torch.dtype) -> None:
     model.__dict__["_weft_source"] = folder
 
 
-def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> nn.Module:
+def _load_weft(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    found: Checkpoint,
+    model: nn.Module,
+    problems: list[WeftError],
+    compute: torch.dtype,
+    step: Callable[[int], None],
+) -> nn.Module:
     if manifest.get("format") != 1 or not isinstance(manifest.get("sites"), dict):
-        raise FormatError(
-            "a newer weft wrote this",
-            where=f"{folder.name}/{MANIFEST}",
-            got=manifest.get("format"),
-            want="format 1",
-            fix="upgrade weft",
+        problems.append(
+            FormatError(
+                "a newer weft wrote this",
+                where=f"{folder.name}/{MANIFEST}",
+                got=manifest.get("format"),
+                want="format 1",
+                fix="upgrade weft",
+            )
         )
-    content = checkpoint(folder, "weft")
-    model = skeleton(folder)
+    raise_all(problems)
+    content = found.read()
+    _sums(content, found, manifest, step)
     cast(Any, model).tie_weights()
     weave(model)
     sites = manifest["sites"]
@@ -128,7 +191,7 @@ def _load_weft(folder: Path, manifest: dict[str, Any], compute: torch.dtype) -> 
         else:
             plain[key] = t
     exprs, problems = _build(sites, terms, folder.name)
-    problems += assign_plain(model, plain, compute, folder.name)
+    problems += [*assign_plain(model, plain, compute, folder.name), *broken(plain), *_broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)
     _ready(model, folder, compute)
@@ -152,7 +215,7 @@ def _build(
         except WeftError as e:
             problems.append(e)
             continue
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
             problems.append(
                 FormatError(
                     "an expression cannot be read",
@@ -182,7 +245,20 @@ def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:
     return held.pop(path)
 
 
-def _base_reader(base: Mapping[str, str] | None, name: str) -> Any:
+def _broken(exprs: Mapping[str, Expr]) -> Iterable[WeftError]:
+    """Expressions with numbers that are not finite: their own, and the scales inside packed rows."""
+    for name, expr in exprs.items():
+        try:
+            for node in expr.modules():
+                for t in (*node.parameters(recurse=False), *node.buffers(recurse=False)):
+                    check_finite(t, name)
+                if isinstance(node, Quantized):
+                    check_finite(node.scales(), f"{name}, scales")
+        except NumericError as e:
+            yield e
+
+
+def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if base is None or not Path(base["path"]).is_dir():
             raise PathError(
@@ -193,35 +269,34 @@ def _base_reader(base: Mapping[str, str] | None, name: str) -> Any:
                 fix="put it back where it was",
             )
         folder = Path(base["path"])
-        if _headers(folder) != base["hash"]:
+        kind = "seal" if "seal" in base else "hash"
+        if (now := _identity(folder, kind)) != base[kind]:
             raise ChangedError(
                 "the base model has changed",
                 where=base["path"],
-                got=_headers(folder),
-                want=base["hash"],
+                got=now,
+                want=base[kind],
                 fix="restore the base model",
             )
         held = checkpoint(folder, "model")
-        return (
-            held[name]
-            if name in held
-            else next(t for k, t in held.items() if k.endswith(f".{name}") or name.endswith(f".{k}"))
-        )
+        known = {n.replace("LayerNorm.gamma", "LayerNorm.weight"): n for n in held.tensors}
+        near = (k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}"))
+        return held.one(known[name if name in known else next(near)])
 
     return read
 
 
-def _headers(folder: Path) -> str:
-    """Identity of a checkpoint: hash of its files' hashes."""
+def _identity(folder: Path, kind: str) -> str:
+    """Identity of a checkpoint: its tensors' seal, or (`hash`, in older folders) the hash of its files' hashes."""
     paths = sorted(folder.glob("model*.safetensors"))
-    return _hash(tuple(paths), tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in (p.stat() for p in paths)))
+    return _read_identity(folder, kind, tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()]))
 
 
 @functools.cache
-def _hash(paths: tuple[Path, ...], _: tuple[tuple[int, ...], ...]) -> str:
-    import hashlib
-
+def _read_identity(folder: Path, kind: str, files: tuple[tuple[str, int, int, int], ...]) -> str:
+    if kind == "seal":
+        return seal(checkpoint(folder, "model").read())
     word = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        word.update(str(digest(path)["blake2b"]).encode())
+    for path, *_ in files:
+        word.update(str(digest(Path(path))["blake2b"]).encode())
     return word.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,20 @@ from torch import Tensor, nn
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
 from weft.model import expressions, fork, places, set_expressions
-from weft.store.files import write_json, write_tensors
+from weft.model.weave import Original
+from weft.store.lora import CONFIG, TENSORS, key
 from weft.store.save import save
-from weft.store.swap import staged
+from weft.store.swap import may_replace, staged
+
+_SAMPLES = 64
 
 
 def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = None, replace: bool = False) -> None:
     """Write the adapter terms as one PEFT LoRA adapter whose value is theirs; several adapters become their sum.
 
     PEFT adds the adapter to the pretrained weights. Where the model's own base is another (quantized, compensated),
-    `base` names a folder that it is written to, as an ordinary checkpoint without the adapters.
+    `base` names a folder that it is written to, as an ordinary checkpoint without the adapters. The manifest holds the
+    fingerprint of what the adapter belongs to.
     Errors: ConflictError, naming every site, for adapters that are no LoRA of a linear layer; for a changed base
     without `base`; for a model without adapters; for folders that exist.
     """
@@ -39,14 +45,33 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
         _same_base(model, out)
     home = str(base if base is not None else _home(model))
     factors = {places(model)[n].modules[0]: _factors(list(t.values())) for n, t in adapters.items()}
-    content = {
-        f"base_model.model.{p}.lora_{k}.weight": t for p, ba in factors.items() for k, t in zip("BA", ba, strict=True)
-    }
-    with staged(Path(out), replace=replace, manifest={"format": 1, "kind": "peft", "base": home}) as stage:
+    content = {key(p, half): t for p, ba in factors.items() for half, t in zip("BA", ba, strict=True)}
+    may_replace(Path(out).resolve(), replace)
+    under = model if base is None else without_adapters(model)
+    manifest = {"format": 1, "kind": "peft", "base": home, "base_fingerprint": fingerprint_of_base(under)}
+    with staged(Path(out), replace=replace, manifest=manifest) as stage:
         if base is not None:
-            save(without_adapters(model), base, replace=replace)
-        write_tensors(stage / "adapter_model.safetensors", content)
-        write_json(stage / "adapter_config.json", config(model, {p: a.shape[0] for p, (_, a) in factors.items()}, home))
+            save(under, base, replace=replace)
+        stage.tensors(TENSORS, content)
+        stage.json(CONFIG, config(model, {p: a.shape[0] for p, (_, a) in factors.items()}, home))
+
+
+def fingerprint_of_base(model: nn.Module) -> str:
+    """Hash of the pretrained weights that an adapter is made for, 32 hex digits: each one's name, dtype, shape and 64 values.
+
+    The values stand at evenly spaced places; with them go the class and what shapes do not tell. Errors: those of reading
+    the weights.
+    """
+    config = getattr(model, "config", None)
+    shown = {k: getattr(config, k, None) for k in ("model_type", "num_attention_heads", "num_key_value_heads")}
+    word = hashlib.blake2b(json.dumps([type(model).__name__, shown], sort_keys=True).encode(), digest_size=16)
+    for name, place in places(model).items():
+        value = place.original().detach()
+        word.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        count = min(_SAMPLES, value.numel())
+        at = torch.arange(count, device=value.device) * (value.numel() - 1) // max(1, count - 1)
+        word.update(value.reshape(-1)[at].cpu().view(torch.uint8).numpy().tobytes())
+    return word.hexdigest()
 
 
 def _home(model: nn.Module) -> str:
@@ -78,12 +103,13 @@ def config(model: nn.Module, ranks: dict[str, int], home: str) -> dict[str, Any]
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """A second model with plain weights: today's values in the checkpoint's dtype, adapter terms left out."""
+    """A second model whose pretrained, plain weights are today's values in the checkpoint's dtype, adapter terms left out."""
     plain = fork(model)
     for name, expr in expressions(plain).items():
         rest = {r: t for r, t in terms_of(expr).items() if not r.startswith("adapter:")}
         value = torch.cat([part.dense().detach().to(places(plain)[name].dtype) for part in total(rest).slices()])
         set_expressions(plain, {name: Dense(value)})
+        places(plain)[name].original = Original(value.detach)
     return plain
 
 

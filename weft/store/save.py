@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from weft.expr import Dense, spec, tensors
-from weft.model import expressions, plain_tensors
-from weft.store.files import write_json, write_tensors
-from weft.store.swap import staged
+from weft.error import ConflictError
+from weft.expr import Dense, Expr, spec, tensors
+from weft.model import expressions, places, plain_tensors
+from weft.progress import Progress, Silent
+from weft.store.card import card
+from weft.store.swap import Stage, may_replace, room, staged
+from weft.store.tensors import Content, Later, size_of
 
 FORMAT = 1
 SHARD = 2 << 30
 _TRAVEL = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "spiece.model",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json",
+    "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
 
 
@@ -29,38 +32,62 @@ def save(
     *,
     tokenizer: Any = None,
     replace: bool = False,
-    manifest: dict[str, Any] | None = None,
-    files: dict[str, str] | None = None,
+    keep: bool = False,
+    dense: bool = False,
+    manifest: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all, with one tensor in memory at a time.
 
-    If every expression is a plain matrix the folder is an ordinary Hugging Face checkpoint. Otherwise `weft-*.safetensors`
-    hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than misread it.
-    The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    Errors: ConflictError if `out` exists and is not to be replaced.
+    If every expression is a plain matrix, or with `dense`, the folder is an ordinary Hugging Face checkpoint. Otherwise
+    `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
+    misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced;
+    NumericError for a weight that is not finite; ResourceError for a full disk; PathError.
     """
-    exprs = expressions(model)
-    plain = all(isinstance(e, Dense) for e in exprs.values())
-    content = stored(model)
+    plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
+    content: Content = _dense(model) if dense else stored(model)
+    total = sum(size_of(t) for t in content.values())
     body = {
         "format": FORMAT,
         "kind": "plain" if plain else "weft",
         "class": type(model).__name__,
-        "sites": {} if plain else {name: spec(e) for name, e in exprs.items()},
-        "bytes": sum(t.numel() * t.element_size() for t in content.values()),
+        "sites": {} if plain else {name: spec(e) for name, e in expressions(model).items()},
+        "bytes": total,
         "base": base(model),
         **(manifest or {}),
     }
-    with staged(Path(out), replace=replace, manifest=body) as stage:
+    may_write(model, out, replace=replace, keep=keep, nbytes=total)
+    with (
+        (progress or Silent()).bar("save", total) as step,
+        staged(Path(out), replace=replace, manifest=body, keep=keep, step=step) as stage,
+    ):
         travel(model, stage, tokenizer)
-        for name, text in (files or {}).items():
-            (stage / name).write_text(text, "utf8")
+        for name, text in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
+            stage.text(name, text)
         config: dict[str, Any] = cast(Any, model).config.to_dict()
         config.pop("_name_or_path", None)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}
-        write_json(stage / "config.json", {**config, "architectures": [type(model).__name__]})
-        write_shards(stage, content, "model" if plain else "weft")
+        stage.json("config.json", {**config, "architectures": [type(model).__name__]})
+        write_shards(stage, content, "model" if plain else "weft", {n for n, _ in model.named_buffers()})
+
+
+def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, keep: bool = False) -> None:
+    """Refuse before any work a place that cannot take the result. Errors: ConflictError, ResourceError."""
+    place, source = Path(out).resolve(), model.__dict__.get("_weft_source")
+    may_replace(place, replace, keep)
+    room(place, nbytes)
+    read = Path(source).resolve() if source is not None else None
+    if read is not None and read != place and (place.is_relative_to(read) or (place.exists() and read.is_relative_to(place))):
+        raise ConflictError(
+            "the output and the model that it is made from lie in one another",
+            where=str(place),
+            got=str(read),
+            want="a folder of its own",
+            fix="choose another folder",
+        )
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -73,9 +100,20 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
+def _dense(model: nn.Module) -> Content:
+    """An ordinary checkpoint's tensors, weights in their checkpoint's dtype."""
+    made = {n: later(e, places(model)[n].dtype) for n, e in expressions(model).items()}
+    return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
+
+
+def later(expr: Expr, dtype: torch.dtype) -> Later:
+    """An expression's value in this dtype, made slice by slice when it is written."""
+    return Later(dtype, expr.shape, lambda: torch.cat([p.dense().detach().to(dtype) for p in expr.slices()]))
+
+
 def nbytes(model: nn.Module) -> int:
     """Tensor bytes that the saved model takes."""
-    return sum(t.numel() * t.element_size() for t in stored(model).values())
+    return sum(size_of(t) for t in stored(model).values())
 
 
 def narrow(t: Tensor) -> Tensor:
@@ -89,36 +127,37 @@ def base(model: nn.Module) -> dict[str, str] | None:
     return model.__dict__.get("_weft_base")
 
 
-def write_shards(stage: Path, content: dict[str, Tensor], stem: str) -> None:
+def write_shards(stage: Stage, content: Content, stem: str, loose: set[str] | None = None) -> None:
     """Write tensors to one file, or to shards of at most `SHARD` bytes and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor | Later]] = [{}]
+    held = 0
     for name, t in content.items():
-        held = sum(x.numel() * x.element_size() for x in shards[-1].values())
-        if shards[-1] and held + t.numel() * t.element_size() > SHARD:
+        if shards[-1] and held + size_of(t) > SHARD:
             shards.append({})
+            held = 0
         shards[-1][name] = t
+        held += size_of(t)
     if len(shards) == 1:
-        write_tensors(stage / f"{stem}.safetensors", shards[0])
+        stage.tensors(f"{stem}.safetensors", shards[0], loose or ())
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(stage / file, shard)
+        stage.tensors(file, shard, loose or ())
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for t in content.values())
-    write_json(stage / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    total = sum(size_of(t) for t in content.values())
+    stage.json(f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def travel(model: nn.Module, stage: Path, tokenizer: Any) -> None:
+def travel(model: nn.Module, stage: Stage, tokenizer: Any) -> None:
     """Copy what belongs to a model besides its weights: tokenizer, chat template, generation config."""
     source = model.__dict__.get("_weft_source")
     if source is not None:
         for pattern in _TRAVEL:
             for path in sorted(Path(source).glob(pattern)):
                 if path.is_file():
-                    (stage / path.relative_to(source)).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, stage / path.relative_to(source))
+                    stage.copy(path, path.relative_to(source).as_posix())
     elif getattr(model, "generation_config", None) is not None:
-        write_json(stage / "generation_config.json", cast(Any, model).generation_config.to_dict())
+        stage.json("generation_config.json", cast(Any, model).generation_config.to_dict())
     if tokenizer is not None:
-        tokenizer.save_pretrained(stage)
+        tokenizer.save_pretrained(stage.path)

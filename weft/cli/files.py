@@ -1,0 +1,117 @@
+"""Commands about files: check a folder, keep the cache small, take an adapter or a recipe from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli.commands import AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, load
+from weft.cli.guard import BAD_INPUT, FALLBACKS, say
+from weft.cli.output import emit
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that weft wrote.")], as_json: AsJson = False, quiet: Quiet = False
+) -> int | None:
+    """Check every byte of a folder against its manifest."""
+    import weft
+
+    problems = weft.verify(folder, progress=bars(quiet))
+    if as_json:
+        typer.echo(json.dumps(problems, indent=1))
+    elif problems or not quiet:
+        typer.echo("\n".join(problems) or "whole")
+    return BAD_INPUT if problems else None
+
+
+def cache(
+    limit: Annotated[
+        str | None, typer.Option(help="Delete what was used longest ago until so much is left: 10GB, 500MB.")
+    ] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Delete everything.")] = False,
+    folder: CacheFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the cache of intermediate results holds; limit or clean it."""
+    from datetime import UTC, datetime
+    from itertools import groupby
+
+    from weft.fitting.budget import Size, parse
+    from weft.store import cache as store
+
+    place = folder or store.default()
+    if clean or limit is not None:
+        count, freed = store.clean(place, 0 if clean or limit is None else parse(limit, Size(0, 0), "--limit"))
+        say(f"deleted {count} results, {freed:,} bytes")
+    held = sorted(store.contents(place), key=lambda k: k.kind)
+    rows = [
+        {
+            "kind": kind,
+            "results": len(group),
+            "bytes": sum(k.bytes for k in group),
+            "last used": f"{datetime.fromtimestamp(max(k.used for k in group), UTC):%Y-%m-%d %H:%M} UTC",
+        }
+        for kind, found in groupby(held, key=lambda k: k.kind)
+        for group in [list(found)]
+    ]
+    emit(rows, as_json=as_json, foot=f"{sum(k.bytes for k in held):,} bytes in {place}")
+
+
+def attach(
+    model: ModelName,
+    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA folder.")],
+    out: Out,
+    name: Annotated[str, typer.Option(help="The adapter's name in the model.")] = "default",
+    unverified_base: Annotated[
+        bool, typer.Option("--unverified-base", help="Take it although it does not say that it was made for this model.")
+    ] = False,
+    replace: Replace = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add a PEFT LoRA adapter to a model, quantized or not, as a term of its own."""
+    import weft
+
+    woven = load(model)
+    sites = weft.attach(woven, adapter, name=name, unverified_base=unverified_base)
+    weft.save(woven, out, replace=replace, progress=bars(quiet))
+    if not quiet:
+        typer.echo(f"{name}: {len(sites)} sites; saved in {out}")
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A file of steps: YAML or JSON.")],
+    model: ModelName,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data: a file, a folder or a lab task; weft's own texts if not given.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.", min=1)] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; without it nothing is saved.")] = None,
+    replace: Replace = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int | None:
+    """Apply a recipe, method after method; what it may name are weft's own methods, nothing else."""
+    import weft
+    from weft.engine.recipe import read
+
+    steps = read(recipe)  # bad recipes show before the model is loaded
+    woven = load(model)
+    if out is not None:
+        weft.may_write(woven, out, replace=replace)
+    made = weft.run(woven, steps, data=data, tokens=tokens, seed=seed, cache=cache, progress=bars(quiet))
+    if out is not None:
+        weft.save(woven, out, replace=replace, progress=bars(quiet))
+    rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
+    where = f"saved in {out}" if out is not None else "not saved: give --out"
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} changes; {where}")
+    for place, what in made.fallbacks:
+        say(f"fallback: {place}: {what}")
+    return FALLBACKS if made.fallbacks else None
+
+
+ALL = (verify, cache, attach, run)

@@ -1,0 +1,250 @@
+"""From a config to an empty model on `meta`, and each tensor of a checkpoint into its place; all checked on paper first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from weft.error import FormatError, NumericError, WeftError, raise_all
+from weft.store.audit import Entry
+from weft.store.checkpoint import nearest, read_object
+from weft.store.tensors import check_finite
+
+_COUNT = re.compile(r"(num|n)_.*(layers?|heads|experts)|n_(layer|head|embd)|(hidden|intermediate|vocab)_size|d_model")
+_LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
+
+
+class _TooMuch(Exception):
+    """A config asks for more than its checkpoint holds."""
+
+
+def skeleton(folder: Path, count: int) -> nn.Module:
+    """The model's class on `meta`, from config.json, for a checkpoint of `count` tensors.
+
+    Errors: FormatError for a class that is not transformers' own, for a configuration that makes no model, and for one
+    whose model would be far larger than the checkpoint.
+    """
+    import transformers
+
+    where = f"{folder.name}/config.json"
+    config_file = read_object(folder / "config.json")
+    listed = config_file.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
+        raise FormatError(
+            "unknown architecture",
+            where=where,
+            got=name,
+            want="a model class of transformers",
+            fix="weft runs no code from model folders",
+        )
+    raise_all(list(_numbers(config_file, where, count)))
+    config_file.pop("quantization_config", None)
+    config_file.pop("auto_map", None)
+    try:
+        config = cls.config_class.from_dict(config_file)
+        model = _empty(cls, config, count)
+    except Exception as e:
+        raise FormatError(
+            "a configuration makes no model",
+            where=where,
+            got=str(e) if isinstance(e, _TooMuch) else f"{type(e).__name__}: {e}",
+            want=f"a configuration of {name} that fits its checkpoint of {count} tensors",
+            fix="copy the file again",
+        ) from e
+    cast(Any, model.config)._name_or_path = str(folder)
+    return model
+
+
+def _empty(cls: type[Any], config: Any, count: int) -> nn.Module:
+    """The model without memory: first all on `meta`, to see that it is no larger than it may be, then with its buffers."""
+    from accelerate import init_empty_weights
+
+    with _bounded(count), init_empty_weights(include_buffers=True):
+        trial = cls(config)
+    size = sum(b.numel() * b.element_size() for b in trial.buffers())
+    if size > _BUFFERS:
+        raise _TooMuch(f"tables of {size:,} bytes")
+    with init_empty_weights(include_buffers=False):
+        return cls(config)
+
+
+@contextmanager
+def _bounded(count: int) -> Generator[None]:
+    """Stop a model's construction when it has far more parameters or modules than the checkpoint has tensors."""
+    made = {"parameters": 0, "modules": 0}
+    most = {"parameters": 4 * count + 256, "modules": 32 * count + 2048}
+
+    def note(kind: str) -> None:
+        made[kind] += 1
+        if made[kind] > most[kind]:
+            raise _TooMuch(f"more than {most[kind]} {kind}")
+
+    hooks = [
+        register_module_parameter_registration_hook(lambda *_: note("parameters")),
+        register_module_module_registration_hook(lambda *_: note("modules")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _numbers(value: Any, where: str, count: int, at: str = "") -> Generator[WeftError]:
+    """Numbers of a configuration that no model has: counts that are truth values or negative, more layers than tensors."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in pairs:
+        path = f"{at}.{key}" if at else str(key)
+        if isinstance(item, dict | list):
+            yield from _numbers(item, where, count, path)
+        elif isinstance(key, str) and isinstance(item, int):
+            wrong = _COUNT.fullmatch(key) and (isinstance(item, bool) or item < 0)
+            if wrong or ("layer" in key and item > count + _LAYERS) or item >= _MOST:
+                want, fix = f"a number that fits a checkpoint of {count} tensors", "copy the file again"
+                yield FormatError("a configuration makes no model", where=f"{where}: {path}", got=item, want=want, fix=fix)
+
+
+def names(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """A checkpoint's names to the model's: old names of norms, and the base model's prefix where one side lacks it."""
+    want = set(model.state_dict(keep_vars=True))
+    made = {n: n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for n in entries}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if prefix != "." and not set(made.values()) & want:
+        strip = all(n.startswith(prefix) for n in made.values())
+        made = {k: n.removeprefix(prefix) if strip else prefix + n for k, n in made.items()}
+    return made
+
+
+def misfits(model: nn.Module, entries: Mapping[str, Entry], where: str) -> list[WeftError]:
+    """Every way in which a checkpoint on paper is not that of a model: missing, unexpected, ill-shaped and ill-typed tensors."""
+    want: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    named = names(model, entries)
+    held = {named[n]: e for n, e in entries.items()}
+    loose = {n for n, _ in model.named_buffers()} - set(want)
+    tied = _tied(model)
+    problems: list[WeftError] = []
+    for name in sorted(set(held) - set(want) - loose):
+        fix = "the checkpoint is of another model"
+        got = f"{list(held[name].shape)}{nearest(name, set(want) - set(held))}"
+        problems.append(FormatError("unexpected tensor", where=f"{where}: {name}", got=got, want="no such tensor", fix=fix))
+    for name, slot in want.items():
+        entry = held.get(name)
+        if entry is None and name in tied:
+            continue
+        problem = _misfit(slot, entry, f"{where}: {name}", set(held) - set(want))
+        problems += [problem] if problem is not None else []
+    return problems
+
+
+def _misfit(slot: Tensor, entry: Entry | None, where: str, spare: set[str]) -> FormatError | None:
+    """Why a checkpoint's tensor (None: it has none) cannot take a place of the model."""
+    fix = "the checkpoint is of another model"
+    if entry is None:
+        got = f"nothing{nearest(where.rpartition(': ')[2], spare)}"
+        return FormatError("missing tensor", where=where, got=got, want=list(slot.shape), fix=fix)
+    if entry.shape != tuple(slot.shape):
+        got, want = list(entry.shape), list(slot.shape)
+        return FormatError("a tensor has another shape", where=where, got=got, want=want, fix=fix)
+    if entry.dtype.is_floating_point != slot.is_floating_point():
+        got, want, fix = str(entry.dtype), str(slot.dtype), "weft reads no other tool's codes"
+        return FormatError("a tensor has another type", where=where, got=got, want=want, fix=fix)
+    return None
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of weights that share another's value, to that other's name."""
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    return dict(keys) if isinstance(keys, Mapping) else dict.fromkeys(keys, "")
+
+
+def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype) -> list[WeftError]:
+    """Put tensors in their places, by the model's names; matrices as they are (mapped), the rest in the compute dtype.
+
+    Returns what is wrong with their values: NaN and infinity, and tied weights that were stored twice and differ.
+    """
+    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    weights = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    want = set(model.state_dict(keep_vars=True))
+    problems = [*_untied(model, content), *broken({n: t for n, t in content.items() if n in weights})]
+    for name, value in content.items():
+        if name in want:
+            as_is = name in matrices or not value.is_floating_point()
+            put(model, name, value if as_is else value.to(compute))
+    return problems
+
+
+def _untied(model: nn.Module, content: Mapping[str, Tensor]) -> Generator[WeftError]:
+    for name, first in _tied(model).items():
+        if name in content and first in content and not torch.equal(content[name], content[first]):
+            yield FormatError(
+                "tied weights were stored twice and differ",
+                where=name,
+                got=f"other values than {first}",
+                want="one value, as tie_word_embeddings says",
+                fix="set tie_word_embeddings to false in config.json to keep both, or remove one from the checkpoint",
+            )
+
+
+def broken(content: Mapping[str, Tensor]) -> Generator[WeftError]:
+    """Weights with values that are not finite."""
+    for name, t in content.items():
+        try:
+            check_finite(t, name)
+        except NumericError as e:
+            yield e
+
+
+def assign_plain(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:
+    """Put a weft folder's plain tensors in their places, tied ones once, in the compute dtype. Returns every mismatch."""
+    want = {n: t for n, t in model.state_dict(keep_vars=True).items() if ".expr." not in f".{n}"}
+    problems: list[WeftError] = []
+    alike: dict[int, list[str]] = {}
+    for n, t in want.items():
+        alike.setdefault(id(t), []).append(n)
+    expected = {group[0] for group in alike.values()}
+    for name in sorted(set(content) ^ expected):
+        got = f"{'found' if name in content else 'nothing'}{nearest(name, (set(content) ^ expected) - {name})}"
+        want_, fix = "the model's tensors", "copy the folder again"
+        problems.append(
+            FormatError("a tensor is missing or unexpected", where=f"{where}: {name}", got=got, want=want_, fix=fix)
+        )
+    for name in set(content) & set(want):
+        value = content[name].to(compute) if content[name].is_floating_point() else content[name]
+        if value.shape != want[name].shape:
+            got, fix = list(value.shape), "copy the folder again"
+            problems.append(
+                FormatError(
+                    "a tensor has another shape", where=f"{where}: {name}", got=got, want=list(want[name].shape), fix=fix
+                )
+            )
+        else:
+            shared = nn.Parameter(value, requires_grad=False) if isinstance(want[name], nn.Parameter) else value
+            for other in alike[id(want[name])]:
+                put(model, other, shared)
+    return problems
+
+
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make a tensor the parameter or buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    module = cast(Any, model.get_submodule(path))
+    if leaf in module._parameters:
+        module._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
+    else:
+        module._buffers[leaf] = value

@@ -1,0 +1,159 @@
+"""Tensors in files: mapped when they are read, streamed when they are written, one in memory at a time, summed either way.
+
+The sum of a tensor is that of its bytes as little-endian 64-bit words, the last one filled up with zeros, modulo 2^64. It
+is as fast as memory is and changes with any single damaged word: it finds bit rot, not forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from weft.error import ChangedError, NumericError, ShapeError
+from weft.store.audit import DTYPES, header
+from weft.store.files import beside, told
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 16 << 20
+Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when it is written, and then forgotten."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+Content = Mapping[str, Tensor | Later]
+
+
+def size_of(t: Tensor | Later) -> int:
+    """Bytes of a tensor."""
+    return math.prod(t.shape) * t.dtype.itemsize
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of an audited file, mapped from disk (no copy). Errors: PathError, FormatError; ChangedError if the
+    file has a seal and its content is another."""
+    said = header(path).notes.get("seal")
+    with safe_open(path, framework="pt") as f:
+        made: dict[str, Tensor] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if said is not None and said != seal(made):
+        raise ChangedError(
+            "a file is damaged", where=str(path), got="other content", want="what was written", fix="delete the file"
+        )
+    return made
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole, sealed with the sum of its content. Errors: PathError, ResourceError."""
+    with beside(path) as part:
+        stream(part, tensors, {"seal": seal(tensors)}, hashed=False)
+
+
+def seal(tensors: Mapping[str, Tensor], sums: Mapping[str, str] | None = None) -> str:
+    """One number for a set of tensors: the hash of their names, dtypes, shapes and sums (computed if not given)."""
+    table = sorted((n, str(t.dtype), list(t.shape), sums[n] if sums else word_sum(t)) for n, t in tensors.items())
+    return hashlib.blake2b(json.dumps(table).encode(), digest_size=8).hexdigest()
+
+
+def stream(
+    path: Path,
+    content: Content,
+    notes: Mapping[str, str] | None = None,
+    *,
+    hashed: bool = True,
+    loose: Collection[str] = (),
+    step: Step | None = None,
+) -> dict[str, Any]:
+    """Write a new safetensors file and sync it. Returns `size`, `blake2b` (if `hashed`) and the `tensors`' sums.
+
+    Every tensor goes to its place in the file as it is made, so that one is in memory at a time.
+    Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
+    """
+    order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
+    end = 0
+    for name in order:
+        t, start = content[name], end
+        end = start + size_of(t)
+        table[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    word, sums = hashlib.blake2b(digest_size=16), dict[str, str]()
+    with told(path), path.open("xb") as f, ThreadPoolExecutor(1) as other:
+        for part in (struct.pack("<Q", len(head)), head):
+            f.write(part)
+            word.update(part)
+        for name in order:
+            t = content[name]
+            value = t.make() if isinstance(t, Later) else t
+            if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
+                got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
+                raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
+            if hashed and name not in loose:
+                check_finite(value, name)
+            raw = octets(value)
+            for at in range(0, len(raw), _CHUNK):
+                chunk = raw[at : at + _CHUNK]
+                hashing = other.submit(word.update, chunk) if hashed else None
+                f.write(chunk)
+                if hashing:
+                    hashing.result()
+                if step:
+                    step(len(chunk))
+            sums[name] = word_sum(value)
+        f.flush()
+        os.fsync(f.fileno())
+    return {"size": 8 + len(head) + end, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
+
+
+def octets(t: Tensor) -> Any:
+    """A tensor's bytes, as an array over its storage where it is contiguous."""
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def word_sum(t: Tensor) -> str:
+    """The sum of a tensor's 64-bit words, 16 hex digits."""
+    raw = octets(t)
+    whole = len(raw) // 8 * 8
+    total = int(np.add.reduce(raw[:whole].view("<u8"), dtype=np.uint64)) if whole else 0
+    return f"{(total + int.from_bytes(raw[whole:].tobytes(), 'little')) % (1 << 64):016x}"
+
+
+def check_finite(t: Tensor, where: str) -> None:
+    """Refuse NaN and infinity. Errors: NumericError with the count and the first place."""
+    if not t.is_floating_point() or not t.numel():
+        return
+    flat = t.detach().reshape(-1)
+    if flat.dtype.itemsize > 1:
+        low, high = torch.aminmax(flat)
+        if bool(torch.isfinite(low) & torch.isfinite(high)):
+            return
+    wrong = torch.cat([~torch.isfinite(part.float()) for part in flat.split(1 << 24)]).nonzero().flatten()
+    if not len(wrong):
+        return
+    first = [int(i) for i in np.unravel_index(int(wrong[0]), t.shape)]
+    raise NumericError(
+        "a weight is not finite",
+        where=where,
+        got=f"{len(wrong)} of {t.numel()} values, the first at {first}",
+        want="finite numbers",
+        fix="take another copy of the model, or mend what made it",
+    )

@@ -13,7 +13,7 @@ CHROMIUM := { { command -v chromium || command -v chromium-browser || command -v
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs prove bench test-browser browser clean
+.PHONY: help venv demo test lint docs prove bench fuzz test-browser browser clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -63,6 +63,10 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md
 	@$(BIN)/weft prove
 	@$(BIN)/python scripts/docs.py
+
+fuzz: $(READY) ## ten minutes of fuzzing what reads files from elsewhere
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=2.3' 2>/dev/null || echo "atheris does not install here."
+	@$(BIN)/python scripts/fuzz.py
 
 bench: $(READY) ## run every benchmark
 	@set -e; for f in benchmarks/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f"; done

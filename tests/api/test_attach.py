@@ -131,7 +131,11 @@ def test_a_quantized_base_keeps_its_codes(place: Path, tmp_path: Path) -> None:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "a list": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]},
-    "full paths": {"r": 2, "lora_alpha": 2, "target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"]},
+    "full paths": {
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"],
+    },
     "all": {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"},
     "a regular expression": {"r": 3, "lora_alpha": 5, "target_modules": r".*layers\.1.*\.(q|v)_proj"},
     "rank-stabilised": {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]},

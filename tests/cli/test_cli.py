@@ -78,7 +78,8 @@ def test_importing_weft_imports_nothing() -> None:
 
 def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
-    core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "verify", "report", "prove"]
+    core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
+    core += ["verify", "cache", "attach", "run"]
     for name in [*core, *(e.name for e in entries() if e.kind == "rewrite")]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
@@ -177,7 +178,7 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert score["low"] <= score["mean"] <= score["high"] and score["documents"] == 6
     made = weft_("merge", tuned, "--to", "grid", "--out", whole, "--json")
     assert len(json.loads(made.stdout)) == 14
-    assert weft_("merge", tuned, "--to", "nothing", "--out", whole).exit_code == 2
+    assert weft_("merge", tuned, "--to", "nothing", "--out", str(tmp_path / "unmade")).exit_code == 2
     assert weft_("export", tuned, "--to", "peft", "--out", str(tmp_path / "p")).exit_code == 4
     peft = weft_("export", tuned, "--to", "peft", "--out", str(tmp_path / "p"), "--base", str(tmp_path / "b"))
     assert peft.exit_code == 0 and (tmp_path / "b" / "model.safetensors").exists()
@@ -200,6 +201,69 @@ def test_a_broken_folder_is_found(model: Path, tmp_path: Path) -> None:
     (out / "tokenizer.json").unlink()
     made = weft_("verify", str(out), "--json")
     assert made.exit_code == 4 and json.loads(made.stdout) == ["tokenizer.json: missing"]
+
+
+def test_a_recipe_runs(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Its steps in order, each on its sites; what is wrong with it shows before the model is loaded."""
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text('weft: 1\nsteps:\n  - magnitude: {sparsity: 0.5}\n    at: "*.mlp.*"\n  - rtn: {bits: 4, group: 16}\n')
+    made = weft_("run", str(recipe), str(model), "--data", str(texts), "--out", str(out), "--json")
+    assert made.exit_code == 0, made.output
+    rows = json.loads(made.stdout)
+    forms = {r["site"]: r["after"] for r in rows}
+    assert "int4" in forms["model.layers.0.self_attn.q_proj.weight"] and len(rows) > len(forms)
+    assert forms["model.layers.0.mlp.up_proj.weight"] != forms["model.layers.0.self_attn.q_proj.weight"]
+    assert weft_("verify", str(out)).output.strip() == "whole"
+    recipe.write_text("weft: 1\nsteps:\n  - os.system: {}\n")
+    assert weft_("run", str(recipe), "no-such-model").exit_code == 2
+
+
+def test_an_adapter_is_attached(model: Path, tmp_path: Path) -> None:
+    """A PEFT folder onto its base; onto another, only if that is asked for."""
+    trained = weft.load(model)
+    weft.apply(trained, "lora", rank=2)
+    weft.export(trained, tmp_path / "adapter", to="peft")
+    out = tmp_path / "out"
+    made = weft_("attach", str(model), str(tmp_path / "adapter"), "--out", str(out), "--name", "mine")
+    assert made.exit_code == 0 and "mine" in made.output
+    assert all("adapter:mine" in r.expression for r in weft.show(weft.load(out)) if "_proj" in r.name)
+    changed = weft.load(model)
+    weft.apply(changed, "rtn", bits=2)
+    weft.export(changed, tmp_path / "changed", to="hf")
+    refused = weft_("attach", str(tmp_path / "changed"), str(tmp_path / "adapter"), "--out", str(tmp_path / "no"))
+    assert refused.exit_code == 4 and "base" in refused.stderr and not (tmp_path / "no").exists()
+
+
+def test_the_cache_is_shown_limited_and_cleaned(tmp_path: Path) -> None:
+    """What it holds by kind; a limit keeps the latest; clean keeps nothing."""
+    from weft.store.cache import Cache
+
+    folder = tmp_path / "cache"
+    for i in range(4):
+        Cache(folder).json("scores", str(i), lambda: "x" * 500)
+    shown = json.loads(weft_("cache", "--cache", str(folder), "--json").stdout)
+    assert [(r["kind"], r["results"]) for r in shown] == [("scores", 4)]
+    assert weft_("cache", "--cache", str(folder), "--limit", "1200B").exit_code == 0
+    assert json.loads(weft_("cache", "--cache", str(folder), "--json").stdout)[0]["results"] == 2
+    assert "(nothing)" in weft_("cache", "--cache", str(folder), "--clean").output
+    assert weft_("cache", "--cache", str(folder), "--limit", "much").exit_code == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """No evidence is collected, nothing is trained, for a result that could not be saved."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    monkeypatch.setattr("weft.api._evidence", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("weft.api.train", lambda *_, **__: pytest.fail("work was done"))
+    for argv in (
+        ["gptq", str(model), "--out", str(out)],
+        ["train", str(model), "--data", "python", "--out", str(out)],
+        ["merge", str(model), "--to", "dense", "--out", str(out), "--replace"],
+        ["fit", str(model), "--budget", "50%", "--out", str(out)],
+    ):
+        made = weft_(*argv)
+        assert made.exit_code == 4 and ("exists already" in made.stderr or "not weft's" in made.stderr), made.output
 
 
 def test_the_installed_entry_point(tmp_path: Path) -> None:

@@ -156,10 +156,10 @@ def test_f05_a_pickled_adapter_is_never_opened(name: str, case: Case, tmp_path: 
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "weft.json"])
 def test_f04_links_out_of_the_folder_are_not_followed(name: str, case: Case, tmp_path: Path) -> None:
-    """Neither for the tensors nor for the settings."""
-    (case.write() / name).rename(tmp_path / "elsewhere")
+    """Neither for the tensors nor for the settings nor for the manifest."""
+    (exported(case) / name).rename(tmp_path / "elsewhere")
     (case.folder / name).symlink_to(tmp_path / "elsewhere")
     case.refused(FormatError, name, "link")
 
@@ -177,7 +177,9 @@ def test_f24_a_pattern_of_targets_is_not_run(pattern: str, case: Case) -> None:
     assert len(attach(case.model, case.write(config(target_modules=pattern)))) == 4
 
 
-@pytest.mark.parametrize("pattern", [HANG, "(a+)+$", "^model.layers.0", "q_proj|v_proj", "[qv]_proj", "", "a\nb", "a\\.b"])
+@pytest.mark.parametrize(
+    "pattern", [HANG, "(a+)+$", "^model.layers.0", "q_proj|v_proj", "[qv]_proj", "", "a\nb", "a\\.b"]
+)
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -222,9 +224,17 @@ TENSORS: dict[str, tuple[Edit, type[WeftError], tuple[str, ...]]] = {
         FormatError,
         ("model.layers.0.attention.q_proj", "near: model.layers.0.self_attn.q_proj"),
     ),
-    "another prefix": (renamed("base_model.model.model", "base_model.model"), FormatError, ("layers.0.self_attn.q_proj",)),
+    "another prefix": (
+        renamed("base_model.model.model", "base_model.model"),
+        FormatError,
+        ("layers.0.self_attn.q_proj",),
+    ),
     "no prefix": (renamed("base_model.model.", ""), FormatError, ("model.layers.0.self_attn.q_proj.lora_A.weight",)),
-    "an adapter's name inside": (renamed("lora_A.weight", "lora_A.default.weight"), FormatError, (".lora_A.default.weight",)),
+    "an adapter's name inside": (
+        renamed("lora_A.weight", "lora_A.default.weight"),
+        FormatError,
+        (".lora_A.default.weight",),
+    ),
     "a magnitude": (holds(f"{Q0}.lora_magnitude_vector", torch.ones(32)), FormatError, ("lora_magnitude_vector",)),
     "a bias": (holds(f"{Q0}.lora_B.bias", torch.ones(32)), FormatError, ("lora_B.bias",)),
     "a saved module": (holds("base_model.model.lm_head.weight", torch.ones(96, 32)), FormatError, ("lm_head.weight",)),
@@ -248,7 +258,11 @@ TENSORS: dict[str, tuple[Edit, type[WeftError], tuple[str, ...]]] = {
     ),
     "nothing": (lambda c, t: t.clear(), FormatError, ("0 tensors",)),
     "another rank": (config(r=3), ShapeError, ("rank 3", "[3, 32]", "float32 [2, 32]")),
-    "a rank of one module": (config(rank_pattern={"layers.1.self_attn.v_proj": 4}), ShapeError, ("layers.1.self_attn.v_proj",)),
+    "a rank of one module": (
+        config(rank_pattern={"layers.1.self_attn.v_proj": 4}),
+        ShapeError,
+        ("layers.1.self_attn.v_proj",),
+    ),
     "no rank": (
         both(holds(f"{Q0}.lora_A.weight", torch.ones(0, 32)), holds(f"{Q0}.lora_B.weight", torch.ones(32, 0))),
         ShapeError,
@@ -278,7 +292,9 @@ def test_f25_all_problems_come_together(case: Case) -> None:
     """Of base, settings and tensors alike."""
     other = renamed("layers.1", "layers.7")
     case.write(both(without(f"{Q0}.lora_B.weight"), other, config(use_dora=True, base_model_name_or_path="other")))
-    error = case.refused(ConflictError, "other", "use_dora", f"{Q0}.lora_B.weight", "layers.7", "layers.1.self_attn.q_proj")
+    error = case.refused(
+        ConflictError, "other", "use_dora", f"{Q0}.lora_B.weight", "layers.7", "layers.1.self_attn.q_proj"
+    )
     assert error.what.startswith("7 problems")
 
 
@@ -287,6 +303,14 @@ def test_f25_a_thousand_problems_stay_readable(case: Case) -> None:
     case.write(lambda c, t: t.update({f"x.{i}": torch.ones(1) for i in range(1000)}))
     error = case.refused(FormatError, "x.1", "980 more")
     assert len(str(error).splitlines()) < 200
+
+
+def test_f25_many_names_take_no_time(case: Case) -> None:
+    """Names are looked up, not tried one after the other."""
+    names = [f"m{i}" for i in range(99_000)]
+    case.write(config(target_modules=[*names, "q_proj", "v_proj"], rank_pattern=dict.fromkeys([*names, "q_proj"], 2)))
+    error = case.refused(FormatError, "m0", "98980 more")
+    assert error.what.startswith("21 problems")
 
 
 def test_f25_a_tied_head_takes_no_adapter(tiny: Any, tmp_path: Path) -> None:
@@ -317,6 +341,12 @@ SETTINGS: dict[str, tuple[Edit, type[WeftError], tuple[str, ...]]] = {
     "an alpha by name in words": (config(alpha_pattern={"q_proj": "x"}), FormatError, ("alpha_pattern.q_proj",)),
     "targets are numbers": (config(target_modules=[1, 2]), FormatError, ("target_modules",)),
     "targets are a table": (config(target_modules={"q_proj": 1}), FormatError, ("target_modules", "a dict")),
+    "targets without end": (config(target_modules=["q_proj"] * 100_001), FormatError, ("target_modules", "100000")),
+    "ranks without end": (
+        config(rank_pattern={f"m{i}": 1 for i in range(100_001)}),
+        FormatError,
+        ("rank_pattern", "100000"),
+    ),
     "layers in words": (config(layers_to_transform=["0"]), FormatError, ("layers_to_transform",)),
     "a base that is a number": (config(base_model_name_or_path=7), FormatError, ("base_model_name_or_path=7",)),
     "stabilised in words": (config(use_rslora="yes"), FormatError, ("use_rslora='yes'",)),

@@ -189,11 +189,11 @@ def test_f28_endless_and_huge_json_numbers_are_refused(refused: Refused) -> None
 
 def test_all_problems_of_a_recipe_come_together(refused: Refused) -> None:
     """Top level, methods, options and sites in one error."""
-    text = "weft: 2\nextra: 1\nsteps:\n- gptq: {bits: 9}\n  at: ['']\n- nothing: {}\n- {}\n- rtn: {}\n- knapsack: {}\n"
+    text = "weft: 2\nextra: 1\nsteps:\n- gptq: {bits: 9}\n  at: ['']\n- nothing: {}\n- {}\n- rtn: {}\n- uniform: {}\n"
     e = refused(text, FormatError)
     assert e.what.startswith("7 problems") and "step 4" not in e.what
     assert all(
-        s in e.what for s in ("extra", "version", "1: gptq: bits", "1: at", "step 2", "step 3", "step 5: knapsack")
+        s in e.what for s in ("extra", "version", "1: gptq: bits", "1: at", "step 2", "step 3", "step 5: uniform")
     )
 
 
@@ -213,7 +213,7 @@ def test_what_is_no_recipe_is_refused(text: str, refused: Refused) -> None:
     refused(text, FormatError)
 
 
-@pytest.mark.parametrize("text", ["rtn: 4", "rtn: [4]", "rtn: bits", "rtn: ''", "rtn: 0", "knapsack: {}"])
+@pytest.mark.parametrize("text", ["rtn: 4", "rtn: [4]", "rtn: bits", "rtn: ''", "rtn: 0", "uniform: {}"])
 def test_a_step_is_a_rewrite_with_a_table_of_options(text: str, refused: Refused) -> None:
     """Not a search, and not a lone value."""
     refused(step(text), OptionError)
@@ -280,8 +280,8 @@ def test_f29_bytes_that_are_no_utf8_are_refused(raw: bytes, column: int, refused
     assert refused(raw, FormatError, by=read_yaml).where == f"r.yaml line 1, column {column}"
 
 
-def test_f29_limits_are_what_they_say(refused: Refused) -> None:
-    """The last depth, length, number and count that is read, and the first that is not; also for JSON."""
+def test_f29_limits_of_depth_and_size_are_what_they_say(refused: Refused) -> None:
+    """The last that is read and the first that is not, of YAML and JSON."""
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert json.dumps(parse_yaml(deep.encode(), "r")) == deep
     for name in ("r.yaml", "r.json"):
@@ -289,6 +289,10 @@ def test_f29_limits_are_what_they_say(refused: Refused) -> None:
         refused("[" * 50_000 + "]" * 50_000, FormatError, name, read_yaml)
         refused(" " * MAX_BYTES + "7", FormatError, name, read_yaml)
         refused("7" + " " * (10 * MAX_BYTES), FormatError, name, read_yaml)
+
+
+def test_f29_limits_of_length_and_count_are_what_they_say(refused: Refused) -> None:
+    """Of the file, a number, and all values."""
     longest = "x" * (MAX_BYTES - 2)
     assert parse_yaml(f"'{longest}'".encode(), "r") == longest
     assert parse_yaml(b"9" * MAX_NUMBER, "r") == 10**MAX_NUMBER - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -268,17 +269,42 @@ def test_a_model_without_a_base_says_so(tiny: Any, tmp_path: Path) -> None:
         _ = site(load(tmp_path / "out"), "lm_head.weight").original
 
 
-def test_originals_hash_the_base_once(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_originals_read_the_base_once(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Reading every site's pretrained value reads the base's files once to check them, not once a site."""
     module = sys.modules["weft.store.load"]
     tiny().save_pretrained(tmp_path / "base")
     model = load(tmp_path / "base")
     apply(model, chain(("rtn", {})))
     save(model, tmp_path / "out")
-    back, calls, plain = load(tmp_path / "out"), [], module.digest
-    monkeypatch.setattr(module, "digest", lambda p: calls.append(p) or plain(p))
+    back, calls, plain = load(tmp_path / "out"), [], module.seal
+    monkeypatch.setattr(module, "seal", lambda *a: calls.append(a) or plain(*a))
     assert all(bool(torch.isfinite(site(back, n).original).all()) for n in expressions(back))
-    assert len(calls) <= 1
+    assert len(calls) == 1
+
+
+def test_older_folders_are_read(tiny: Any, tmp_path: Path) -> None:
+    """Manifests without sums, whose base is known by the hash of its files' hashes."""
+    tiny().save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base")
+    apply(model, chain(("rtn", {})))
+    save(model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "weft.json").read_text())
+    inner = hashlib.blake2b((tmp_path / "base" / "model.safetensors").read_bytes(), digest_size=16).hexdigest()
+    manifest["base"] = {
+        "path": manifest["base"]["path"],
+        "hash": hashlib.blake2b(inner.encode(), digest_size=16).hexdigest(),
+    }
+    for entry in manifest["files"].values():
+        entry.pop("tensors", None)
+    (tmp_path / "out" / "weft.json").write_text(json.dumps(manifest))
+    back = load(tmp_path / "out")
+    assert fingerprint(back) == fingerprint(model) and verify(tmp_path / "out") == []
+    assert torch.equal(site(back, "lm_head.weight").original, tiny().lm_head.weight)
+    with (tmp_path / "base" / "model.safetensors").open("r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"\1")
+    with pytest.raises(ChangedError):
+        _ = site(load(tmp_path / "out"), "lm_head.weight").original
 
 
 @pytest.mark.parametrize(

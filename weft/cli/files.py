@@ -32,7 +32,7 @@ def cache(
         str | None, typer.Option(help="Delete what was used longest ago until so much is left: 10GB, 500MB.")
     ] = None,
     clean: Annotated[bool, typer.Option("--clean", help="Delete everything.")] = False,
-    folder: CacheFolder = None,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the cache of intermediate results holds; limit or clean it."""
@@ -42,9 +42,10 @@ def cache(
     from weft.fitting.budget import Size, parse
     from weft.store import cache as store
 
-    place = folder or store.default()
+    place = cache or store.default()
     if clean or limit is not None:
-        count, freed = store.clean(place, 0 if clean or limit is None else parse(limit, Size(0, 0), "--limit"))
+        most = 0 if clean or limit is None else parse(limit, Size(0, 0), "--limit")
+        count, freed = store.clean(place, most)
         say(f"deleted {count} results, {freed:,} bytes")
     held = sorted(store.contents(place), key=lambda k: k.kind)
     rows = [

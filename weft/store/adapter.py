@@ -6,19 +6,41 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from weft.error import ConflictError, FormatError, NumericError, OptionError, PathError, ShapeError, WeftError, raise_all
+from weft.error import (
+    ConflictError,
+    FormatError,
+    NumericError,
+    OptionError,
+    PathError,
+    ShapeError,
+    WeftError,
+    raise_all,
+)
 from weft.expr import Expr, LowRank, tensors, terms_of, total
 from weft.model import Place, expressions, places, set_expressions
 from weft.store.audit import Entry, header
 from weft.store.checkpoint import read_object
 from weft.store.lora import (
-    CONFIG, COPY, LIMIT, MERGE, TENSORS, Settings, brief, key, named, settings, some, split, unsupported,
-)  # fmt: skip
+    CONFIG,
+    COPY,
+    LIMIT,
+    MERGE,
+    TENSORS,
+    Settings,
+    brief,
+    ends,
+    key,
+    settings,
+    some,
+    split,
+    unsupported,
+)
 from weft.store.peft import fingerprint_of_base
 from weft.store.swap import MANIFEST, digest, inside, read_manifest
 from weft.store.tensors import read_tensors
@@ -39,8 +61,8 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     _only_plain_files(place)
     table = read_object(place / CONFIG)
     given = settings(table)
-    mark, problems = _manifest(place)
     pairs, strays = _pairs(header(place / TENSORS).tensors, sites)
+    mark, problems = _manifest(place)
     problems += _other_base(model, given, mark, unverified_base) + unsupported(table, given) + strays
     problems += [p for path in pairs for p in _misfits(model, path, sites[path], pairs[path], given.rank(path))]
     raise_all(problems + _unlike_targets(model, given, set(pairs)))
@@ -89,8 +111,9 @@ def _sites(model: nn.Module) -> dict[str, Place]:
 
 def _only_plain_files(folder: Path) -> None:
     """Refuse a folder whose two files are not there, are pickles, or lie elsewhere."""
-    pickles = [p.name for p in ([folder] if folder.is_file() else sorted(folder.glob("*"))) if p.suffix in _PICKLES]
-    if pickles and not (folder / TENSORS).exists():
+    pickles = [p.name for p in ([folder] if isfile(folder) else sorted(folder.glob("*"))) if p.suffix in _PICKLES]
+    missing = [name for name in (CONFIG, TENSORS) if not isfile(folder / name)]
+    if pickles and TENSORS in missing:
         raise FormatError(
             "an adapter in a pickle is never opened: it could run code",
             where=str(folder),
@@ -98,28 +121,27 @@ def _only_plain_files(folder: Path) -> None:
             want=TENSORS,
             fix="save the adapter as safetensors with what made it",
         )
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise PathError(
-                "this is no adapter's folder",
-                where=str(folder),
-                got=f"no {name}",
-                want=f"{CONFIG} and {TENSORS}",
-                fix="check the path",
-            )
-        if not inside(folder, folder / name):
-            raise FormatError(
-                "a file of the adapter lies elsewhere",
-                where=str(folder / name),
-                got="a link out of the folder",
-                want="a file in the folder",
-                fix="do not use this adapter",
-            )
+    if missing:
+        raise PathError(
+            "this is no adapter's folder",
+            where=str(folder),
+            got=f"no {' and no '.join(missing)}",
+            want=f"{CONFIG} and {TENSORS}",
+            fix="check the path",
+        )
+    if outside := [name for name in (CONFIG, TENSORS, MANIFEST) if not inside(folder, folder / name)]:
+        raise FormatError(
+            "a file of the adapter lies elsewhere",
+            where=str(folder),
+            got=f"a link out of the folder: {', '.join(outside)}",
+            want="files in the folder",
+            fix="do not use this adapter",
+        )
 
 
 def _manifest(folder: Path) -> tuple[str | None, list[WeftError]]:
     """The base's fingerprint, if weft wrote the folder, and how its files differ from the manifest."""
-    if not (folder / MANIFEST).exists():
+    if not isfile(folder / MANIFEST):
         return None, []
     manifest = read_manifest(folder)
     mark = manifest.get("base_fingerprint")
@@ -130,7 +152,9 @@ def _manifest(folder: Path) -> tuple[str | None, list[WeftError]]:
             want = listed.get("blake2b") or "a listed file"
             problems.append(_wrong("a file differs from the manifest", name, found["blake2b"], want))
     if not isinstance(mark, str | None):
-        problems.append(_wrong("a fingerprint is no text", f"{MANIFEST}: base_fingerprint", brief(mark), "32 hex digits"))
+        problems.append(
+            _wrong("a fingerprint is no text", f"{MANIFEST}: base_fingerprint", brief(mark), "32 hex digits")
+        )
     return mark if isinstance(mark, str) else None, problems
 
 
@@ -141,8 +165,8 @@ def _other_base(model: nn.Module, given: Settings, mark: str | None, unverified:
         known = _names(model)
         if unverified or any(_alike(n, given.base_model_name_or_path or "") for n in known):
             return []
-        what, want = "the adapter was made for another base, as far as can be told", " or ".join(known) or "a model with a name"
-        return [ConflictError(what, where=where, got=got, want=want, fix=f"load its base; if this is it, {_UNVERIFIED}")]
+        what, fix = "the adapter names another base than the model's", f"load its base; if this is it, {_UNVERIFIED}"
+        return [ConflictError(what, where=where, got=got, want=" or ".join(known) or "a model with a name", fix=fix)]
     try:
         own = fingerprint_of_base(model)
     except PathError as e:
@@ -150,15 +174,19 @@ def _other_base(model: nn.Module, given: Settings, mark: str | None, unverified:
         return [] if unverified else [ConflictError(what, where=e.where, got=e.what, want=str(e.want), fix=fix)]
     if own == mark:
         return []
-    what, want, fix = "the adapter was made for other weights", f"a base with the fingerprint {own}", f"load its base: {got}"
-    return [ConflictError(what, where=f"{MANIFEST}: base_fingerprint", got=mark, want=want, fix=fix)]
+    what, where, fix = (
+        "the adapter was made for other weights",
+        f"{MANIFEST}: base_fingerprint",
+        f"load its base: {got}",
+    )
+    return [ConflictError(what, where=where, got=mark, want=f"{own}, the model's", fix=fix)]
 
 
 def _names(model: nn.Module) -> list[str]:
     """The paths and hub ids that the model's pretrained weights are known by."""
     base = model.__dict__.get("_weft_base") or {}
-    named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return list(dict.fromkeys(str(n) for n in (base.get("path"), model.__dict__.get("_weft_source"), named) if n))
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return list(dict.fromkeys(str(n) for n in (base.get("path"), model.__dict__.get("_weft_source"), own) if n))
 
 
 def _alike(mine: str, other: str) -> bool:
@@ -194,7 +222,7 @@ def _pairs(
     problems += some([path for path in pairs if path not in sites], lambda path: _unknown(path, sites))
     if not pairs:
         problems.append(_wrong("there is no LoRA pair", TENSORS, f"{len(found)} tensors", want))
-    return {path: halves for path, halves in pairs.items() if path in sites}, problems
+    return {path: pairs[path] for path in sites if path in pairs}, problems
 
 
 def _unknown(path: str, sites: Mapping[str, Place]) -> WeftError:
@@ -209,7 +237,9 @@ def _misfits(model: nn.Module, path: str, site: Place, halves: Mapping[str, Entr
     if not isinstance(module, nn.Linear) or len(site.modules) > 1:
         got = f"a weight shared with {', '.join(p for p in site.modules if p != path)}"
         got = got if len(site.modules) > 1 else type(module).__name__.removeprefix("Woven")
-        return [ConflictError("the adapter's module takes no LoRA", where=path, got=got, want="a linear layer", fix=MERGE)]
+        return [
+            ConflictError("the adapter's module takes no LoRA", where=path, got=got, want="a linear layer", fix=MERGE)
+        ]
     problems: list[WeftError] = []
     want = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
     for half, shape in want.items():
@@ -232,15 +262,22 @@ def _unlike_targets(model: nn.Module, given: Settings, have: set[str]) -> list[W
     count = f"{len(have.intersection(meant))} of {len(meant)} pairs"
     problems = some(
         [path for path in meant if path not in have],
-        lambda path: _wrong("the adapter is incomplete", key(path, "A"), count, "a pair for every module of target_modules"),
+        lambda path: _wrong(
+            "the adapter is incomplete", key(path, "A"), count, "a pair for every module of target_modules"
+        ),
     )
     problems += some(
         sorted(have.intersection(linear).difference(meant)),
-        lambda path: _wrong("a pair is not meant by the settings", f"{TENSORS}: {path}", path, "a module of target_modules"),
+        lambda path: _wrong(
+            "a pair is not meant by the settings", f"{TENSORS}: {path}", path, "a module of target_modules"
+        ),
     )
+    known = {end for path in linear for end in ends(path)}
     return problems + some(
-        [entry for entry in given.target_modules if not any(named(path, [entry]) for path in linear)],
-        lambda entry: _wrong("a target got no tensor", f"{CONFIG}: target_modules", entry or "''", "a linear layer's name"),
+        [entry for entry in given.target_modules if entry not in known],
+        lambda entry: _wrong(
+            "a target got no tensor", f"{CONFIG}: target_modules", entry or "''", "a linear layer's name"
+        ),
     )
 
 
@@ -258,7 +295,9 @@ def _beyond(t: Tensor, limit: float) -> int:
 
 def _unsound(name: str, t: Tensor) -> WeftError:
     got = f"{_beyond(t, LIMIT)} of {t.numel()} values NaN, infinite or at least {LIMIT:g}"
-    return NumericError("the adapter holds values that no weight has", where=name, got=got, want="finite values", fix=COPY)
+    return NumericError(
+        "the adapter holds values that no weight has", where=name, got=got, want="finite values", fix=COPY
+    )
 
 
 def _overflows(expr: Expr, dtype: torch.dtype) -> int:

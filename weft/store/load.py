@@ -182,15 +182,7 @@ def _load_weft(
             want="the model's matrices",
             fix="copy the folder again",
         )
-    terms: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
-    plain: dict[str, Tensor] = {}
-    for key, t in content.items():
-        name, colon, path = key.partition(":")
-        if colon and name in terms:
-            terms[name][path] = t
-        else:
-            plain[key] = t
-    exprs, problems = _build(sites, terms, folder.name)
+    exprs, plain, problems = expressions_of(sites, content, folder.name)
     problems += [*assign_plain(model, plain, compute, folder.name), *broken(plain), *_broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)
@@ -203,10 +195,21 @@ def _load_weft(
     return model
 
 
-def _build(
-    sites: Mapping[str, Any], terms: Mapping[str, dict[str, Tensor]], where: str
-) -> tuple[dict[str, Expr], list[WeftError]]:
-    """Every site's expression from its tree and its tensors, which are used up; and what cannot be read."""
+def expressions_of(
+    sites: Any, content: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Expr], dict[str, Tensor], list[WeftError]]:
+    """Every site's expression from its tree and its tensors; the tensors of no site; and what cannot be read."""
+    if not isinstance(sites, dict):
+        got, want, fix = type(sites).__name__, "expressions by site", "copy the folder again"
+        return {}, {}, [FormatError("a manifest has no sites", where=where, got=got, want=want, fix=fix)]
+    terms: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
+    plain: dict[str, Tensor] = {}
+    for key, t in content.items():
+        name, colon, path = key.partition(":")
+        if colon and name in terms:
+            terms[name][path] = t
+        else:
+            plain[key] = t
     exprs: dict[str, Expr] = {}
     problems: list[WeftError] = []
     for name, tree in sites.items():
@@ -236,7 +239,7 @@ def _build(
                     fix="copy the folder again",
                 )
             )
-    return exprs, problems
+    return exprs, plain, problems
 
 
 def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +17,7 @@ LIMIT = 1e30
 """No sound adapter has a number as large as this."""
 COPY = "copy the adapter again from its source"
 MERGE = "merge the adapter into its base with what made it, and load the result"
-_SHOWN = 20
+_SHOWN, _MOST = 20, 100_000
 _IDLE = {
     "peft_type", "task_type", "inference_mode", "lora_dropout", "revision", "auto_mapping", "peft_version", "megatron_core",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config", "unsloth_fixed",
@@ -28,6 +29,7 @@ _NAME = re.compile(r"[\w.-]+")
 _T = TypeVar("_T")
 _Rank = Annotated[int, Field(ge=1)]
 _Alpha = Annotated[float, Field(gt=-LIMIT, lt=LIMIT)]
+_Names = Annotated[list[str], Field(max_length=_MOST)]
 
 
 class Settings(BaseModel):
@@ -38,12 +40,12 @@ class Settings(BaseModel):
     r: _Rank
     lora_alpha: _Alpha
     use_rslora: bool | None = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Alpha] | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    rank_pattern: Annotated[dict[str, _Rank], Field(max_length=_MOST)] | None = None
+    alpha_pattern: Annotated[dict[str, _Alpha], Field(max_length=_MOST)] | None = None
+    target_modules: _Names | str | None = None
+    exclude_modules: _Names | str | None = None
+    layers_to_transform: Annotated[list[int], Field(max_length=_MOST)] | int | None = None
+    layers_pattern: Annotated[list[str], Field(max_length=100)] | str | None = None
     base_model_name_or_path: str | None = None
     init_lora_weights: bool | str | None = None
     bias: str | None = None
@@ -59,10 +61,17 @@ class Settings(BaseModel):
 
     def targets(self, path: str) -> bool:
         """Whether `target_modules`, a list of names, means this module."""
-        listed, excluded = self.target_modules or [], self.exclude_modules or []
-        if path == excluded or (not isinstance(excluded, str) and named(path, excluded)):
+        if path == self.exclude_modules or named(path, self._excluded):
             return False
-        return path in listed or (named(path, listed) and self._in_layers(path))
+        return path in self._listed or (named(path, self._listed) and self._in_layers(path))
+
+    @cached_property
+    def _listed(self) -> frozenset[str]:
+        return frozenset(self.target_modules if isinstance(self.target_modules, list) else ())
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules if isinstance(self.exclude_modules, list) else ())
 
     def stacks(self) -> list[str]:
         """The names of `layers_pattern`."""
@@ -86,14 +95,23 @@ def split(name: str) -> tuple[str, str] | None:
     return (path, half) if half in ("A", "B") and name == key(path, half) else None
 
 
-def named(path: str, names: Iterable[str]) -> bool:
+def ends(path: str) -> list[str]:
+    """The path, and what of it follows each dot."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def named(path: str, names: Collection[str]) -> bool:
     """Whether one of these is the path or its end."""
-    return any(path == n or path.endswith(f".{n}") for n in names)
+    return any(end in names for end in ends(path))
 
 
 def _first(pattern: Mapping[str, _T] | None, path: str, default: _T) -> _T:
     """The value of the first name in a pattern that fits."""
-    return next((value for name, value in (pattern or {}).items() if named(path, [name])), default)
+    fitting = [end for end in ends(path) if pattern and end in pattern]
+    if not pattern or not fitting:
+        return default
+    return pattern[fitting[0] if len(fitting) == 1 else next(name for name in pattern if name in fitting)]
 
 
 def _layer(parts: list[str], stacks: list[str]) -> int | None:
@@ -108,23 +126,24 @@ def settings(table: Mapping[str, Any]) -> Settings:
     """The settings of a LoRA. Errors: FormatError naming all that are missing or ill-typed; ConflictError for other adapters."""
     kind = table.get("peft_type")
     if kind != "LORA":
-        raise (ConflictError if isinstance(kind, str) else FormatError)(
+        wrong = (ConflictError if isinstance(kind, str) else FormatError)(
             "this kind of adapter cannot be attached",
             where=f"{CONFIG}: peft_type",
             got=brief(kind),
             want="LORA",
             fix=MERGE,
         )
+        raise wrong
     try:
         return Settings.model_validate(table)
     except ValidationError as e:
-        wrong = {".".join(map(str, p["loc"])): p for p in e.errors()[:_SHOWN]}
-        got = {k: "nothing" if p["type"] == "missing" else brief(p["input"]) for k, p in wrong.items()}
+        bad = {".".join(map(str, p["loc"])): p for p in e.errors()[:_SHOWN]}
+        got = {k: "nothing" if p["type"] == "missing" else brief(p["input"]) for k, p in bad.items()}
         raise FormatError(
             "the adapter's settings are wrong",
-            where=f"{CONFIG}: {', '.join(wrong)}",
+            where=f"{CONFIG}: {', '.join(bad)}",
             got=", ".join(f"{k}={v}" for k, v in got.items()),
-            want="; ".join(f"{k}: {p['msg']}" for k, p in wrong.items()),
+            want="; ".join(f"{k}: {p['msg']}" for k, p in bad.items()),
             fix=COPY,
         ) from None
 

@@ -122,7 +122,9 @@ def main() -> int:
     }
     for name, ratio in ratios.items():
         print(f"  {name:36} {ratio:.2f}")
-    print(f"  peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, of which the tensors {size / 1e9:.1f}")
+    print(
+        f"  peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, of which the tensors {size / 1e9:.1f}"
+    )
     return int(ratios["save / copy that hashes and syncs"] > 1.3 or ratios["load cold / safetensors"] > 1.2)
 
 

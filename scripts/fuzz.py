@@ -145,10 +145,16 @@ def hypothesis_run(name: str, seconds: float, seed: int = 0) -> dict[str, float]
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
 
-    texts = st.text(max_size=20) | st.sampled_from(["..", "/", "\0", "a" * 600, "NaN", "&a *a", "!!python/x", "<<", "1e999"])
+    texts = st.text(max_size=20) | st.sampled_from(
+        ["..", "/", "\0", "a" * 600, "NaN", "&a *a", "!!python/x", "<<", "1e999"]
+    )
     scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | texts
-    trees = st.recursive(scalars, lambda s: st.lists(s, max_size=4) | st.dictionaries(texts, s, max_size=4), max_leaves=12)
-    tokens = st.sampled_from([b"[" * 3000, b"{", b"}", b'"', b":", b"- ", b"\n", b"\t", b"\xff", b"1e999", b"-1", b"9" * 5000])
+    trees = st.recursive(
+        scalars, lambda s: st.lists(s, max_size=4) | st.dictionaries(texts, s, max_size=4), max_leaves=12
+    )
+    tokens = st.sampled_from(
+        [b"[" * 3000, b"{", b"}", b'"', b":", b"- ", b"\n", b"\t", b"\xff", b"1e999", b"-1", b"9" * 5000]
+    )
     pieces = st.binary(max_size=12) | tokens
     target, sound = TARGETS[name], seeds(name)
     ground()
@@ -223,8 +229,16 @@ def atheris_run(name: str, seconds: float) -> int:
     corpus = Path(tempfile.mkdtemp(prefix="weft-corpus-"))
     for i, raw in enumerate(seeds(name)):
         (corpus / str(i)).write_bytes(raw)
-    limits = [f"-artifact_prefix={corpus}/", f"-max_total_time={int(seconds)}", f"-timeout={int(SLOW)}", "-rss_limit_mb=2048", "-max_len=20000"]
-    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", str(corpus)], lambda raw: attempt(TARGETS[name], raw) and None)
+    limits = [
+        f"-artifact_prefix={corpus}/",
+        f"-max_total_time={int(seconds)}",
+        f"-timeout={int(SLOW)}",
+        "-rss_limit_mb=2048",
+        "-max_len=20000",
+    ]
+    atheris.Setup(
+        [sys.argv[0], *limits, "-print_final_stats=1", str(corpus)], lambda raw: attempt(TARGETS[name], raw) and None
+    )
     atheris.Fuzz()
     return 0
 
@@ -251,11 +265,15 @@ def main() -> int:
     for name in names:
         if "hypothesis" in engines:
             found = hypothesis_run(name, share)
-            print(f"{name:10} hypothesis {found['calls']:8.0f} calls, slowest {found['slowest']:.2f} s, {found['MB']:+.0f} MB")
+            print(
+                f"{name:10} hypothesis {found['calls']:8.0f} calls, slowest {found['slowest']:.2f} s, {found['MB']:+.0f} MB"
+            )
         if "atheris" in engines:
             again = [sys.executable, __file__, "--engine", "atheris", "--only", name, "--minutes", str(share / 60)]
             done = subprocess.run(again, capture_output=True, text=True)
-            stats = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line or "peak_rss" in line]
+            stats = [
+                line for line in done.stderr.splitlines() if "number_of_executed_units" in line or "peak_rss" in line
+            ]
             print(f"{name:10} atheris    {'; '.join(s.removeprefix('stat::') for s in stats)}")
             if done.returncode:
                 print(done.stderr[-4000:])

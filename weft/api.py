@@ -73,9 +73,7 @@ def may_write(model: nn.Module, out: str | Path, replace: bool = False) -> None:
     store.may_write(model, out, replace=replace, nbytes=store.nbytes(model))
 
 
-def attach(
-    model: nn.Module, adapter: str | Path, *, name: str = "default", unverified_base: bool = False
-) -> list[str]:
+def attach(model: nn.Module, adapter: str | Path, *, name: str = "default", unverified_base: bool = False) -> list[str]:
     """Add a PEFT LoRA folder to a model as terms `adapter:NAME`, in place; returns the sites.
 
     Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for an adapter of another

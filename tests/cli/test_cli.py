@@ -206,7 +206,9 @@ def test_a_broken_folder_is_found(model: Path, tmp_path: Path) -> None:
 def test_a_recipe_runs(model: Path, texts: Path, tmp_path: Path) -> None:
     """Its steps in order, each on its sites; what is wrong with it shows before the model is loaded."""
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
-    recipe.write_text('weft: 1\nsteps:\n  - magnitude: {sparsity: 0.5}\n    at: "*.mlp.*"\n  - rtn: {bits: 4, group: 16}\n')
+    recipe.write_text(
+        'weft: 1\nsteps:\n  - magnitude: {sparsity: 0.5}\n    at: "*.mlp.*"\n  - rtn: {bits: 4, group: 16}\n'
+    )
     made = weft_("run", str(recipe), str(model), "--data", str(texts), "--out", str(out), "--json")
     assert made.exit_code == 0, made.output
     rows = json.loads(made.stdout)
@@ -249,7 +251,9 @@ def test_the_cache_is_shown_limited_and_cleaned(tmp_path: Path) -> None:
     assert weft_("cache", "--cache", str(folder), "--limit", "much").exit_code == 2
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """No evidence is collected, nothing is trained, for a result that could not be saved."""
     out = tmp_path / "out"
     out.mkdir()

@@ -110,7 +110,9 @@ def safetensors(entries: str, data: bytes = b"\0" * 16) -> bytes:
 
 def two(folder: Path) -> None:
     """An index beside a single file."""
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    )
 
 
 def index(**weight_map: str) -> Edit:

@@ -21,6 +21,7 @@ from weft.store.tensors import read_tensors, write_tensors
 
 from .edits import cut, entry, index, plain, raw, refused, safetensors, table, tensors, told, two, woven
 
+
 def linked(folder: Path) -> None:
     """A single file that is a link to one outside."""
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
@@ -64,7 +65,10 @@ PLAIN: dict[str, tuple[Edit, type[WeftError]]] = {
     ),
     "F22 config with NaN": (raw("config.json", b'{"architectures": ["LlamaForCausalLM"], "x": NaN}'), FormatError),
     "F19 config of no width": (table("config.json", lambda c: c.update(hidden_size="wide")), FormatError),
-    "F23 unknown architecture": (table("config.json", lambda c: c.update(architectures=["EvilForCausalLM"])), FormatError),
+    "F23 unknown architecture": (
+        table("config.json", lambda c: c.update(architectures=["EvilForCausalLM"])),
+        FormatError,
+    ),
     "F23 no architecture": (table("config.json", lambda c: c.pop("architectures")), FormatError),
     "F23 architecture is a number": (table("config.json", lambda c: c.update(architectures=[7])), FormatError),
     "F23 architectures is a word": (
@@ -94,7 +98,10 @@ PLAIN: dict[str, tuple[Edit, type[WeftError]]] = {
     "F07 header is not text": (raw("model.safetensors", struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc"), FormatError),
     "F10 name with a line break": (rename("model.norm.weight", "model.norm\nweight"), FormatError),
     "F13 a flipped bit is not finite": (value("model.norm.weight", float("nan")), NumericError),
-    "F14 index is cut": (lambda f: (index()(f), raw("model.safetensors.index.json", b'{"weight_map": {')(f)), FormatError),
+    "F14 index is cut": (
+        lambda f: (index()(f), raw("model.safetensors.index.json", b'{"weight_map": {')(f)),
+        FormatError,
+    ),
     "F14 index without a map": (lambda f: (index()(f), raw("model.safetensors.index.json", b"{}")(f)), FormatError),
     "F14 index nested": (
         lambda f: (index()(f), raw("model.safetensors.index.json", b'{"weight_map": ' + b"[" * 100_000)(f)),
@@ -181,7 +188,9 @@ def test_a_faulty_weft_folder_is_refused(fault: str, tiny: Any, tmp_path: Path) 
 
 HEADERS: dict[str, bytes] = {
     "F09 duplicate name": safetensors(f'{{"a": {entry()}, "a": {entry()}}}'),
-    "F09 duplicate field": safetensors('{"a": {"dtype": "F32", "dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'),
+    "F09 duplicate field": safetensors(
+        '{"a": {"dtype": "F32", "dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'
+    ),
     "F11 overlap": safetensors(f'{{"a": {entry()}, "b": {entry(shape=[1], offsets=[8, 12])}}}'),
     "F11 the same bytes twice": safetensors(f'{{"a": {entry()}, "b": {entry()}}}'),
     "F11 hole": safetensors(f'{{"a": {entry(shape=[1], offsets=[0, 4])}, "b": {entry(shape=[2], offsets=[8, 16])}}}'),
@@ -404,8 +413,8 @@ def test_an_error_survives_a_process_boundary() -> None:
 
 
 UNSAFE = [
-    "../x", "..", "/etc/x", "C:\\x", "C:x", "\\\\host\\share\\x", "\\x", "a/C:\\x", "a/../../x", "a\\..\\x", "", "a//x", "./x", "a/", "x\0", "x\n",
-    "a./x", "x ", "CON:",
+    "../x", "..", "/etc/x", "C:\\x", "C:x", "\\\\host\\share\\x", "\\x", "a/C:\\x", "a/../../x", "a\\..\\x", "", "a//x", "./x", "a/",
+    "x\0", "x\n", "a./x", "x ", "CON:",
 ]  # fmt: skip
 
 
@@ -485,7 +494,9 @@ def test_f17_weights_that_are_not_finite_are_counted(name: str, tiny: Any, tmp_p
     assert e.where == name and str(e.got).startswith("2 of ") and str(e.got).endswith("1]")
     model = weave(tiny())
     with torch.no_grad():
-        dict(model.named_parameters())[name if "norm" in name else name.replace("weight", "expr.w")].view(-1)[0] = torch.inf
+        dict(model.named_parameters())[name if "norm" in name else name.replace("weight", "expr.w")].view(-1)[0] = (
+            torch.inf
+        )
     refused(lambda: save(model, tmp_path / "out"), NumericError, tmp_path)
     assert not (tmp_path / "out").exists()
 

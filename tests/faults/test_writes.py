@@ -224,7 +224,9 @@ def test_f37_a_damaged_cache_entry_is_made_again(damage: str, tmp_path: Path) ->
         raw = path.read_bytes()
         at = raw.rfind(b"1") if path.suffix == ".json" else len(raw) - 2
         flipped = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
-        path.unlink() if damage == "gone" else path.write_bytes({"cut": raw[:-4], "flipped": flipped, "torn": raw[:20]}[damage])
+        path.unlink() if damage == "gone" else path.write_bytes(
+            {"cut": raw[:-4], "flipped": flipped, "torn": raw[:20]}[damage]
+        )
     assert torch.equal(cache.tensors("kind", "name", tensors)["x"], torch.ones(4))
     assert cache.json("kind", "name", value) == {"x": 0.1} and sorted(made) == ["json", "json", "tensors", "tensors"]
 
@@ -248,7 +250,9 @@ def test_f34_a_disk_that_fails_leaves_the_old_folder(
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", fsync)
         refused(lambda: save(models[1], out, replace=True), PathError if code == errno.EIO else ResourceError)
-    assert count == at and verify(out) == [] and [p.name for p in tmp_path.iterdir() if p.name != "weft-cache"] == ["out"]
+    assert (
+        count == at and verify(out) == [] and [p.name for p in tmp_path.iterdir() if p.name != "weft-cache"] == ["out"]
+    )
     assert fingerprint(load(out)) in {fingerprint(m) for m in models}
 
 

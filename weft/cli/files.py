@@ -14,7 +14,9 @@ from weft.cli.output import emit
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that weft wrote.")], as_json: AsJson = False, quiet: Quiet = False
+    folder: Annotated[Path, typer.Argument(help="A folder that weft wrote.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> int | None:
     """Check every byte of a folder against its manifest."""
     import weft
@@ -67,7 +69,8 @@ def attach(
     out: Out,
     name: Annotated[str, typer.Option(help="The adapter's name in the model.")] = "default",
     unverified_base: Annotated[
-        bool, typer.Option("--unverified-base", help="Take it although it does not say that it was made for this model.")
+        bool,
+        typer.Option("--unverified-base", help="Take it although it does not say that it was made for this model."),
     ] = False,
     replace: Replace = False,
     quiet: Quiet = False,
@@ -86,7 +89,8 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A file of steps: YAML or JSON.")],
     model: ModelName,
     data: Annotated[
-        str | None, typer.Option(help="Calibration data: a file, a folder or a lab task; weft's own texts if not given.")
+        str | None,
+        typer.Option(help="Calibration data: a file, a folder or a lab task; weft's own texts if not given."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.", min=1)] = 16384,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -87,9 +87,8 @@ def _onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
     kept, mask = getattr(base, "kept", None), base.mask()
     if isinstance(kept, Expr) and mask is not None:
         return base.rebuild(kept=_onto(kept, compact(value, mask)))
-    if not isinstance(base, Quantized):
-        raise _refusal("expression", base) or TypeError(type(base).__name__)
-    fit = _fit(base, value)
+    grid = cast(Quantized, base)  # `_refusal` has seen to it
+    fit = _fit(grid, value)
     return Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group)
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from weft.error import OptionError
+from weft.error import NumericError, OptionError
+from weft.expr import Expr, tensors
+from weft.model import Group, Site
 
 Kind = Literal[
     "rewrite", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
@@ -85,8 +88,19 @@ class Method:
             ) from None
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        """Run the function with checked options."""
-        return self.fn(*args, **self.bind(given))
+        """Run the function with checked options. Errors: OptionError; NumericError naming the site where a rewrite broke down."""
+        options = self.bind(given)
+        if self.kind != "rewrite":
+            return self.fn(*args, **options)
+        group: Group = args[0]
+        try:
+            made = self.fn(*args, **options)
+        except torch.linalg.LinAlgError as e:
+            problem = _broken(group.name, str(e))
+            raise problem from e
+        for site, expr in zip(group, made if isinstance(made, list) else [made], strict=True):
+            _finite(site, expr)
+        return made
 
     def claim(self, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Attach the proof of the paper's claim: a function `(lab) -> Claim`."""
@@ -107,6 +121,25 @@ class Method:
 @functools.cache
 def _hash(file: str, _changed: int, _size: int) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+
+
+def _finite(site: Site, made: Expr) -> None:
+    """Check the tensors that a rewrite made. Errors: NumericError."""
+    held = {id(t) for t in tensors(site.now).values()}
+    for path, t in tensors(made).items():
+        if id(t) not in held and t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            problem = _broken(site.name, f"{path} of {made.describe()} holds NaN or infinity")
+            raise problem
+
+
+def _broken(where: str, got: str) -> NumericError:
+    return NumericError(
+        "a rewrite gave what is not finite",
+        where=where,
+        got=got,
+        want="finite weights",
+        fix="look for NaN, infinite or huge values in the weight and its evidence, or leave the site out",
+    )
 
 
 METHODS: dict[str, Method] = {}

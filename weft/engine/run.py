@@ -179,7 +179,7 @@ def relative_error(before: Site, after: Expr) -> float | None:
     if not before.evidence:
         return None
     gram, weight = before.evidence[0].gram, before.original
-    gap = after.dense().float() - weight
+    gap = after.dense().detach().float() - weight
     return float((((gap @ gram) * gap).sum().clamp(min=0) / ((weight @ gram) * weight).sum().clamp(min=1e-20)).sqrt())
 
 

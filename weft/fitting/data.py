@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from weft.error import ConflictError, FormatError
+from weft.error import ConflictError, FormatError, OptionError, raise_all
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, classes, padded, windows
-from weft.learn.data import Example, Pair, Response, Text, read
+from weft.learn.data import Example, Pair, Response, Text, read, render
 from weft.learn.data import fingerprint as examples_fingerprint
 from weft.stats import objective
 
@@ -114,17 +114,31 @@ def texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
         elif isinstance(e, Pair):
             made += [e.query, e.positive]
         else:
-            made.append(
-                tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in e.messages], tokenize=False)
-            )
+            made.append(render(e, tokenizer, tokenize=False))
     return made
 
 
 def batches(
     examples: Sequence[Example], model: nn.Module, tokenizer: Any, *, length: int, tokens: int
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings."""
-    found = texts(examples, tokenizer)
+    """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings.
+
+    Texts of white space alone are left out. Errors: OptionError for fewer than one token, FormatError for no text at all.
+    """
+    raise_all(
+        [
+            OptionError(
+                "there is nothing to calibrate on", where=n, got=v, want="a whole number, 1 or more", fix="raise it"
+            )
+            for n, v in {"tokens": tokens, "length": length}.items()
+            if type(v) is not int or v < 1
+        ]
+    )
+    found = [t for t in texts(examples, tokenizer) if t.strip()]
+    if not found:
+        where = examples[0].name if examples and examples[0].name else "calibration data"
+        got, want, fix = f"{len(examples)} examples", "at least one with text", "give other data, or leave out --data"
+        raise FormatError("there is no text to calibrate on", where=where, got=got, want=want, fix=fix)
     if objective(model).embeds:
         return padded(found, tokenizer, length=length, tokens=tokens)
     return windows(found, tokenizer, length=length, tokens=tokens, classes=classes(model))

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.error import FormatError, PathError, WeftError, raise_all
-from weft.store.files import parse_json
+from weft.error import FormatError, OptionError, PathError, WeftError, raise_all
+from weft.learn.text import decode
+from weft.store.files import MAX_JSON, parse_json
 
 IGNORE = -100
 
@@ -67,55 +68,62 @@ def read(source: str | Path) -> list[Example]:
     """Examples of a `.txt` file (one text), a `.jsonl`, `.json` or `.csv` file (one a record), or a folder of such files.
 
     Records hold `text`, or `prompt` and `response`, or `messages`, or `query` and `positive`.
-    Errors: PathError; FormatError with every bad record (up to ten) and for kinds that are mixed.
+    Errors: PathError; FormatError with every bad record (up to ten), for kinds that are mixed and for no example at all.
     """
-    path = Path(source)
-    if path.is_dir():
-        found, problems = list[Example](), list[WeftError]()
-        for p in sorted(path.rglob("*")):
-            if p.suffix in _READERS and p.is_file():
-                try:
-                    found += _READERS[p.suffix](p)
-                except WeftError as e:
-                    problems.append(e)
-        raise_all(problems)
-    elif path.suffix in _READERS and path.is_file():
-        found = _READERS[path.suffix](path)
-    else:
-        raise PathError(
-            "no data there",
-            where=str(source),
-            got="nothing readable",
-            want=f"a folder or a file: {', '.join(_READERS)}",
-            fix="check the path",
-        )
+    found, problems = list[Example](), list[WeftError]()
+    for path in _files(str(source)):
+        try:
+            found += _READERS[path.suffix](path)
+        except WeftError as e:
+            problems.append(e)
+    raise_all(problems)
     kinds = sorted({type(e).__name__ for e in found})
-    if len(kinds) != 1:
+    if not kinds:
+        raise FormatError(
+            "the data is empty",
+            where=str(source),
+            got="no text and no record",
+            want="at least one example",
+            fix="check the path and what is there",
+        )
+    if len(kinds) > 1:
         raise FormatError(
             "data must be of one kind",
             where=str(source),
-            got=", ".join(kinds) or "no examples",
+            got=", ".join(kinds),
             want="one kind of record",
             fix="split the file",
         )
     return found
 
 
-def _text(path: Path) -> list[Example]:
-    return [Text(_decode(path), path.name)]
-
-
-def _decode(path: Path) -> str:
+def _files(source: str) -> list[Path]:
+    """The data files at a path, in order. Errors: PathError if it is neither a folder nor a file of a known kind."""
+    path = Path(source)
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise FormatError(
-            "a file is not text", where=path.name, got=str(e), want="UTF-8", fix="convert the file"
-        ) from None
+        if source and path.is_dir():
+            return [p for p in sorted(path.rglob("*")) if p.suffix in _READERS and not p.is_dir()]
+        got = "no file" if not path.exists() else "no regular file" if not path.is_file() else None
+    except OSError as e:
+        got = e.strerror
+    if got is None and path.suffix in _READERS:
+        return [path]
+    raise PathError(
+        "no data there",
+        where=source,
+        got=got or f"a file that ends in {path.suffix or 'nothing'}",
+        want=f"a folder or a file: {', '.join(_READERS)}",
+        fix="check the path, or convert the data: .jsonl holds any of it",
+    )
+
+
+def _text(path: Path) -> list[Example]:
+    text = decode(path)
+    return [Text(text, path.name)] if text.strip() else []
 
 
 def _lines(path: Path) -> list[Example]:
-    lines = [(i, line) for i, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(decode(path).split("\n"), 1) if line.strip()]
     return _records(
         path,
         [(f"line {i}", lambda line=line, i=i: parse_json(line.encode(), f"{path.name} line {i}")) for i, line in lines],
@@ -123,7 +131,10 @@ def _lines(path: Path) -> list[Example]:
 
 
 def _array(path: Path) -> list[Example]:
-    table = parse_json(_decode(path).encode(), path.name)
+    if path.is_file() and (size := path.stat().st_size) > MAX_JSON:
+        got, want, fix = f"{size} bytes", f"at most {MAX_JSON}", "use .jsonl: one record a line"
+        raise FormatError("a JSON data file is too large", where=path.name, got=got, want=want, fix=fix)
+    table = parse_json(decode(path, MAX_JSON).encode(), path.name)
     if not isinstance(table, list):
         raise FormatError(
             "a JSON data file holds a list",
@@ -137,7 +148,7 @@ def _array(path: Path) -> list[Example]:
 
 def _table(path: Path) -> list[Example]:
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.StringIO(_decode(path)))
+    rows = csv.DictReader(io.StringIO(decode(path)))
     return _records(path, [(f"row {i}", partial(_itself, r)) for i, r in enumerate(rows, 1)])
 
 
@@ -153,7 +164,7 @@ def _records(path: Path, rows: list[tuple[str, Any]]) -> list[Example]:
     problems: list[WeftError] = []
     for where, get in rows:
         try:
-            made.append(_example(get(), f"{path.name} {where}"))
+            made.append(_whole(_example(get(), f"{path.name} {where}")))
         except WeftError as e:
             problems.append(e)
             if len(problems) == 10:
@@ -185,6 +196,16 @@ def _example(record: Any, where: str) -> Example:
             )
 
 
+def _whole(example: Example) -> Example:
+    """The example. Errors: FormatError for half a character, as `\\ud800` in JSON is one: no tokenizer takes it."""
+    try:
+        json.dumps(astuple(example), ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        where, got, fix = example.name, f"half a surrogate pair: {e.object[e.start]!a}", "write the character as UTF-8"
+        raise FormatError("a record is not text", where=where, got=got, want="whole characters", fix=fix) from None
+    return example
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of every example, in order."""
     word = hashlib.blake2b(digest_size=16)
@@ -197,19 +218,27 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, length: int) -> list[
     """Tokens and targets of language-model examples, at most `length` tokens each.
 
     Long plain texts are cut into windows; a long prompt loses its start, so that the response stays.
-    Errors: FormatError if no token at all is a target, or if the examples are pairs.
+    Errors: FormatError if no token at all is a target, or if the examples are pairs; OptionError for a length below 2.
     """
+    if length < 2:
+        want, fix = "at least 2: a token and the one after it", "raise it"
+        raise OptionError("examples this short have no target", where="length", got=length, want=want, fix=fix)
     made = [e for example in examples for e in _encode(example, tokenizer, length)]
     made = [e for e in made if any(label != IGNORE for label in e.labels[1:])]
     if not made:
         raise FormatError(
             "no token is a target",
-            where="training data",
+            where=_span(examples),
             got=f"{len(examples)} examples",
             want="at least one response or text token",
             fix="fill in the responses, or raise the length",
         )
     return made
+
+
+def _span(examples: Sequence[Example]) -> str:
+    """Where examples are: from the first one's place to the last one's."""
+    return " to ".join(dict.fromkeys(e.name for e in (*examples[:1], *examples[-1:]) if e.name)) or "training data"
 
 
 def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
@@ -233,7 +262,7 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
         return [_chat(example, tokenizer, length)]
     raise FormatError(
         "pairs do not train a language model",
-        where=example.name,
+        where=_span([example]),
         got="query and positive",
         want="text, responses or messages",
         fix="use an embedding model",
@@ -242,33 +271,48 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
 
 def _chat(example: Chat, tokenizer: Any, length: int) -> Encoded:
     """Render ever longer beginnings of the conversation; what an assistant's turn adds is a target."""
-    turns = [{"role": r, "content": c} for r, c in example.messages]
-    if not tokenizer.chat_template:
-        raise FormatError(
-            "this tokenizer has no chat template",
-            where=example.name,
-            got="none",
-            want="a chat template",
-            fix="give prompt and response records",
-        )
     ids: list[int] = []
     labels: list[int] = []
-    for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(
-                turns[:i], tokenize=True, add_generation_prompt=True, return_dict=False
-            )
+    for i, (role, _) in enumerate(example.messages):
+        if role == "assistant":
+            asked = render(example, tokenizer, i, add_generation_prompt=True)
             labels += [IGNORE] * (len(asked) - len(ids))
             ids = list(asked)
-        whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=True, return_dict=False)
+        whole = render(example, tokenizer, i + 1)
         if list(whole[: len(ids)]) != ids:
             raise FormatError(
                 "this chat template rewrites earlier turns",
-                where=example.name,
+                where=_span([example]),
                 got="another beginning",
                 want="a template that only appends",
                 fix="give prompt and response records",
             )
-        labels += whole[len(ids) :] if turn["role"] == "assistant" else [IGNORE] * (len(whole) - len(ids))
+        labels += whole[len(ids) :] if role == "assistant" else [IGNORE] * (len(whole) - len(ids))
         ids = list(whole)
     return Encoded(ids[-length:], labels[-length:])
+
+
+def render(example: Chat, tokenizer: Any, count: int | None = None, *, tokenize: bool = True, **how: Any) -> Any:
+    """The first `count` turns in the tokenizer's chat template, as tokens or as text.
+
+    Errors: FormatError if there is no template, or if it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise FormatError(
+            "this tokenizer has no chat template",
+            where=_span([example]),
+            got="none",
+            want="a chat template",
+            fix="give prompt and response records",
+        )
+    turns = [{"role": r, "content": c} for r, c in example.messages[:count]]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=tokenize, return_dict=False, **how)
+    except Exception as e:  # a template is a program of its own
+        raise FormatError(
+            "the chat template refuses this conversation",
+            where=_span([example]),
+            got=f"{type(e).__name__}: {e}",
+            want="roles and turns as the model's template expects them",
+            fix="mend the record, or give prompt and response records",
+        ) from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -15,12 +16,12 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from weft.error import FormatError, OptionError, WeftError
+from weft.error import FormatError, NumericError, OptionError, WeftError, raise_all
 from weft.learn.data import IGNORE, Encoded, Example, Pair, encode
 from weft.learn.objective import contrast, likelihood
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
-from weft.stats.walker import forward
+from weft.stats.walker import forward, in_vocabulary
 from weft.store.files import read_json
 from weft.store.tensors import read_tensors, write_tensors
 
@@ -45,6 +46,9 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = self.loss_of(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            problem = _diverged(f"step {self.state.global_step + 1}", f"a loss of {float(loss)}")
+            raise problem
         return (loss, None) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -56,6 +60,16 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         restore(cast(nn.Module, self.model), Path(str(self.state.best_model_checkpoint)))
+
+
+def _diverged(where: str, got: str) -> NumericError:
+    return NumericError(
+        "training is not finite",
+        where=where,
+        got=got,
+        want="finite numbers",
+        fix="train at a lower rate; if it is the first step, look for NaN or huge weights",
+    )
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -131,11 +145,14 @@ def train(
 
     Pairs train an embedding model by contrast. AdamW, linear warm-up over a twentieth of the steps, cosine decay to a tenth.
     With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit.
-    Deterministic for a seed on one machine.
-    Errors: OptionError if nothing is trainable; FormatError if no token is a target.
+    Deterministic for a seed on one machine. A batch is at most all examples.
+    Errors: OptionError for what is out of range, or if nothing is trainable; FormatError if no token is a target or one is
+    not in the vocabulary; NumericError naming the step whose loss is not finite.
     """
     _may_train(model, data)
+    _in_range(lr, seed, steps=steps, batch=batch, save_every=save_every)
     items, loss = _task(model, data, tokenizer, length)
+    batch = min(batch, len(items))
     history = History()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -158,12 +175,33 @@ def train(
             trainer.add_callback(_Watch(step))
             trainer.train(resume_from_checkpoint=_last(work) if out else None)
     model.eval()
+    for name, t in trainable(model).items():
+        if not bool(torch.isfinite(t).all()):
+            problem = _diverged(name, "NaN or infinity after the last step")
+            raise problem
     history.losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     history.tokens = (
         sum(len(i.input_ids) for i in items if isinstance(i, Encoded)) * steps * batch // max(1, len(items))
     )
     history.seconds = time.monotonic() - start
     return history
+
+
+def _in_range(lr: float, seed: int, **counts: int) -> None:
+    """Errors: OptionError for every number out of range."""
+    ranges: dict[str, tuple[object, bool, str]] = {
+        **{n: (v, type(v) is int and v >= 1, "a whole number, 1 or more") for n, v in counts.items()},
+        "lr": (lr, isinstance(lr, int | float) and 0 < lr < math.inf, "a finite number above 0"),
+        "seed": (seed, type(seed) is int and 0 <= seed < 1 << 32, "a whole number, 0 to 2^32 - 1"),
+    }
+    fix = "give another"
+    raise_all(
+        [
+            OptionError("training cannot take this", where=name, got=value, want=want, fix=fix)
+            for name, (value, fine, want) in ranges.items()
+            if not fine
+        ]
+    )
 
 
 def _may_train(model: nn.Module, data: Sequence[Example]) -> None:
@@ -200,7 +238,9 @@ def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, length: int
     def fit(m: nn.Module, x: Mapping[str, Tensor], count: Any) -> Tensor:
         return likelihood(forward(m, _inputs(x)), x["labels"], count)
 
-    return list(encode(data, tokenizer, length=length)), fit
+    encoded = encode(data, tokenizer, length=length)
+    in_vocabulary(model, torch.tensor([max(e.input_ids) for e in encoded]))
+    return list(encoded), fit
 
 
 def _inputs(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -89,9 +89,9 @@ def _trials(x: Float[Tensor, "m g k"], name: str, group: int, symmetric: bool, s
 
 
 def _scale(s: Float[Tensor, "m g"]) -> Float[Tensor, "m g"]:
-    """Rounded to bfloat16; a group of zeros gets 1."""
+    """Rounded to bfloat16; a group of zeros gets 1. NaN stays, so that it is seen."""
     s = s.to(torch.bfloat16).float()
-    return torch.where(s > TINY, s, torch.ones_like(s))
+    return torch.where(s <= TINY, torch.ones_like(s), s)
 
 
 def _miss(x: Float[Tensor, "m g k"], v: Float[Tensor, "#m g k"], fit: Fitted) -> Float[Tensor, "m g"]:

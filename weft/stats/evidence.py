@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.error import FormatError
 from weft.model import Evidence, expression, fingerprint, finite, places
 from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients, trim
 from weft.stats.objective import objective
 from weft.stats.sums import InputSums, OutputSums
-from weft.stats.walker import Batch, Edges, Walker, forward
+from weft.stats.walker import Batch, Edges, Walker, forward, in_vocabulary
 from weft.store.files import read_json, write_json
 from weft.store.tensors import read_tensors, write_tensors
 
@@ -93,8 +94,10 @@ def collect(
 
     Sums over tokens, padding left out; the Gram in float32 a batch, merged in float64. With `gradient`, one backward pass
     weighs rows by their output gradients' second moments. Peak memory: one block's Grams, all hidden states.
-    Errors: NumericError with the site's name if a statistic is not finite.
+    Errors: NumericError with site, batch and sample if a value is not finite; FormatError for no batch at all, a sequence
+    without a token, and tokens of another vocabulary.
     """
+    _tokens(model, batches)
     place = folder / key(model, batches, seed, gradient)
     if (place / "index.json").exists():
         return Stats(place)
@@ -108,6 +111,19 @@ def collect(
             outputs, units = gradients(model, some, goal, seed=seed, progress=step)
     _Writer(model, place, outputs, units).walk(batches, bars)
     return Stats(place)
+
+
+def _tokens(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Refuse batches that hold nothing, or what the model does not know, before any work. Errors: FormatError."""
+    if not batches:
+        got, want, fix = "no batch", "at least one", "give more data"
+        raise FormatError("there is nothing to calibrate on", where="batches", got=got, want=want, fix=fix)
+    for i, batch in enumerate(batches):
+        in_vocabulary(model, batch["input_ids"])
+        kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().any(1)
+        if not bool(kept.all()):
+            where, got, fix = f"batch {i}, sample {int(kept.int().argmin())}", "padding alone", "leave out empty texts"
+            raise FormatError("a sequence has no token", where=where, got=got, want="at least one token", fix=fix)
 
 
 class _Writer:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from weft.error import NumericError
 from weft.model import places
 from weft.model.blocks import blocks
 from weft.stats.objective import Objective
 from weft.stats.sums import OutputSums
-from weft.stats.walker import Batch, forward, forwards
+from weft.stats.walker import Batch, forward, forwards, not_finite
 
 
 def gradients(
@@ -30,6 +31,7 @@ def gradients(
 
     Keys are module paths. The loss is `objective.probe`. Blocks are checkpointed, one sequence at a time goes through,
     so memory is bounded by one sequence's hidden states, its logits and one block's activations.
+    Errors: NumericError at the first sequence whose output is not finite, naming where that begins.
     """
     sums: dict[str, OutputSums] = {path: OutputSums() for place in places(model).values() for path in place.modules}
     units, rng = 0, torch.Generator().manual_seed(seed)
@@ -39,10 +41,13 @@ def gradients(
 
     lean = forwards(blocks(model)[1], light)
     with torch.enable_grad(), lean, _tapped(model, sums):
-        for batch in batches:
+        for b, batch in enumerate(batches):
             for i in range(len(next(iter(batch.values())))):
                 one = trim({k: v[i : i + 1] for k, v in batch.items()})
                 vectors = objective.vectors(forward(model, one), one)
+                if not bool(torch.isfinite(vectors).all()):
+                    problem = _source(model, one, b, i) or not_finite(type(model).__name__, b, vectors, i)
+                    raise problem
                 objective.probe(vectors, rng).backward()
                 units += len(vectors)
             if progress:
@@ -56,6 +61,29 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
     length = int(batch["attention_mask"].sum())
     return {k: v[:, :length] for k, v in batch.items()} if bool(batch["attention_mask"][0, :length].all()) else batch
+
+
+def _source(model: nn.Module, one: Batch, batch: int, sample: int) -> NumericError | None:
+    """The first weight, as the model computes, that reads or gives what is not finite, as an error; None if there is none."""
+    found: list[NumericError] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            for x in (args[0], out):
+                if not found and not bool(torch.isfinite(x).all()):
+                    found.append(not_finite(name, batch, x, sample))
+
+        return see
+
+    sites = [(name, path) for name, place in places(model).items() for path in place.modules]
+    hooks = [model.get_submodule(path).register_forward_hook(hook(name)) for name, path in sites]
+    try:
+        with torch.no_grad():
+            forward(model, one)
+    finally:
+        for h in hooks:
+            h.remove()
+    return found[0] if found else None
 
 
 @contextmanager

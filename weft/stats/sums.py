@@ -28,13 +28,17 @@ class InputSums:
             *(torch.zeros(n, dtype=wide, device=device) for _ in range(2)),
         )
 
-    def add(self, x: Float[Tensor, "t n"]) -> None:
-        """Add the tokens x."""
+    def add(self, x: Float[Tensor, "t n"]) -> bool:
+        """Add the tokens x. False, and nothing is added, if an entry is not finite or sums of squares overflow float32."""
         x = x.float()
+        gram = x.T @ x
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            return False
         self.tokens += x.shape[0]
-        self.gram += x.T @ x
+        self.gram += gram
         self.total += x.sum(0)
         self.total_abs += x.abs().sum(0)
+        return True
 
 
 @dataclass

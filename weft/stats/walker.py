@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weft.error import ConflictError
+from weft.error import ConflictError, FormatError, NumericError
 from weft.model import places
 from weft.model.blocks import blocks
 from weft.stats.sums import InputSums
@@ -161,9 +161,29 @@ def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], 
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's main output: logits, or the last hidden state of a model without a head."""
+    """The model's main output: logits, or the last hidden state of a model without a head.
+
+    Errors: FormatError for a token that the model's vocabulary does not have.
+    """
+    in_vocabulary(model, batch["input_ids"])
     out = model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
     return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+
+
+def in_vocabulary(model: nn.Module, ids: Int[Tensor, "*t"]) -> None:
+    """Refuse token ids that the model has no embedding for. Errors: FormatError."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(table, nn.Embedding) or not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= table.num_embeddings:
+        raise FormatError(
+            "a token is not in the model's vocabulary",
+            where=type(model).__name__,
+            got=f"token {low if low < 0 else high}",
+            want=f"0 to {table.num_embeddings - 1}",
+            fix="use the tokenizer that belongs to the model",
+        )
 
 
 class Edges:
@@ -174,10 +194,15 @@ class Edges:
         self.of: dict[str, str] = {}
         """Site to edge."""
         self.sums: dict[str, InputSums] = {}
+        self.calls = 0
+        """Calls that are over: batches."""
         self._alive: list[tuple[Tensor, str]] = []
 
     def see(self, name: str, x: Float[Tensor, "*b n"], keep: Tensor | None) -> None:
-        """Add what site `name` reads; the same tensor counts once a call. Padding (`keep` false) is left out."""
+        """Add what site `name` reads; the same tensor counts once a call. Padding (`keep` false) is left out.
+
+        Errors: NumericError naming site, batch and sample if a value or the sum of its squares is not finite.
+        """
         if self.only is not None and name not in self.only:
             return
         edge = next((e for t, e in self._alive if t is x), None)
@@ -186,16 +211,32 @@ class Edges:
             self._alive.append((x, edge))
             sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
             fits = keep is not None and x.shape[:-1] == keep.shape
-            sums.add(x[keep] if fits else x.reshape(-1, x.shape[-1]))
+            if not sums.add(x[keep] if fits else x.reshape(-1, x.shape[-1])):
+                problem = not_finite(name, self.calls, x.masked_fill(~keep.unsqueeze(-1), 0) if fits else x)
+                raise problem
         self.of.setdefault(name, edge)
 
     def end(self) -> None:
         """A call is over: its tensors may go, and their addresses may be used again."""
         self._alive = []
+        self.calls += 1
 
     def groups(self) -> list[tuple[str, ...]]:
         """The sites of each edge, in the order they were first called."""
         return [tuple(s for s, e in self.of.items() if e == edge) for edge in self.sums]
+
+
+def not_finite(name: str, batch: int, x: Tensor, sample: int | None = None) -> NumericError:
+    """The error for a site whose values in a batch [b ...] are not finite or too large to square."""
+    size = x.detach().float().abs().nan_to_num(nan=torch.inf).reshape(len(x), -1).amax(1)
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    return NumericError(
+        "an activation is not finite",
+        where=f"{name}, batch {batch}, sample {int(size.argmax()) if sample is None else sample}",
+        got=f"{bad} of {x.numel()} entries NaN or infinite" if bad else f"values up to {float(size.max()):.1e}",
+        want="finite values whose squares are finite",
+        fix="look for NaN or huge weights before it; compute in float32",
+    )
 
 
 def _reader(edges: Edges, name: str, keep: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -24,10 +24,6 @@ _COUNT = re.compile(r"(num|n)_.*(layers?|heads|experts)|n_(layer|head|embd)|(hid
 _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
 
 
-class _TooMuch(Exception):
-    """A config asks for more than its checkpoint holds."""
-
-
 def skeleton(folder: Path, count: int) -> nn.Module:
     """The model's class on `meta`, from config.json, for a checkpoint of `count` tensors.
 
@@ -59,7 +55,7 @@ def skeleton(folder: Path, count: int) -> nn.Module:
         raise FormatError(
             "a configuration makes no model",
             where=where,
-            got=str(e) if isinstance(e, _TooMuch) else f"{type(e).__name__}: {e}",
+            got=e.got if isinstance(e, FormatError) else f"{type(e).__name__}: {e}",
             want=f"a configuration of {name} that fits its checkpoint of {count} tensors",
             fix="copy the file again",
         ) from e
@@ -75,7 +71,13 @@ def _empty(cls: type[Any], config: Any, count: int) -> nn.Module:
         trial = cls(config)
     size = sum(b.numel() * b.element_size() for b in trial.buffers())
     if size > _BUFFERS:
-        raise _TooMuch(f"tables of {size:,} bytes")
+        raise FormatError(
+            "a model is too large",
+            where="config.json",
+            got=f"tables of {size:,} bytes",
+            want="less",
+            fix="copy the file again",
+        )
     with init_empty_weights(include_buffers=False):
         return cls(config)
 
@@ -89,7 +91,13 @@ def _bounded(count: int) -> Generator[None]:
     def note(kind: str) -> None:
         made[kind] += 1
         if made[kind] > most[kind]:
-            raise _TooMuch(f"more than {most[kind]} {kind}")
+            raise FormatError(
+                "a model is too large",
+                where="config.json",
+                got=f"more than {most[kind]} {kind}",
+                want="less",
+                fix="copy the file again",
+            )
 
     hooks = [
         register_module_parameter_registration_hook(lambda *_: note("parameters")),
@@ -113,13 +121,17 @@ def _numbers(value: Any, where: str, count: int, at: str = "") -> Generator[Weft
             wrong = _COUNT.fullmatch(key) and (isinstance(item, bool) or item < 0)
             if wrong or ("layer" in key and item > count + _LAYERS) or item >= _MOST:
                 want, fix = f"a number that fits a checkpoint of {count} tensors", "copy the file again"
-                yield FormatError("a configuration makes no model", where=f"{where}: {path}", got=item, want=want, fix=fix)
+                yield FormatError(
+                    "a configuration makes no model", where=f"{where}: {path}", got=item, want=want, fix=fix
+                )
 
 
 def names(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
     """A checkpoint's names to the model's: old names of norms, and the base model's prefix where one side lacks it."""
     want = set(model.state_dict(keep_vars=True))
-    made = {n: n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for n in entries}
+    made = {
+        n: n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for n in entries
+    }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if prefix != "." and not set(made.values()) & want:
         strip = all(n.startswith(prefix) for n in made.values())
@@ -138,7 +150,9 @@ def misfits(model: nn.Module, entries: Mapping[str, Entry], where: str) -> list[
     for name in sorted(set(held) - set(want) - loose):
         fix = "the checkpoint is of another model"
         got = f"{list(held[name].shape)}{nearest(name, set(want) - set(held))}"
-        problems.append(FormatError("unexpected tensor", where=f"{where}: {name}", got=got, want="no such tensor", fix=fix))
+        problems.append(
+            FormatError("unexpected tensor", where=f"{where}: {name}", got=got, want="no such tensor", fix=fix)
+        )
     for name, slot in want.items():
         entry = held.get(name)
         if entry is None and name in tied:
@@ -228,7 +242,11 @@ def assign_plain(model: nn.Module, content: Mapping[str, Tensor], compute: torch
             got, fix = list(value.shape), "copy the folder again"
             problems.append(
                 FormatError(
-                    "a tensor has another shape", where=f"{where}: {name}", got=got, want=list(want[name].shape), fix=fix
+                    "a tensor has another shape",
+                    where=f"{where}: {name}",
+                    got=got,
+                    want=list(want[name].shape),
+                    fix=fix,
                 )
             )
         else:

@@ -15,6 +15,7 @@ import torch
 from weft.error import FormatError, WeftError, raise_all
 from weft.store.files import MAX_JSON, parse_json, unreadable
 
+COPY = "copy the file again from its source"
 MAX_TENSORS, MAX_DIMS, MAX_DIM = 100_000, 8, 1 << 40
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -51,18 +52,22 @@ def header(path: Path) -> Header:
             f.seek(0)
             length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else 0
             if not 2 <= length <= min(size - 8, MAX_JSON):
-                raise _wrong("this is no safetensors file", path.name, _head(size, length), "a header inside the file")
+                got, want = _head(size, length), "a header inside the file"
+                raise FormatError("this is no safetensors file", where=path.name, got=got, want=want, fix=COPY)
             raw = f.read(length)
     except OSError as e:
-        raise unreadable(path, e, "a safetensors file") from None
+        problem = unreadable(path, e, "a safetensors file")
+        raise problem from None
     table = parse_json(raw, path.name) if raw[:1] == b"{" else None
     if not isinstance(table, dict):
-        raise _wrong("a header is no table", path.name, ascii(raw[:20]), "a JSON object")
+        got, want = ascii(raw[:20]), "a JSON object"
+        raise FormatError("a header is no table", where=path.name, got=got, want=want, fix=COPY)
     if len(table) > MAX_TENSORS:
-        raise _wrong("too many tensors", path.name, len(table), f"at most {MAX_TENSORS}")
+        want = f"at most {MAX_TENSORS}"
+        raise FormatError("too many tensors", where=path.name, got=len(table), want=want, fix=COPY)
     notes = table.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
-        raise _wrong("a header's notes are no texts", path.name, notes, "texts by name")
+        raise FormatError("a header's notes are no texts", where=path.name, got=notes, want="texts by name", fix=COPY)
     problems: list[WeftError] = []
     found = {n: e for n, item in table.items() if (e := _entry(path.name, n, item, problems))}
     problems += [] if problems else _gaps(path.name, found, size - 8 - length)
@@ -111,4 +116,4 @@ def _gaps(file: str, found: dict[str, Entry], room: int) -> Generator[WeftError]
 
 
 def _wrong(what: str, where: str, got: object, want: object) -> FormatError:
-    return FormatError(what, where=where, got=got, want=want, fix="copy the file again from its source")
+    return FormatError(what, where=where, got=got, want=want, fix=COPY)

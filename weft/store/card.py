@@ -28,7 +28,9 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
     if kind == "plain":
         lines += ["All weights are plain: this is an ordinary Hugging Face checkpoint."]
     else:
-        bits = 8 * sum(e.nbytes() for e in exprs.values()) / max(1, sum(e.shape[0] * e.shape[1] for e in exprs.values()))
+        bits = (
+            8 * sum(e.nbytes() for e in exprs.values()) / max(1, sum(e.shape[0] * e.shape[1] for e in exprs.values()))
+        )
         lines += [f"{bits:.2f} bits per weight, scales and all.", "", "| weights | stored as |", "| ---: | --- |"]
         lines += [f"| {n} | {form} |" for form, n in Counter(e.describe() for e in exprs.values()).most_common(20)]
     load = 'weft.load("FOLDER")' if kind == "weft" else f'transformers.{name}.from_pretrained("FOLDER")'

@@ -74,14 +74,15 @@ def audit(folder: Path, stem: str) -> tuple[Checkpoint, list[WeftError]]:
         return Checkpoint(folder, {}), [_absent(folder, single, shards)]
     table, problems = _index(index) if index.exists() else ({}, list[WeftError]())
     stale = [p for p in ([single] if single.exists() else []) + shards if p.name not in table.values()]
-    if index.exists() and stale or single.exists() and shards:
+    if (index.exists() and stale) or (single.exists() and shards):
         problems.append(_two(folder, [index] * index.exists() + [single] * single.exists() + shards))
     files = sorted(set(table.values())) if index.exists() else [single.name]
     held: dict[str, list[tuple[str, Entry]]] = {}
     for file in files:
         try:
             if not inside(folder, folder / file):
-                raise _leaves(file, (folder / file).resolve())
+                problems.append(_leaves(file, (folder / file).resolve()))
+                continue
             for name, entry in header(folder / file).tensors.items():
                 held.setdefault(name, []).append((file, entry))
         except WeftError as e:
@@ -99,14 +100,16 @@ def _index(path: Path) -> tuple[dict[str, str], list[WeftError]]:
         return {}, [e]
     if not isinstance(table, dict) or not table:
         want = "a weight_map: tensor names to files"
-        return {}, [FormatError("an index names no files", where=path.name, got=table, want=want, fix="copy the file again")]
+        return {}, [
+            FormatError("an index names no files", where=path.name, got=table, want=want, fix="copy the file again")
+        ]
     problems: list[WeftError] = []
     for name, file in table.items():
         if not isinstance(file, str) or not safe_name(file) or not file.endswith(".safetensors"):
             problems.append(
                 FormatError(
                     "an index names a file that it must not",
-                    where=f"{path.name}: {ascii(name[:80])}",
+                    where=f"{path.name}: {name[:80]!a}",
                     got=ascii(file)[:200],
                     want="a safetensors file in this folder",
                     fix="do not use this model",
@@ -166,4 +169,6 @@ def _two(folder: Path, files: list[Path]) -> WeftError:
 
 def _leaves(file: str, end: Path) -> WeftError:
     want = "a file in this folder"
-    return FormatError("a shard leaves the folder", where=file, got=f"a link to {end}", want=want, fix="do not use this model")
+    return FormatError(
+        "a shard leaves the folder", where=file, got=f"a link to {end}", want=want, fix="do not use this model"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -46,7 +47,8 @@ def read_json(path: Path) -> Any:
         with path.open("rb") as f:
             raw = f.read(MAX_JSON + 1)
     except OSError as e:
-        raise unreadable(path, e, "a JSON file") from None
+        problem = unreadable(path, e, "a JSON file")
+        raise problem from None
     return parse_json(raw, path.name)
 
 
@@ -68,21 +70,18 @@ def parse_json(raw: bytes, where: str) -> Any:
             refuse("a duplicate key")
         return made
 
+    def finite(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(f"{text[:40]}, which is no finite number")
+
     if len(raw) > MAX_JSON:
         refuse(f"more than {MAX_JSON} bytes")
     if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS or raw.count(b'"') > _MAX_QUOTES:
         refuse("more tables and words than any model has")
     try:
-        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=_finite)
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as e:
         refuse(str(e))
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:40]} is no finite number")
-    return value
 
 
 @contextmanager

@@ -17,12 +17,21 @@ from weft.model import places, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, broken, misfits, names, skeleton
-from weft.store.checkpoint import Checkpoint, audit, checkpoint, read_object
+from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import check_finite, seal, word_sum
 
-WANTED = ["*.json", "model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja", "README.md"]
+WANTED = [
+    "*.json",
+    "model*.safetensors",
+    "weft*.safetensors",
+    "*.txt",
+    "*.model",
+    "1_Pooling/*",
+    "*.jinja",
+    "README.md",
+]
 
 
 def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
@@ -212,7 +221,7 @@ def expressions_of(
             plain[key] = t
     exprs: dict[str, Expr] = {}
     problems: list[WeftError] = []
-    for name, tree in sites.items():
+    for name, tree in cast(dict[str, Any], sites).items():
         try:
             exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{where}: {name}"))
         except WeftError as e:
@@ -292,7 +301,9 @@ def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tens
 def _identity(folder: Path, kind: str) -> str:
     """Identity of a checkpoint: its tensors' seal, or (`hash`, in older folders) the hash of its files' hashes."""
     paths = sorted(folder.glob("model*.safetensors"))
-    return _read_identity(folder, kind, tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()]))
+    return _read_identity(
+        folder, kind, tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()])
+    )
 
 
 @functools.cache

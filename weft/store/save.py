@@ -80,7 +80,11 @@ def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, 
     may_replace(place, replace, keep)
     room(place, nbytes)
     read = Path(source).resolve() if source is not None else None
-    if read is not None and read != place and (place.is_relative_to(read) or (place.exists() and read.is_relative_to(place))):
+    if (
+        read is not None
+        and read != place
+        and (place.is_relative_to(read) or (place.exists() and read.is_relative_to(place)))
+    ):
         raise ConflictError(
             "the output and the model that it is made from lie in one another",
             where=str(place),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weft.error import ConflictError, FormatError, ResourceError, WeftError
+from weft.error import ConflictError, FormatError, PathError, ResourceError, WeftError
 from weft.progress import Progress, Silent
 from weft.store.files import read_json, safe_name, sync, told, unique, write_json
 from weft.store.lock import claimed, sweep
@@ -180,7 +180,8 @@ def exchange(stage: Path, out: Path) -> None:
         if hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(stage), -100, os.fsencode(out), 2) == 0:
             return
         if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, 0):
-            raise OSError(code, os.strerror(code), str(out))
+            got, want = os.strerror(code), "a folder that can be exchanged"
+            raise PathError("this cannot be written", where=str(out), got=got, want=want, fix="check its permissions")
     aside = out.with_name(f"{stage.name}.old")
     out.rename(aside)
     try:

@@ -103,6 +103,7 @@ def run(
     """Apply a recipe, method after method; what it may name are weft's own methods, nothing else."""
     import weft
     from weft.engine.recipe import read
+    from weft.store import save
 
     steps = read(recipe)  # bad recipes show before the model is loaded
     woven = load(model)
@@ -110,7 +111,8 @@ def run(
         weft.may_write(woven, out, replace=replace)
     made = weft.run(woven, steps, data=data, tokens=tokens, seed=seed, cache=cache, progress=bars(quiet))
     if out is not None:
-        weft.save(woven, out, replace=replace, progress=bars(quiet))
+        said = {"recipe": {"file": recipe.name, "fingerprint": steps.fingerprint()}}
+        save(woven, out, replace=replace, manifest=said, progress=bars(quiet))
     rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
     where = f"saved in {out}" if out is not None else "not saved: give --out"
     emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} changes; {where}")

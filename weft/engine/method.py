@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from weft.error import NumericError, OptionError
-from weft.expr import Expr, tensors
+from weft.expr import Expr, Quantized, tensors
 from weft.model import Group, Site
 
 Kind = Literal[
@@ -124,11 +124,13 @@ def _hash(file: str, _changed: int, _size: int) -> str:
 
 
 def _finite(site: Site, made: Expr) -> None:
-    """Check the tensors that a rewrite made. Errors: NumericError."""
+    """Check the tensors that a rewrite made, and the scales inside packed rows. Errors: NumericError."""
     held = {id(t) for t in tensors(site.now).values()}
-    for path, t in tensors(made).items():
-        if id(t) not in held and t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            problem = _broken(site.name, f"{path} of {made.describe()} holds NaN or infinity")
+    fresh = [(path, t) for path, t in tensors(made).items() if id(t) not in held and t.is_floating_point()]
+    fresh += [("a scale", node.scales()) for node in made.modules() if isinstance(node, Quantized)]
+    for path, t in fresh:
+        if not bool(torch.isfinite(t).all()):
+            problem = _broken(site.name, f"NaN or infinity in {path} of {made.describe()}")
             raise problem
 
 

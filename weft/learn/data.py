@@ -110,7 +110,7 @@ def _files(source: str) -> list[Path]:
         return [path]
     raise PathError(
         "no data there",
-        where=source,
+        where=source or "data",
         got=got or f"a file that ends in {path.suffix or 'nothing'}",
         want=f"a folder or a file: {', '.join(_READERS)}",
         fix="check the path, or convert the data: .jsonl holds any of it",
@@ -199,7 +199,7 @@ def _example(record: Any, where: str) -> Example:
 def _whole(example: Example) -> Example:
     """The example. Errors: FormatError for half a character, as `\\ud800` in JSON is one: no tokenizer takes it."""
     try:
-        json.dumps(astuple(example), ensure_ascii=False).encode()
+        json.dumps(astuple(example)[:-1], ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         where, got, fix = example.name, f"half a surrogate pair: {e.object[e.start]!a}", "write the character as UTF-8"
         raise FormatError("a record is not text", where=where, got=got, want="whole characters", fix=fix) from None

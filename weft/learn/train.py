@@ -22,7 +22,7 @@ from weft.learn.objective import contrast, likelihood
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward, in_vocabulary
-from weft.store.files import read_json
+from weft.store.files import read_json, told
 from weft.store.tensors import read_tensors, write_tensors
 
 TRAINABLE = "trainable.safetensors"
@@ -147,16 +147,15 @@ def train(
     With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit.
     Deterministic for a seed on one machine. A batch is at most all examples.
     Errors: OptionError for what is out of range, or if nothing is trainable; FormatError if no token is a target or one is
-    not in the vocabulary; NumericError naming the step whose loss is not finite.
+    not in the vocabulary; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out`.
     """
     _may_train(model, data)
-    _in_range(lr, seed, steps=steps, batch=batch, save_every=save_every)
+    _in_range(lr, seed, steps=steps, batch=batch, length=length, save_every=save_every)
     items, loss = _task(model, data, tokenizer, length)
     batch = min(batch, len(items))
     history = History()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(out or scratch)
+    with tempfile.TemporaryDirectory() as scratch, told(work := Path(out or scratch)):
         args = transformers.TrainingArguments(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed, data_seed=seed,
             lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=max(1, steps // 20),

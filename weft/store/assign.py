@@ -15,10 +15,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from weft.error import FormatError, NumericError, WeftError, raise_all
+from weft.error import FormatError, WeftError, raise_all
 from weft.store.audit import Entry
 from weft.store.checkpoint import nearest, read_object
-from weft.store.tensors import check_finite
 
 _COUNT = re.compile(r"(num|n)_.*(layers?|heads|experts)|n_(layer|head|embd)|(hidden|intermediate|vocab)_size|d_model")
 _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
@@ -188,12 +187,11 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype) -> list[WeftError]:
     """Put tensors in their places, by the model's names; matrices as they are (mapped), the rest in the compute dtype.
 
-    Returns what is wrong with their values: NaN and infinity, and tied weights that were stored twice and differ.
+    Returns what is wrong with their values: tied weights that were stored twice and differ.
     """
     matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    weights = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     want = set(model.state_dict(keep_vars=True))
-    problems = [*_untied(model, content), *broken({n: t for n, t in content.items() if n in weights})]
+    problems = list(_untied(model, content))
     for name, value in content.items():
         if name in want:
             as_is = name in matrices or not value.is_floating_point()
@@ -211,15 +209,6 @@ def _untied(model: nn.Module, content: Mapping[str, Tensor]) -> Generator[WeftEr
                 want="one value, as tie_word_embeddings says",
                 fix="set tie_word_embeddings to false in config.json to keep both, or remove one from the checkpoint",
             )
-
-
-def broken(content: Mapping[str, Tensor]) -> Generator[WeftError]:
-    """Weights with values that are not finite."""
-    for name, t in content.items():
-        try:
-            check_finite(t, name)
-        except NumericError as e:
-            yield e
 
 
 def assign_plain(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype, where: str) -> list[WeftError]:

@@ -16,11 +16,11 @@ from weft.expr import Expr, Quantized, build
 from weft.model import places, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
-from weft.store.assign import assign, assign_plain, broken, misfits, names, skeleton
+from weft.store.assign import assign, assign_plain, misfits, names, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
-from weft.store.tensors import check_finite, seal, word_sum
+from weft.store.tensors import check_finite, examine, seal
 
 WANTED = [
     "*.json",
@@ -72,10 +72,11 @@ def _load_plain(
     step: Callable[[int], None],
 ) -> nn.Module:
     raise_all(problems or misfits(model, found.entries, folder.name))
-    content = found.read()
-    sums = _sums(content, found, manifest, step)
-    named = names(model, found.entries)
-    raise_all(assign(model, {named[n]: t for n, t in content.items()}, compute))
+    content, named = found.read(), names(model, found.entries)
+    buffers = {n for n, _ in model.named_buffers()}
+    sums, problems = examine(content, {n for n in content if named[n] in buffers}, step)
+    problems += _changed(sums, found, manifest)
+    raise_all(problems + assign(model, {named[n]: t for n, t in content.items()}, compute))
     _ready(model, folder, compute)
     weave(model)
     for place in places(model).values():
@@ -85,26 +86,17 @@ def _load_plain(
     return model
 
 
-def _sums(
-    content: Mapping[str, Tensor], found: Checkpoint, manifest: Mapping[str, Any], step: Callable[[int], None]
-) -> dict[str, str]:
-    """The sum of every tensor. Errors: ChangedError naming those that the manifest knows otherwise."""
+def _changed(sums: Mapping[str, str], found: Checkpoint, manifest: Mapping[str, Any]) -> list[WeftError]:
+    """Tensors that the manifest knows otherwise."""
     known: dict[str, str] = {}
     for file in dict.fromkeys(f for f, _ in found.tensors.values()):
         known |= manifest.get("files", {}).get(file, {}).get("tensors", {})
-    sums: dict[str, str] = {}
-    for name, t in content.items():
-        sums[name] = word_sum(t)
-        step(1)
     fix = f"copy the folder again; if another tool wrote this model, delete {MANIFEST}"
-    raise_all(
-        [
-            ChangedError("a tensor is not what was written", where=n, got=sums[n], want=known[n], fix=fix)
-            for n in content
-            if n in known and known[n] != sums[n]
-        ]
-    )
-    return sums
+    return [
+        ChangedError("a tensor is not what was written", where=n, got=total, want=known[n], fix=fix)
+        for n, total in sums.items()
+        if known.get(n, total) != total
+    ]
 
 
 def find(where: str | Path) -> Path:
@@ -178,7 +170,8 @@ def _load_weft(
         )
     raise_all(problems)
     content = found.read()
-    _sums(content, found, manifest, step)
+    sums, problems = examine(content, {n for n, _ in model.named_buffers()}, step)
+    raise_all(_changed(sums, found, manifest) + problems)
     cast(Any, model).tie_weights()
     weave(model)
     sites = manifest["sites"]
@@ -192,7 +185,7 @@ def _load_weft(
             fix="copy the folder again",
         )
     exprs, plain, problems = expressions_of(sites, content, folder.name)
-    problems += [*assign_plain(model, plain, compute, folder.name), *broken(plain), *_broken(exprs)]
+    problems += [*assign_plain(model, plain, compute, folder.name), *_broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)
     _ready(model, folder, compute)
@@ -258,12 +251,10 @@ def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:
 
 
 def _broken(exprs: Mapping[str, Expr]) -> Iterable[WeftError]:
-    """Expressions with numbers that are not finite: their own, and the scales inside packed rows."""
+    """Expressions with scales inside packed rows that are not finite."""
     for name, expr in exprs.items():
         try:
             for node in expr.modules():
-                for t in (*node.parameters(recurse=False), *node.buffers(recurse=False)):
-                    check_finite(t, name)
                 if isinstance(node, Quantized):
                     check_finite(node.scales(), f"{name}, scales")
         except NumericError as e:

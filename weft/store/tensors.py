@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from weft.error import ChangedError, NumericError, ShapeError
+from weft.error import ChangedError, NumericError, ShapeError, WeftError
 from weft.store.audit import DTYPES, header
 from weft.store.files import beside, told
 
@@ -110,18 +110,41 @@ def stream(
             if hashed and name not in loose:
                 check_finite(value, name)
             raw = octets(value)
+            hashing = other.submit(word.update, raw) if hashed else None
             for at in range(0, len(raw), _CHUNK):
-                chunk = raw[at : at + _CHUNK]
-                hashing = other.submit(word.update, chunk) if hashed else None
-                f.write(chunk)
-                if hashing:
-                    hashing.result()
+                f.write(raw[at : at + _CHUNK])
                 if step:
-                    step(len(chunk))
+                    step(len(raw[at : at + _CHUNK]))
             sums[name] = word_sum(value)
+            if hashing:
+                hashing.result()
         f.flush()
         os.fsync(f.fileno())
     return {"size": 8 + len(head) + end, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
+
+
+def examine(
+    content: Mapping[str, Tensor], loose: Collection[str] = (), step: Step | None = None
+) -> tuple[dict[str, str], list[WeftError]]:
+    """Every tensor's sum, and those that have values which are not finite (the `loose` ones may), several at a time."""
+
+    def one(name: str) -> tuple[str, WeftError | None]:
+        try:
+            if name not in loose:
+                check_finite(content[name], name)
+        except NumericError as e:
+            return word_sum(content[name]), e
+        return word_sum(content[name]), None
+
+    sums: dict[str, str] = {}
+    problems: list[WeftError] = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
+        for name, (found, problem) in zip(content, workers.map(one, content), strict=True):
+            sums[name] = found
+            problems += [problem] if problem else []
+            if step:
+                step(1)
+    return sums, problems
 
 
 def octets(t: Tensor) -> Any:

@@ -133,6 +133,8 @@ PLAIN: dict[str, tuple[Edit, type[WeftError]]] = {
 WOVEN: dict[str, tuple[Edit, type[WeftError]]] = {
     "a newer format": (table("weft.json", lambda m: m.update(format=2)), FormatError),
     "no format": (table("weft.json", lambda m: m.pop("format")), FormatError),
+    "a base without a path": (table("weft.json", lambda m: m.update(base={"seal": "x"})), FormatError),
+    "a base that is a word": (table("weft.json", lambda m: m.update(base="x")), FormatError),
     "no sites": (table("weft.json", lambda m: m.pop("sites")), FormatError),
     "manifest cut": (cut("weft.json", -20), FormatError),
     "unknown node": (table("weft.json", lambda m: m["sites"]["lm_head.weight"].update(node="os.system")), FormatError),

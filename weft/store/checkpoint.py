@@ -16,7 +16,7 @@ from weft.error import FormatError, PathError, WeftError, raise_all
 from weft.store.audit import Entry, header
 from weft.store.files import read_json, safe_name
 from weft.store.swap import inside
-from weft.store.tensors import read_tensors
+from weft.store.tensors import read_tensor, read_tensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Checkpoint:
 
     def one(self, name: str) -> Tensor:
         """One tensor, mapped from disk."""
-        return read_tensors(self.folder / self.tensors[name][0])[name]
+        return read_tensor(self.folder / self.tensors[name][0], name)
 
 
 def read_object(path: Path) -> dict[str, Any]:

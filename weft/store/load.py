@@ -52,7 +52,7 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progr
         fix = "remove the stale one"
         problems.append(FormatError("two checkpoints in one folder", where=str(folder), got=got, want=want, fix=fix))
     try:
-        model = skeleton(folder, len(found.tensors))
+        model = skeleton(folder, len(found.tensors) + 10_000 * bool(problems))
     except WeftError as e:
         raise_all([*problems, e])
         raise
@@ -168,6 +168,11 @@ def _load_weft(
                 fix="upgrade weft",
             )
         )
+    base = manifest.get("base")
+    if base is not None and not _names_a_base(base):
+        got, want = base, "path and seal"
+        where, fix = f"{folder.name}/{MANIFEST}: base", "copy the folder again"
+        problems.append(FormatError("a base cannot be read", where=where, got=got, want=want, fix=fix))
     raise_all(problems)
     content = found.read()
     sums, problems = examine(content, {n for n, _ in model.named_buffers()}, step)
@@ -190,10 +195,10 @@ def _load_weft(
     set_expressions(model, exprs)
     _ready(model, folder, compute)
     for place in known.values():
-        place.original = Original(_base_reader(manifest.get("base"), place.name))
+        place.original = Original(_base_reader(base, place.name))
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
-    model.__dict__["_weft_base"] = manifest.get("base")
+    model.__dict__["_weft_base"] = base
     return model
 
 
@@ -261,6 +266,15 @@ def _broken(exprs: Mapping[str, Expr]) -> Iterable[WeftError]:
             yield e
 
 
+def _names_a_base(base: Any) -> bool:
+    """Whether a manifest says where the pretrained weights were, and which they were."""
+    match base:
+        case {"path": str(), "seal": str()} | {"path": str(), "hash": str()}:
+            return True
+        case _:
+            return False
+
+
 def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if base is None or not Path(base["path"]).is_dir():
@@ -283,8 +297,11 @@ def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tens
             )
         held = checkpoint(folder, "model")
         known = {n.replace("LayerNorm.gamma", "LayerNorm.weight"): n for n in held.tensors}
-        near = (k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}"))
-        return held.one(known[name if name in known else next(near)])
+        near = next((k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}")), name)
+        if (found := known.get(name) or known.get(near)) is None:
+            fix = "restore the base model"
+            raise FormatError("the base has no such weight", where=base["path"], got="nothing", want=name, fix=fix)
+        return held.one(found)
 
     return read
 

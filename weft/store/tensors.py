@@ -61,6 +61,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return made
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of an audited file, mapped from disk. Errors: PathError, FormatError."""
+    header(path)
+    with safe_open(path, framework="pt") as f:
+        return f.get_tensor(name)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole, sealed with the sum of its content. Errors: PathError, ResourceError."""
     with beside(path) as part:

@@ -5,8 +5,8 @@
 Saving, everything synced to disk: weft (streamed, checked, summed, hashed, synced, exchanged); safetensors' save_file, then a
 sync; and a copy of the same file that is hashed and synced (`shutil.copyfile`, blake2b, fsync). Loading, every byte read once
 after it: weft's audited, checked and mapped tensors, and safetensors' load_file; with the file in memory, and cold (dropped
-from the page cache). Their order is drawn anew in every round. Exits with 1 if saving takes more than 1.3 times the copy, or loading cold more than
-1.2 times safetensors.
+from the page cache). Their order is drawn anew in every round. Exits with 1 if saving takes more than 1.3 times the copy, or
+loading cold more than 1.2 times safetensors.
 """
 
 from __future__ import annotations

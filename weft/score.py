@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from weft.error import ConflictError, PathError
+from weft.error import ConflictError, NumericError, OptionError, PathError, raise_all
 from weft.lab import metrics, tasks
 from weft.lab.bootstrap import interval
 from weft.learn.data import Example, Pair, Text, read
@@ -37,8 +38,16 @@ def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: i
     """The model's score on a lab task or a file of examples: the mean with its 95 % bootstrap interval over documents.
 
     `limit` takes the first documents only. Lower is better for every metric. Errors: ConflictError for examples that do
-    not suit the model; PathError; FormatError.
+    not suit the model; OptionError; PathError; FormatError; NumericError for a score that is not finite.
     """
+    counts = {"limit": limit, "length": length}
+    raise_all(
+        [
+            OptionError("a score is of something", where=n, got=v, want="1 or more", fix="raise it")
+            for n, v in counts.items()
+            if v is not None and v < 1
+        ]
+    )
     found = examples(task, "test")[:limit]
     first, words = found[0], tokenizer(model)
     _suits(model, first, task)
@@ -53,6 +62,9 @@ def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: i
     else:
         name = "bits per byte of the response"
         values, weights = metrics.response_bits(model, words, found, length=length)
+    if not np.isfinite(values).all():
+        where, fix = f"{type(model).__name__} on {task}", "look for huge weights; weft verify checks the folder"
+        raise NumericError("a score is not finite", where=where, got="NaN or infinity", want="numbers", fix=fix)
     return {
         "task": task,
         "metric": name,

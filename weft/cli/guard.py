@@ -54,14 +54,22 @@ def told(e: BaseException) -> int:
     if isinstance(e, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)):
-        say(f"error: out of memory or disk: {e or type(e).__name__}")
+    if _exhausted(e):
+        say(f"error: out of memory or disk: {str(e) or type(e).__name__}")
         return RESOURCES
     if isinstance(e, OSError) and e.filename is not None:
         say(f"error: {e.strerror}: {e.filename}")
         return BAD_INPUT
     say(f"This is a bug in weft: {type(e).__name__}: {e}. Please report it with the output of `weft --debug ...`.")
     return BUG
+
+
+def _exhausted(e: BaseException) -> bool:
+    """Whether memory or disk ran out; torch says so of memory in a RuntimeError's text."""
+    if isinstance(e, OSError):
+        return e.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(w in str(e) for w in words))
 
 
 def say(text: str) -> None:

@@ -95,7 +95,7 @@ class Method:
         group: Group = args[0]
         try:
             made = self.fn(*args, **options)
-        except torch.linalg.LinAlgError as e:
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             problem = _broken(group.name, str(e))
             raise problem from e
         for site, expr in zip(group, made if isinstance(made, list) else [made], strict=True):

@@ -190,7 +190,7 @@ def _in_range(lr: float, seed: int, **counts: int) -> None:
     """Errors: OptionError for every number out of range."""
     ranges: dict[str, tuple[object, bool, str]] = {
         **{n: (v, type(v) is int and v >= 1, "a whole number, 1 or more") for n, v in counts.items()},
-        "lr": (lr, isinstance(lr, int | float) and 0 < lr < math.inf, "a finite number above 0"),
+        "lr": (lr, type(lr) in (int, float) and 0 < lr < math.inf, "a finite number above 0"),
         "seed": (seed, type(seed) is int and 0 <= seed < 1 << 32, "a whole number, 0 to 2^32 - 1"),
     }
     fix = "give another"

@@ -212,7 +212,7 @@ class Edges:
             sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
             fits = keep is not None and x.shape[:-1] == keep.shape
             if not sums.add(x[keep] if fits else x.reshape(-1, x.shape[-1])):
-                problem = not_finite(name, self.calls, x.masked_fill(~keep.unsqueeze(-1), 0) if fits else x)
+                problem = not_finite(name, self.calls, x.masked_fill(~keep.unsqueeze(-1), 0) if fits and keep is not None else x)
                 raise problem
         self.of.setdefault(name, edge)
 

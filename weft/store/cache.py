@@ -17,15 +17,21 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.error import ConflictError, WeftError
+from weft.error import ConflictError, ResourceError, WeftError
 from weft.store.files import MARK, owner, read_json, unique, write_json
 from weft.store.lock import alive, sweep
 from weft.store.tensors import read_tensors, write_tensors
 
 
 def default() -> Path:
-    """`$WEFT_CACHE`, or `~/.cache/weft`."""
-    return Path(os.environ.get("WEFT_CACHE") or Path.home() / ".cache" / "weft")
+    """`$WEFT_CACHE`, or `~/.cache/weft`. Errors: ResourceError where there is neither."""
+    if told := os.environ.get("WEFT_CACHE"):
+        return Path(told)
+    try:
+        return Path.home() / ".cache" / "weft"
+    except RuntimeError as e:
+        what, want = "there is no place for intermediate results", "a folder to keep them in"
+        raise ResourceError(what, where="$HOME", got=str(e), want=want, fix="set WEFT_CACHE to a folder") from e
 
 
 def key(*parts: Any) -> str:

@@ -30,6 +30,15 @@ def safe_name(name: str) -> bool:
     return len(name) <= 512 and not _BAD.search(name) and all(p.strip(" .") and p == p.rstrip(" .") for p in parts)
 
 
+def must_be_text(path: Path) -> None:
+    """Refuse a path with bytes that are no text: other libraries cannot open it. Errors: PathError."""
+    try:
+        str(path).encode("utf8")
+    except UnicodeEncodeError as e:
+        got, want = str(path).encode("utf8", "backslashreplace").decode(), "a name in UTF-8"
+        raise PathError("a path is no text", where="path", got=got, want=want, fix="rename it") from e
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole. Errors: PathError, ResourceError."""
     with beside(path) as part:

@@ -18,7 +18,7 @@ from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
-from weft.store.files import read_json
+from weft.store.files import must_be_text, read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import check_finite, examine, seal
 
@@ -102,6 +102,7 @@ def _changed(sums: Mapping[str, str], found: Checkpoint, manifest: Mapping[str, 
 def find(where: str | Path) -> Path:
     """The local folder of a path or hub id; a hub id is fetched (safetensors, JSON and text only). Errors: PathError."""
     folder = Path(where)
+    must_be_text(folder)
     if folder.is_dir():
         return folder
     if folder.exists() or str(where).count("/") != 1 or str(where).startswith((".", "/")):

@@ -14,6 +14,7 @@ from weft.expr import Dense, Expr, spec, tensors
 from weft.model import expressions, places, plain_tensors
 from weft.progress import Progress, Silent
 from weft.store.card import card
+from weft.store.files import must_be_text
 from weft.store.swap import Stage, may_replace, room, staged
 from weft.store.tensors import Content, Later, size_of
 
@@ -76,6 +77,7 @@ def save(
 
 def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, keep: bool = False) -> None:
     """Refuse before any work a place that cannot take the result. Errors: ConflictError, ResourceError."""
+    must_be_text(Path(out))
     place, source = Path(out).resolve(), model.__dict__.get("_weft_source")
     may_replace(place, replace, keep)
     room(place, nbytes)

@@ -15,7 +15,7 @@ from typing import Any
 
 from weft.error import ConflictError, FormatError, PathError, ResourceError, WeftError
 from weft.progress import Progress, Silent
-from weft.store.files import read_json, safe_name, sync, told, unique, write_json
+from weft.store.files import must_be_text, read_json, safe_name, sync, told, unique, write_json
 from weft.store.lock import claimed, sweep
 from weft.store.tensors import Content, Step, read_tensors, stream, word_sum
 
@@ -59,6 +59,7 @@ def staged(
     Errors: ConflictError if `out` exists and is not to be replaced, holds what weft did not write, or is being written;
     ResourceError for a full disk; PathError for a place that cannot be written.
     """
+    must_be_text(out)
     out = out.resolve()
     with claimed(out), told(out):
         may_replace(out, replace, keep)

@@ -1,6 +1,6 @@
 """Peak anonymous memory and time of `weft fit` on a random Llama with the shapes of Qwen3-0.6B, within 27 % of its size.
 
-    python benchmarks/memory.py [--limit-gb 2]
+    python benchmarks/memory.py [--limit-gb 2] [--layers 28]
 
 Few candidates and calibration tokens: memory depends on shapes, time on both. Exits with 1 above the limit.
 """
@@ -20,8 +20,9 @@ import sys, torch, transformers as t
 from weft.lab.models import resolve
 torch.manual_seed(0)
 torch.set_default_dtype(torch.bfloat16)
-config = t.LlamaConfig(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                       num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True)
+config = t.LlamaConfig(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=int(sys.argv[2]),
+                       num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
+                       tie_word_embeddings=True)
 t.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 t.AutoTokenizer.from_pretrained(resolve("ref-lm")).save_pretrained(sys.argv[1])
 """
@@ -51,18 +52,20 @@ def main() -> int:
     """Make the model, fit it in a process of its own, watch that process."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--limit-gb", type=float, default=2.0)
-    limit = options.parse_args().limit_gb * 1e9
+    options.add_argument("--layers", type=int, default=28, help="fewer are a first look")
+    given = options.parse_args()
+    limit = given.limit_gb * 1e9
     with tempfile.TemporaryDirectory() as scratch:
         model, out, cache = (str(Path(scratch) / n) for n in ("model", "out", "cache"))
-        subprocess.run([sys.executable, "-c", MAKE, model], check=True)
-        begun, peak = time.monotonic(), 0
+        subprocess.run([sys.executable, "-c", MAKE, model, str(given.layers)], check=True)
+        begun, peak, said = time.monotonic(), 0, 0
         process = subprocess.Popen([sys.executable, "-c", FIT, model, out, cache])
         while process.poll() is None:
             now = anonymous(process.pid)
-            if now > 1.1 * peak:
-                print(f"{time.monotonic() - begun:6.0f} s  {now / 1e9:.2f} GB", file=sys.stderr, flush=True)
-                peak = now
             peak = max(peak, now)
+            if peak > said + 1e8:
+                print(f"{time.monotonic() - begun:6.0f} s  {peak / 1e9:.2f} GB", file=sys.stderr, flush=True)
+                said = peak
             time.sleep(0.05)
     wall, used = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     print(

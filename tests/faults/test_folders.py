@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from weft.error import ChangedError, ConflictError, FormatError, NumericError, PathError, ShapeError, WeftError
+from weft.learn.data import read
 from weft.model import fingerprint, weave
 from weft.store import load, save, verify
 from weft.store.audit import header
@@ -539,3 +541,16 @@ def test_f22_a_bomb_takes_no_time(tiny: Any, tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "bert")
     table("config.json", lambda c: c.update(max_position_embeddings=1 << 36))(tmp_path / "bert")
     refused(lambda: load(tmp_path / "bert"), FormatError, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bomb.npz", "bomb.pt", "bomb.zip", "pytorch_model.bin"])
+def test_f06_a_bomb_is_not_opened(name: str, tiny: Any, tmp_path: Path) -> None:
+    """A small archive of a large nothing, as data or in place of a checkpoint: refused by its name, unread."""
+    folder = plain(tiny, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as f:
+        f.writestr("data", bytes(50 << 20))
+    begun = time.process_time()
+    refused(lambda: load(folder), PathError, tmp_path)
+    refused(lambda: read(folder / name), PathError, tmp_path)
+    assert time.process_time() - begun < 1.5

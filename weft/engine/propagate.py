@@ -14,6 +14,7 @@ from weft.engine.registry import get
 from weft.engine.run import Chain, group_of, groups, run
 from weft.error import WeftError
 from weft.expr import Expr, build, spec, tensors
+from weft.memory import release
 from weft.model import Evidence, Group, Site, finite, places, set_expressions
 from weft.model.blocks import block_of, blocks
 from weft.progress import Progress, Silent
@@ -54,6 +55,7 @@ def propagate(
     log.stage("first", lambda: _rewrite(model, stages["first"], chains, stats, seed))
     if log.replay([f"block-{i:04d}" for i in range(len(blocks(model)[1]))] + (["last"] if last else [])):
         return log.notes
+    release()
     walker = Walker(model, batches)
     with (progress or Silent()).bar("compress", len(walker.blocks)) as bar:
         for i in range(len(walker.blocks)):
@@ -64,6 +66,7 @@ def propagate(
                 ),
             )
             walker.step(i)
+            release()
             bar(1)
     if last:
         log.stage(

@@ -13,6 +13,7 @@ from torch import nn
 from weft.engine import Group, get
 from weft.engine.run import Chain, Step, chain_key, code_version, group_of, groups, run
 from weft.expr import CHUNK, Expr
+from weft.memory import release
 from weft.model import Site, expressions
 from weft.progress import Progress
 from weft.stats import Stats
@@ -86,6 +87,7 @@ def table(
             for s in names:
                 nbytes[row[s]] = held[s]["bytes"]
                 loss[row[s]] = [np.inf if v is None else v for v in held[s]["loss"]]
+            release()
             step(1)
     return Table(sites, list(wanted), nbytes, loss)
 

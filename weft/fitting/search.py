@@ -13,6 +13,7 @@ from weft.engine import get
 from weft.engine.run import Chain, group_of, groups, run
 from weft.error import ConflictError
 from weft.fitting.candidates import Table
+from weft.memory import release
 from weft.model import expressions, set_expressions
 from weft.stats import Stats
 
@@ -120,6 +121,7 @@ def put(model: nn.Module, chains: Mapping[str, Chain], stats: Stats, *, seed: in
             part = tuple(s for s in group if chains[s.name] == chain)
             made = run(type(group)(part, group.notes, group.cache), chain)
             set_expressions(model, {s.name: e for s, e in zip(part, made, strict=True)})
+        release()
 
 
 class Bench:
@@ -138,6 +140,7 @@ class Bench:
             return self.distance(self.model)
         finally:
             set_expressions(self.model, self.plain)
+            release()
 
     def __call__(self, choice: Choice) -> float:
         """The distance of a whole choice."""

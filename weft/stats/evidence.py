@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import FormatError
+from weft.memory import release
 from weft.model import Evidence, expression, fingerprint, finite, places
 from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients, trim
@@ -144,6 +145,7 @@ class _Writer:
                 edges = Edges()
                 walker.step(i, edges)
                 self._write(f"block-{i:04d}.safetensors", edges)
+                release()
                 step(1)
             edges = Edges()
             for _ in walker.finish(edges):

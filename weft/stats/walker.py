@@ -210,9 +210,10 @@ class Edges:
             edge = self.of.setdefault(name, name)
             self._alive.append((x, edge))
             sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
-            fits = keep is not None and x.shape[:-1] == keep.shape
-            if not sums.add(x[keep] if fits else x.reshape(-1, x.shape[-1])):
-                problem = not_finite(name, self.calls, x.masked_fill(~keep.unsqueeze(-1), 0) if fits and keep is not None else x)
+            kept = keep if keep is not None and x.shape[:-1] == keep.shape else None
+            if not sums.add(x[kept] if kept is not None else x.reshape(-1, x.shape[-1])):
+                seen = x if kept is None else x.masked_fill(~kept.unsqueeze(-1), 0)
+                problem = not_finite(name, self.calls, seen)
                 raise problem
         self.of.setdefault(name, edge)
 

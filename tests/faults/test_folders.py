@@ -240,8 +240,8 @@ def test_a_faulty_header_is_refused_before_mapping(fault: str, tmp_path: Path) -
     """The audit alone refuses it, and so does reading."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(HEADERS[fault])
-    for read in (header, read_tensors):
-        refused(lambda read=read: read(path), FormatError, tmp_path)
+    for act in (header, read_tensors):
+        refused(lambda act=act: act(path), FormatError, tmp_path)
 
 
 def test_a_good_header_passes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from weft.engine.run import Chain, apply, chain_key
+from weft.error import NumericError
 from weft.lab import metrics, tasks
 from weft.lab.trial import Arm, Trial, task_of
 from weft.learn.data import Example, Pair, Text, fingerprint
@@ -80,8 +81,11 @@ def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[f
     """The select score after training at this rate (infinite if it diverged), and the model."""
     model, tokenizer = fork(trial.subject.model), trial.subject.tokenizer
     apply(model, chain, at="all-linear", seed=trial.seed)
-    train(model, task.train, tokenizer=tokenizer, steps=STEPS, batch=BATCH, length=TOKENS, lr=rate, seed=trial.seed)
-    values, weights = _score(trial, model.cpu(), task.select)
+    try:
+        train(model, task.train, tokenizer=tokenizer, steps=STEPS, batch=BATCH, length=TOKENS, lr=rate, seed=trial.seed)
+        values, weights = _score(trial, model.cpu(), task.select)
+    except NumericError:
+        return np.inf, model.cpu()
     mean = float((values * weights).sum() / weights.sum())
     return (mean if np.isfinite(mean) else np.inf), model
 

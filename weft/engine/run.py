@@ -178,9 +178,13 @@ def relative_error(before: Site, after: Expr) -> float | None:
     """sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)) for E = value - pretrained W, with the site's first evidence."""
     if not before.evidence:
         return None
-    gram, weight = before.evidence[0].gram, before.original
-    gap = after.dense().detach().float() - weight
-    return float((((gap @ gram) * gap).sum().clamp(min=0) / ((weight @ gram) * weight).sum().clamp(min=1e-20)).sqrt())
+    gram, missed, whole = before.evidence[0].gram, 0.0, 0.0
+    for part, expr in zip(before.slices(), after.slices(), strict=True):
+        weight = part.original
+        gap = expr.dense().detach().float() - weight
+        missed += float(((gap @ gram) * gap).sum())
+        whole += float(((weight @ gram) * weight).sum())
+    return float((max(missed, 0.0) / max(whole, 1e-20)) ** 0.5)
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from weft.cli.commands import AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, load
-from weft.cli.guard import BAD_INPUT, FALLBACKS, say
+from weft.cli.guard import BAD_INPUT, say
+from weft.cli.methods import changed
 from weft.cli.output import emit
 
 
@@ -113,12 +114,7 @@ def run(
     if out is not None:
         said = {"recipe": {"file": recipe.name, "fingerprint": steps.fingerprint()}}
         save(woven, out, replace=replace, manifest=said, progress=bars(quiet))
-    rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
-    where = f"saved in {out}" if out is not None else "not saved: give --out"
-    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} changes; {where}")
-    for place, what in made.fallbacks:
-        say(f"fallback: {place}: {what}")
-    return FALLBACKS if made.fallbacks else None
+    return changed(made, out, as_json, quiet)
 
 
 ALL = (verify, cache, attach, run)

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ from weft.cli.commands import AsJson, CacheFolder, ModelName, Quiet, Replace, ba
 from weft.cli.guard import FALLBACKS, guarded, say
 from weft.cli.output import emit
 from weft.error import OptionError
+
+if TYPE_CHECKING:
+    from weft.api import Changes
 
 
 def command(name: str) -> Callable[..., None]:
@@ -85,10 +88,15 @@ def rewrite(
     made = weft.apply(woven, name, progress=bars(quiet), **how, **options)
     if out is not None:
         weft.save(woven, out, replace=replace, progress=bars(quiet))
+    return changed(made, out, as_json, quiet)
+
+
+def changed(made: Changes, out: Path | None, as_json: bool, quiet: bool) -> int | None:
+    """Print what rewrites changed, each site's last state in the sum; 3 if a method fell back anywhere."""
     rows = [{"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error} for c in made]
-    total = sum(c.nbytes for c in made)
+    last = {c.name: c.nbytes for c in made}
     where = f"saved in {out}" if out is not None else "not saved: give --out"
-    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} sites, {total} bytes; {where}")
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(last)} sites, {sum(last.values())} bytes; {where}")
     for place, what in made.fallbacks:
         say(f"fallback: {place}: {what}")
     return FALLBACKS if made.fallbacks else None

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.error import NumericError
-from weft.memory import release
 from weft.stats import Objective, forward
 from weft.store.cache import Cache, key
 
@@ -60,7 +59,6 @@ class Distance:
                 else each.unsqueeze(1)
             )
             values.append(rows.mean(1).numpy())
-            release()
             weights.append(np.full(len(rows), rows.shape[1], dtype=np.float64))
         made = np.concatenate(values)
         if not np.isfinite(made).all():

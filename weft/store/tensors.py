@@ -89,9 +89,10 @@ def stream(
     loose: Collection[str] = (),
     step: Step | None = None,
 ) -> dict[str, Any]:
-    """Write a new safetensors file and sync it. Returns `size`, `blake2b` (if `hashed`) and the `tensors`' sums.
+    """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
-    Every tensor goes to its place in the file as it is made, so that one is in memory at a time.
+    Every tensor goes to its place in the file as it is made, so that one is in memory at a time. Not `hashed`: neither
+    hash nor sums are computed, nor values checked.
     Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
     """
     order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
@@ -122,8 +123,8 @@ def stream(
                 f.write(raw[at : at + _CHUNK])
                 if step:
                     step(len(raw[at : at + _CHUNK]))
-            sums[name] = word_sum(value)
             if hashing:
+                sums[name] = word_sum(value)
                 hashing.result()
         f.flush()
         os.fsync(f.fileno())
@@ -136,12 +137,13 @@ def examine(
     """Every tensor's sum, and those that have values which are not finite (the `loose` ones may), several at a time."""
 
     def one(name: str) -> tuple[str, WeftError | None]:
+        problem = None
         try:
             if name not in loose:
                 check_finite(content[name], name)
         except NumericError as e:
-            return word_sum(content[name]), e
-        return word_sum(content[name]), None
+            problem = e
+        return word_sum(content[name]), problem
 
     sums: dict[str, str] = {}
     problems: list[WeftError] = []

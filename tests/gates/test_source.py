@@ -115,10 +115,13 @@ BANNED = "|".join(
 
 
 def test_nothing_unsafe_is_called() -> None:
-    """No pickle, no evaluation of text, no shell, no code from a model's folder, no print."""
+    """No pickle (but tensors, in `weft import`'s own process), no evaluation of text, no shell, no model's code, no print."""
     wrong = []
     for path in FILES:
-        wrong += [at(path, n) + f" {name}" for n, name in calls(path) if re.fullmatch(BANNED, name)]
+        for node, name in calls(path):
+            limited = path.name == "unpickle.py" and ast.unparse(node).count("weights_only=True") == 1
+            if re.fullmatch(BANNED, name) and not (name == "torch.load" and limited):
+                wrong.append(f"{at(path, node)} {name}")
         for node, name in calls(path):
             given = {k.arg: ast.unparse(k.value) for k in node.keywords}
             if given.get("trust_remote_code", "False") != "False" or given.get("shell", "False") != "False":

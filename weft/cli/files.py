@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -117,4 +117,29 @@ def run(
     return changed(made, out, as_json, quiet)
 
 
-ALL = (verify, cache, attach, run)
+def import_(
+    model: ModelName,
+    out: Out,
+    drop: Annotated[list[str] | None, typer.Option(help="Drop tensors that the model lacks: a glob.")] = None,
+    init: Annotated[
+        list[str] | None, typer.Option(help="Give fresh values to tensors that the checkpoint lacks: a glob.")
+    ] = None,
+    zero: Annotated[list[str] | None, typer.Option(help="Set values that are not finite to zero: a glob.")] = None,
+    tie: Annotated[
+        bool | None, typer.Option("--tie/--untie", help="Of tied weights stored twice: keep the first, or both.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of fresh values.")] = 0,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a checkpoint that weft refuses into one that it takes: pickles converted, what you name mended."""
+    import weft
+
+    mends: dict[str, Any] = {"drop": drop or (), "init": init or (), "zero": zero or (), "tie": tie, "seed": seed}
+    done = weft.import_(model, out, **mends, replace=replace, progress=bars(quiet))
+    rows = [{"tensor": name, "mended": how} for name, how in done]
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} mended; saved in {out}")
+
+
+ALL = (verify, cache, attach, run, import_)

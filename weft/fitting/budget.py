@@ -50,9 +50,7 @@ def parse(text: str, model: Size, where: str = "--budget") -> int:
     else:
         limit = number * _UNITS[unit.upper()]
     if not 0 < limit < math.inf:
-        raise OptionError(
-            "a budget must be positive", where=where, got=text, want="more than nothing", fix="raise it"
-        )
+        raise OptionError("a budget must be positive", where=where, got=text, want="more than nothing", fix="raise it")
     return int(limit)
 
 

@@ -92,7 +92,8 @@ def fit(
             about = {"budget": label, "limit": wanted[label], "choice": last.build.label, "rank": last.rank}
             beside = pages if len(final) == 1 else {}
             place = _place(out, label, len(wanted))
-            save(_model(work, last)[0], place, replace=replace, manifest={"fit": about}, files=beside, progress=progress)
+            made = _model(work, last)[0]
+            save(made, place, replace=replace, manifest={"fit": about}, files=beside, progress=progress)
         if len(final) > 1:
             for name, text in pages.items():
                 write_text(Path(out) / name, text)

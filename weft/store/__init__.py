@@ -2,7 +2,8 @@
 
 from weft.store.adapter import attach
 from weft.store.load import find, load
+from weft.store.mend import import_
 from weft.store.save import may_write, nbytes, save, stored
 from weft.store.swap import verify
 
-__all__ = ["attach", "find", "load", "may_write", "nbytes", "save", "stored", "verify"]
+__all__ = ["attach", "find", "import_", "load", "may_write", "nbytes", "save", "stored", "verify"]

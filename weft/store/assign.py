@@ -23,8 +23,8 @@ _COUNT = re.compile(r"(num|n)_.*(layers?|heads|experts)|n_(layer|head|embd)|(hid
 _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
 
 
-def skeleton(folder: Path, count: int) -> nn.Module:
-    """The model's class on `meta`, from config.json, for a checkpoint of `count` tensors.
+def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model's class on `meta`, from config.json and `changes` to it, for a checkpoint of `count` tensors.
 
     Errors: FormatError for a class that is not transformers' own, for a configuration that makes no model, and for one
     whose model would be far larger than the checkpoint.
@@ -32,7 +32,7 @@ def skeleton(folder: Path, count: int) -> nn.Module:
     import transformers
 
     where = f"{folder.name}/config.json"
-    config_file = read_object(folder / "config.json")
+    config_file = {**read_object(folder / "config.json"), **(changes or {})}
     listed = config_file.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -144,17 +144,17 @@ def misfits(model: nn.Module, entries: Mapping[str, Entry], where: str) -> list[
     named = names(model, entries)
     held = {named[n]: e for n, e in entries.items()}
     loose = {n for n, _ in model.named_buffers()} - set(want)
-    tied = _tied(model)
+    shared = tied(model)
     problems: list[WeftError] = []
     for name in sorted(set(held) - set(want) - loose):
-        fix = "the checkpoint is of another model"
+        fix = "take the checkpoint of this model, or import it with --drop"
         got = f"{list(held[name].shape)}{nearest(name, set(want) - set(held))}"
         problems.append(
             FormatError("unexpected tensor", where=f"{where}: {name}", got=got, want="no such tensor", fix=fix)
         )
     for name, slot in want.items():
         entry = held.get(name)
-        if entry is None and name in tied:
+        if entry is None and name in shared:
             continue
         problem = _misfit(slot, entry, f"{where}: {name}", set(held) - set(want))
         problems += [problem] if problem is not None else []
@@ -165,7 +165,10 @@ def _misfit(slot: Tensor, entry: Entry | None, where: str, spare: set[str]) -> F
     """Why a checkpoint's tensor (None: it has none) cannot take a place of the model."""
     fix = "the checkpoint is of another model"
     if entry is None:
-        got = f"nothing{nearest(where.rpartition(': ')[2], spare)}"
+        got, fix = (
+            f"nothing{nearest(where.rpartition(': ')[2], spare)}",
+            "take the checkpoint of this model, or import it with --init",
+        )
         return FormatError("missing tensor", where=where, got=got, want=list(slot.shape), fix=fix)
     if entry.shape != tuple(slot.shape):
         got, want = list(entry.shape), list(slot.shape)
@@ -176,10 +179,10 @@ def _misfit(slot: Tensor, entry: Entry | None, where: str, spare: set[str]) -> F
     return None
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of weights that share another's value, to that other's name."""
+def tied(model: nn.Module, *, always: bool = False) -> dict[str, str]:
+    """Names of weights that share another's value, to that other's name; `always`: also those that only could."""
     keys = getattr(model, "_tied_weights_keys", None) or {}
-    if not getattr(model.config, "tie_word_embeddings", False):
+    if not always and not getattr(model.config, "tie_word_embeddings", False):
         return {}
     return dict(keys) if isinstance(keys, Mapping) else dict.fromkeys(keys, "")
 
@@ -200,14 +203,14 @@ def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype
 
 
 def _untied(model: nn.Module, content: Mapping[str, Tensor]) -> Generator[WeftError]:
-    for name, first in _tied(model).items():
+    for name, first in tied(model).items():
         if name in content and first in content and not torch.equal(content[name], content[first]):
             yield FormatError(
                 "tied weights were stored twice and differ",
                 where=name,
                 got=f"other values than {first}",
                 want="one value, as tie_word_embeddings says",
-                fix="set tie_word_embeddings to false in config.json to keep both, or remove one from the checkpoint",
+                fix="import it with --tie to keep the first, with --untie to keep both",
             )
 
 

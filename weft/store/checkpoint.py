@@ -149,7 +149,7 @@ def _absent(folder: Path, single: Path, shards: list[Path]) -> WeftError:
     if shards:
         fix = "copy the model again"
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        fix = "weft opens no pickles: load it with transformers where it may run, save_pretrained writes safetensors"
+        fix = "weft load opens no pickles; weft import converts them in a process of its own"
     else:
         fix = "convert the model to safetensors"
     want = f"{single.name}.index.json beside its shards" if shards else single.name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +21,23 @@ from weft.store.assign import assign, assign_plain, misfits, names, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import must_be_text, read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
-from weft.store.tensors import check_finite, examine, seal
+from weft.store.tensors import Step, check_finite, examine, seal
 
 WANTED = [
-    "*.json",
-    "model*.safetensors",
-    "weft*.safetensors",
-    "*.txt",
-    "*.model",
-    "1_Pooling/*",
-    "*.jinja",
-    "README.md",
-]
+    "*.json", "model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja", "README.md",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder before its tensors are read: what it holds, the empty model, and what is wrong so far."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    found: Checkpoint
+    model: nn.Module
+    problems: list[WeftError]
+    compute: torch.dtype
 
 
 def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
@@ -56,33 +62,32 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progr
     except WeftError as e:
         raise_all([*problems, e])
         raise
-    compute = dtype or torch.float32
+    opened = _Opened(folder, manifest or {}, found, model, problems, dtype or torch.float32)
     with (progress or Silent()).bar("load", max(1, len(found.tensors))) as step:
-        make = _load_weft if woven else _load_plain
-        return make(folder, manifest or {}, found, model, problems, compute, step)
+        return _load_weft(opened, step) if woven else _load_plain(opened, step)
 
 
-def _load_plain(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    found: Checkpoint,
-    model: nn.Module,
-    problems: list[WeftError],
-    compute: torch.dtype,
-    step: Callable[[int], None],
-) -> nn.Module:
-    raise_all(problems or misfits(model, found.entries, folder.name))
-    content, named = found.read(), names(model, found.entries)
-    buffers = {n for n, _ in model.named_buffers()}
+def _load_plain(o: _Opened, step: Step) -> nn.Module:
+    raise_all(o.problems or misfits(o.model, o.found.entries, o.folder.name))
+    content, named = o.found.read(), names(o.model, o.found.entries)
+    buffers = {n for n, _ in o.model.named_buffers()}
     sums, problems = examine(content, {n for n in content if named[n] in buffers}, step)
-    problems += _changed(sums, found, manifest)
-    raise_all(problems + assign(model, {named[n]: t for n, t in content.items()}, compute))
+    problems += _changed(sums, o.found, o.manifest)
+    model = plain(o.model, o.folder, {named[n]: t for n, t in content.items()}, problems, o.compute)
+    model.__dict__["_weft_base"] = {"path": str(o.folder.resolve()), "seal": seal(content, sums)}
+    return model
+
+
+def plain(
+    model: nn.Module, folder: Path, content: Mapping[str, Tensor], problems: list[WeftError], compute: torch.dtype
+) -> nn.Module:
+    """An empty model with these tensors, by its own names, woven. Errors: `problems` and those of `assign`, at once."""
+    raise_all(problems + assign(model, content, compute))
     _ready(model, folder, compute)
     weave(model)
     for place in places(model).values():
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
-    model.__dict__["_weft_base"] = {"path": str(folder.resolve()), "seal": seal(content, sums)}
     return model
 
 
@@ -99,8 +104,8 @@ def _changed(sums: Mapping[str, str], found: Checkpoint, manifest: Mapping[str, 
     ]
 
 
-def find(where: str | Path) -> Path:
-    """The local folder of a path or hub id; a hub id is fetched (safetensors, JSON and text only). Errors: PathError."""
+def find(where: str | Path, wanted: Sequence[str] = WANTED) -> Path:
+    """The local folder of a path or hub id; of a hub id the `wanted` files are fetched. Errors: PathError."""
     folder = Path(where)
     must_be_text(folder)
     if folder.is_dir():
@@ -116,7 +121,7 @@ def find(where: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(where), allow_patterns=WANTED))
+        return Path(snapshot_download(str(where), allow_patterns=list(wanted)))
     except Exception as e:
         raise PathError(
             "this model cannot be fetched",
@@ -150,15 +155,8 @@ def _ready(model: nn.Module, folder: Path, compute: torch.dtype) -> None:
     model.__dict__["_weft_source"] = folder
 
 
-def _load_weft(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    found: Checkpoint,
-    model: nn.Module,
-    problems: list[WeftError],
-    compute: torch.dtype,
-    step: Callable[[int], None],
-) -> nn.Module:
+def _load_weft(o: _Opened, step: Step) -> nn.Module:
+    folder, manifest, found, model, problems, compute = o.folder, o.manifest, o.found, o.model, o.problems, o.compute
     if manifest.get("format") != 1 or not isinstance(manifest.get("sites"), dict):
         problems.append(
             FormatError(

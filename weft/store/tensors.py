@@ -187,5 +187,5 @@ def check_finite(t: Tensor, where: str) -> None:
         where=where,
         got=f"{len(wrong)} of {t.numel()} values, the first at {first}",
         want="finite numbers",
-        fix="take another copy of the model, or mend what made it",
+        fix="take another copy of the model, or import it with --zero",
     )

@@ -18,7 +18,7 @@ from weft.engine import run as engine
 from weft.engine.merge import Merged
 from weft.engine.recipe import Recipe, read
 from weft.engine.run import Change, Step
-from weft.error import OptionError
+from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
@@ -101,6 +101,7 @@ def apply(
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite, and for a
     pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
     """
+    whole(0, seed=seed)
     chosen = get(method)
     if chosen.kind != "rewrite":
         raise OptionError(
@@ -176,6 +177,7 @@ def train(
     """
     from weft.learn.train import train as learn
 
+    whole(0, seed=seed)
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
     return learn(
         model,

@@ -88,3 +88,15 @@ def raise_all(problems: list[WeftError]) -> None:
         want="none",
         fix=first.fix,
     )
+
+
+def whole(least: int = 1, **given: object) -> None:
+    """Refuse options that are not whole numbers of at least `least`. Errors: OptionError with all of them."""
+    want = f"a whole number, {least} or more"
+    raise_all(
+        [
+            OptionError("an option is out of range", where=n, got=v, want=want, fix="give one")
+            for n, v in given.items()
+            if type(v) is not int or v < least
+        ]
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from weft.error import ConflictError, NumericError, OptionError, PathError, raise_all
+from weft.error import ConflictError, NumericError, PathError, whole
 from weft.lab import metrics, tasks
 from weft.lab.bootstrap import interval
 from weft.learn.data import Example, Pair, Text, read
@@ -34,23 +35,20 @@ def examples(source: str, part: Literal["train", "test"], seed: int = 0) -> list
     return getattr(tasks.task(source, seed=seed), part) if source in tasks.names() else read(source)
 
 
-def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: int = 512) -> dict[str, Any]:
-    """The model's score on a lab task or a file of examples: the mean with its 95 % bootstrap interval over documents.
+def evaluate(
+    model: nn.Module, task: str | Sequence[Example], *, limit: int | None = None, length: int = 512
+) -> dict[str, Any]:
+    """The model's score on a lab task, a file of examples, or examples: the mean with its 95 % bootstrap interval over documents.
 
     `limit` takes the first documents only. Lower is better for every metric. Errors: ConflictError for examples that do
     not suit the model; OptionError; PathError; FormatError; NumericError for a score that is not finite.
     """
-    counts = {"limit": limit, "length": length}
-    raise_all(
-        [
-            OptionError("a score is of something", where=n, got=v, want="1 or more", fix="raise it")
-            for n, v in counts.items()
-            if v is not None and v < 1
-        ]
-    )
-    found = examples(task, "test")[:limit]
+    whole(length=length, **({} if limit is None else {"limit": limit}))
+    said = task if isinstance(task, str) else "examples"
+    found = (examples(task, "test") if isinstance(task, str) else list(task))[:limit]
+    whole(examples=len(found))
     first, words = found[0], tokenizer(model)
-    _suits(model, first, task)
+    _suits(model, first, said)
     more: dict[str, float] = {}
     if isinstance(first, Pair):
         cosines = metrics.similarities(model, words, found)
@@ -63,10 +61,10 @@ def evaluate(model: nn.Module, task: str, *, limit: int | None = None, length: i
         name = "bits per byte of the response"
         values, weights = metrics.response_bits(model, words, found, length=length)
     if not np.isfinite(values).all():
-        where, fix = f"{type(model).__name__} on {task}", "look for huge weights; weft verify checks the folder"
+        where, fix = f"{type(model).__name__} on {said}", "look for huge weights; weft verify checks the folder"
         raise NumericError("a score is not finite", where=where, got="NaN or infinity", want="numbers", fix=fix)
     return {
-        "task": task,
+        "task": said,
         "metric": name,
         "documents": len(found),
         **interval(values[None], weights[None]).as_json(),
@@ -90,8 +88,9 @@ def _suits(model: nn.Module, first: Example, task: str) -> None:
 def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options: Any) -> str:
     """What the model writes after the prompt, greedily unless `options` of transformers' `generate` say otherwise.
 
-    Errors: ConflictError for a model that generates no text.
+    Errors: ConflictError for a model that generates no text; OptionError.
     """
+    whole(max_new_tokens=max_new_tokens)
     if not getattr(model, "can_generate", lambda: False)():
         raise ConflictError(
             "this model generates no text",

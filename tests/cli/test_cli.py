@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -218,6 +220,21 @@ def test_a_recipe_runs(model: Path, texts: Path, tmp_path: Path) -> None:
     assert weft_("verify", str(out)).output.strip() == "whole"
     recipe.write_text("weft: 1\nsteps:\n  - os.system: {}\n")
     assert weft_("run", str(recipe), "no-such-model").exit_code == 2
+
+
+def test_a_broken_checkpoint_is_imported(model: Path, tmp_path: Path) -> None:
+    """The error of a model says which option mends it; the table says what was mended."""
+    folder, out = tmp_path / "old", tmp_path / "out"
+    shutil.copytree(model, folder)
+    held = load_file(folder / "model.safetensors")
+    torch.save({**held, "head.bias": torch.ones(2)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "weft import" in weft_("show", str(folder)).stderr
+    refused = weft_("import", str(folder), "--out", str(out))
+    assert refused.exit_code == 4 and "--drop" in refused.stderr and not out.exists()
+    made = weft_("import", str(folder), "--out", str(out), "--drop", "head.*", "--json")
+    assert json.loads(made.stdout) == [{"tensor": "head.bias", "mended": "dropped"}]
+    assert weft_("verify", str(out)).output.strip() == "whole"
 
 
 def test_an_adapter_is_attached(model: Path, tmp_path: Path) -> None:

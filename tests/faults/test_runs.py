@@ -201,6 +201,19 @@ def test_f28_calibration_needs_a_token(tokens: Any, model: nn.Module, texts: Pat
     assert error.where == "tokens"
 
 
+@pytest.mark.parametrize("seed", ["x", -1, 1.5, None])
+def test_f28_a_seed_is_a_whole_number(seed: Any, model: nn.Module, texts: Path) -> None:
+    """For every rewrite, also one that draws nothing, and for training."""
+    unchanged(lambda: weft.apply(model, "rtn", seed=seed), OptionError, model)
+    unchanged(lambda: weft.train(tuned(model), str(texts), seed=seed), OptionError, model)
+
+
+@pytest.mark.parametrize("count", [0, -1, "5"])
+def test_f28_generating_takes_a_token(count: Any, model: nn.Module) -> None:
+    """At least one."""
+    unchanged(lambda: weft.generate(model, "the", max_new_tokens=count), OptionError, model)
+
+
 @pytest.mark.parametrize("options", [{"limit": 0}, {"limit": -1}, {"length": 0}, {"length": -1}])
 def test_f28_a_score_is_of_something(options: dict[str, int], model: nn.Module, texts: Path) -> None:
     """Of at least one document and one token."""

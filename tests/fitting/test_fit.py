@@ -19,6 +19,7 @@ import torch
 
 from weft.error import ConflictError, OptionError
 from weft.expr import tensors
+from weft.fitting.data import resolve
 from weft.fitting.fit import fit, plan
 from weft.fitting.settings import ADAPTER_SHARE, ARMS, Settings
 from weft.fitting.work import Work
@@ -43,6 +44,20 @@ def fitted(lm: Path, examples: Path, small: Settings, tmp_path_factory: pytest.T
         command="weft fit x",
     )
     return made, home
+
+
+def test_equal_records_are_one(tmp_path: Path) -> None:
+    """The same text on two lines is not both learnt and tested on."""
+    lines = [f"the cat {i} sat on the mat" for i in range(30)] * 3
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    found = resolve(str(tmp_path / "d.jsonl"), embeds=False, seed=0)
+    parts = [{e.text for e in part} for part in (found.train, found.select, found.test)]
+    assert (
+        sum(map(len, parts))
+        == len(set.union(*parts))
+        == 30
+        == sum(len(p) for p in (found.train, found.select, found.test))
+    )
 
 
 def test_every_arm_fits_its_budget(fitted: tuple[Report, Path]) -> None:

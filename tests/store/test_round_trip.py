@@ -20,7 +20,7 @@ from weft.error import ChangedError, ConflictError, PathError
 from weft.expr import Dense, Sum
 from weft.model import expressions, fingerprint, site, unweave, weave
 from weft.stats import Stats, collect
-from weft.store import load, nbytes, save, stored, verify
+from weft.store import import_, load, nbytes, save, stored, verify
 from weft.store.audit import header
 from weft.store.save import narrow
 
@@ -354,6 +354,19 @@ def test_hub_cache_with_links(shard: str, tiny: Any, tmp_path: Path, monkeypatch
         monkeypatch=monkeypatch,
     )
     assert fingerprint(load("org/linked")) == fingerprint(weave(tiny()))
+
+
+def test_a_pickle_in_the_hub_cache(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Imported by its id, through the cache's links."""
+
+    def write(p: Path) -> None:
+        tiny().save_pretrained(p)
+        (p / "model.safetensors").unlink()
+        torch.save(dict(tiny().state_dict()), p / "pytorch_model.bin")
+
+    hub("org/old", tmp_path / "hub", write, links=True, monkeypatch=monkeypatch)
+    assert import_("org/old", tmp_path / "out") == []
+    assert fingerprint(load(tmp_path / "out")) == fingerprint(weave(tiny()))
 
 
 def test_a_weft_folder_in_the_hub_cache(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:

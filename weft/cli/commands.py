@@ -143,9 +143,10 @@ def eval_(
 ) -> None:
     """Score a model: the mean with its 95 % interval over documents; lower is better."""
     import weft
+    from weft.score import examples
 
-    found = {"model": model, **weft.evaluate(load(model), data, limit=limit)}
-    emit([found], as_json=as_json)
+    documents = examples(data, "test")  # bad data shows before the model is loaded
+    emit([{"model": model, **weft.evaluate(load(model), documents, limit=limit), "task": data}], as_json=as_json)
 
 
 def generate(
@@ -180,15 +181,17 @@ def train(
 ) -> None:
     """Train a low-rank adapter on a model as it is, quantized or not. Interrupted, the same command goes on."""
     import weft
+    from weft.score import examples
     from weft.store.cache import default, key
 
+    learned = examples(data, "train", seed)  # bad data shows before the model is loaded
     woven = load(model, quiet)
     weft.apply(woven, "lora", at=at, seed=seed, rank=rank, name=name)
     weft.may_write(woven, out, replace=replace_)
     about = key(str(Path(model).absolute()), data, rank, name, at, steps, batch, length, lr, seed)
     work = (cache or default()) / "train" / about
     how: dict[str, Any] = {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed}
-    history = weft.train(woven, data, **how, out=work, progress=bars(quiet))
+    history = weft.train(woven, learned, **how, out=work, progress=bars(quiet))
     weft.save(woven, out, replace=replace_, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     emit(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from weft.error import ConflictError, FormatError, OptionError, raise_all
+from weft.error import ConflictError, FormatError, whole
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, classes, padded, windows
 from weft.learn.data import Example, Pair, Response, Text, read, render
@@ -51,7 +51,7 @@ class Data:
 def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
     """The data of a lab task's name, a file or folder, or (None) weft's own calibration texts.
 
-    A file is split by a hash of each example: 80 % to tune and calibrate on, 10 % to choose by, 10 % to test on.
+    A file is split by a hash of each example (equal ones are one): 80 % to tune and calibrate on, 10 % to choose by, 10 % to test on.
     Errors: FormatError for fewer than 20 examples; ConflictError where the model cannot use them.
     """
     if source is None or source in tasks.names():
@@ -74,7 +74,7 @@ def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
 def _split(source: str, examples: Sequence[Example], seed: int) -> Data:
     if len(examples) == 1 and isinstance(examples[0], Text):
         examples = _pieces(examples[0])
-    unique = {hashlib.blake2b(repr(e).encode(), digest_size=8).digest(): e for e in examples}
+    unique = {hashlib.blake2b(repr(replace(e, name="")).encode(), digest_size=8).digest(): e for e in examples}
     if len(unique) < 20:
         raise FormatError(
             "too few examples to choose and test on",
@@ -92,15 +92,15 @@ def _split(source: str, examples: Sequence[Example], seed: int) -> Data:
     return Data(Path(source).name, kind, shuffled, shuffled, select, test)
 
 
-def _pieces(whole: Text, size: int = 2048) -> list[Example]:
+def _pieces(text: Text, size: int = 2048) -> list[Example]:
     """One long text in pieces, cut at line ends."""
-    lines, pieces, held = whole.text.splitlines(keepends=True), list[Example](), ""
+    lines, pieces, held = text.text.splitlines(keepends=True), list[Example](), ""
     for line in lines:
         held += line
         if len(held) >= size:
-            pieces.append(Text(held, whole.name))
+            pieces.append(Text(held, text.name))
             held = ""
-    return [*pieces, Text(held, whole.name)] if held.strip() else pieces
+    return [*pieces, Text(held, text.name)] if held.strip() else pieces
 
 
 def texts(examples: Sequence[Example], tokenizer: Any) -> list[str]:
@@ -125,15 +125,7 @@ def batches(
 
     Texts of white space alone are left out. Errors: OptionError for fewer than one token, FormatError for no text at all.
     """
-    raise_all(
-        [
-            OptionError(
-                "there is nothing to calibrate on", where=n, got=v, want="a whole number, 1 or more", fix="raise it"
-            )
-            for n, v in {"tokens": tokens, "length": length}.items()
-            if type(v) is not int or v < 1
-        ]
-    )
+    whole(tokens=tokens, length=length)
     found = [t for t in texts(examples, tokenizer) if t.strip()]
     if not found:
         where = examples[0].name if examples and examples[0].name else "calibration data"

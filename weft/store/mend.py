@@ -50,8 +50,11 @@ def import_(
     (`zero`). `tie`: of tied weights stored twice, True keeps the first, False both. Nothing else is changed.
     Errors: those of `load` for what is left; OptionError for a glob with nothing to mend; those of `save`.
     """
-    folder, place = find(source, [*WANTED, "pytorch_model*"]), Path(out).resolve()
+    place = Path(out).resolve()
     may_replace(place, replace)
+    folder = find(source)
+    if not any(folder.glob("*.safetensors")):
+        folder = find(source, [*WANTED, "pytorch_model*"])
     bars = progress or Silent()
     with _opened(folder, place, bars) as (found, problems):
         raise_all(problems)

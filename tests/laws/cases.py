@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,11 +28,15 @@ from weft.expr import (
     tensors,
     terms_of,
 )  # fmt: skip
-from weft.grid import GRIDS, grid
+from weft.grid import GRIDS, SCALES, grid
 
 Rng = torch.Generator
 SHAPES = ((5, 7), (1, 9), (16, 8), (12, 40))
 """Odd, a single row, tall, wide; columns are rounded up where a node needs multiples."""
+
+
+PLACES = [(name, s) for name, spec in GRIDS.items() for s in (True, False) if s or spec.levels is None]
+"""Every grid, and every integer grid also with zero points."""
 
 
 def rng(*salt: object) -> Rng:
@@ -59,12 +64,15 @@ def diagonal(m: int, n: int, g: Rng) -> Expr:
     return Diagonal(randn(g, n) + 3)
 
 
-def quantized(m: int, n: int, g: Rng, name: str = "int4", group: int = 5, symmetric: bool = True) -> Expr:
-    groups = -(-n // (group or n))
-    codes = torch.randint(0, 2 ** grid(name).bits, (m, n), generator=g).to(torch.uint8)
+def quantized(
+    m: int, n: int, g: Rng, name: str = "int4", group: int = 5, symmetric: bool = True, scale: str = "bf16"
+) -> Expr:
+    groups, spec = -(-n // (group or n)), grid(name)
+    numbers = torch.tensor([i for i, v in enumerate(spec.levels or range(spec.count)) if math.isfinite(v)])
+    codes = numbers[torch.randint(0, len(numbers), (m, n), generator=g)].to(torch.uint8)
     scales = randn(g, m, groups).abs() + 0.1
-    zeros = None if symmetric else torch.randint(0, 2 ** grid(name).bits, (m, groups), generator=g).to(torch.uint8)
-    return Quantized.encode(codes, scales, zeros, grid=name, group=group)
+    zeros = None if symmetric else torch.randint(0, spec.count, (m, groups), generator=g).to(torch.uint8)
+    return Quantized.encode(codes, scales, zeros, grid=name, group=group, scale=scale)
 
 
 def masked(m: int, n: int, g: Rng, kept: Callable[..., Expr] = dense) -> Expr:
@@ -103,13 +111,19 @@ def chain(m: int, n: int, g: Rng) -> Expr:
 
 
 def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
-    kinds = [(name, s) for name, spec in GRIDS.items() for s in (True, False) if s or spec.levels is None]
-    groups = (5, 0, 3, 8)
+    groups, scales = (5, 0, 3, 8), list(SCALES)
+    kinds = [(name, groups[i % 4], s, scales[i % 4 if s else 0]) for i, (name, s) in enumerate(PLACES)]
+    kinds += [
+        ("fp4", 16, True, "e4m3"),
+        ("fp4", 32, True, "e8m0"),
+        ("nf4", 4, True, "uint8"),
+        ("int4", 4, False, "uint8"),
+    ]
     return {
-        f"{name}{'' if s else '-zero'}-g{groups[i % 4]}": lambda m, n, g, a=(name, groups[i % 4], s): quantized(
+        f"{name}{'' if s else '-zero'}-g{group}-{scale}": lambda m, n, g, a=(name, group, s, scale): quantized(
             m, n, g, *a
         )
-        for i, (name, s) in enumerate(kinds)
+        for name, group, s, scale in kinds
     }
 
 

@@ -64,17 +64,37 @@ def bits_of(row: list[int], width: int, count: int) -> list[int]:
     return [(word >> (width * i)) & (2**width - 1) for i in range(count)]
 
 
+def float8(code: int) -> float:
+    """What a byte means as a float of 4 exponent and 3 mantissa bits."""
+    sign, e, f = (-1) ** (code >> 7), code >> 3 & 15, code & 7
+    return sign * ((8 + f) * 2.0 ** (e - 10) if e else f * 2.0**-9)
+
+
+def scales_of(row: list[int], how: str, groups: int) -> tuple[Tensor, int]:
+    """The scales at the front of these bytes, as float32, and how many bytes they take."""
+    if how == "bf16":
+        return torch.tensor(
+            [struct.unpack("<f", bytes([0, 0, *row[2 * k : 2 * k + 2]]))[0] for k in range(groups)]
+        ), 2 * groups
+    if how == "e8m0":
+        return torch.tensor([2.0 ** (c - 127) for c in row[:groups]]), groups
+    codes = [float8(c) if how == "e4m3" else float(c) for c in row[4 : 4 + groups]]
+    return torch.tensor(codes) / torch.tensor(struct.unpack("<f", bytes(row[:4]))), 4 + groups
+
+
 def decoded(e: Quantized) -> Tensor:
-    """A quantized value as its docstring says it: packed codes | bfloat16 scales | packed zero points."""
+    """A quantized value as its docstring says it: packed codes | scales | packed zero points."""
     spec_, out = GRIDS[e.grid], torch.zeros(e.shape)
     groups, size = -(-e.n // (e.group or e.n)), e.group or e.n
-    at = -(-e.n * spec_.bits // 8)
+    at = -(-e.n // 5) if e.grid == "ternary" else -(-e.n * spec_.bits // 8)
     for i, row in enumerate(e.data.tolist()):
         codes = bits_of(row[:at], spec_.bits, e.n)
-        scales = [struct.unpack("<f", bytes([0, 0, *row[at + 2 * k : at + 2 * k + 2]]))[0] for k in range(groups)]
-        zeros = [2 ** (spec_.bits - 1)] * groups if e.symmetric else bits_of(row[at + 2 * groups :], spec_.bits, groups)
+        if e.grid == "ternary":
+            codes = [byte // 3**k % 3 for byte in row[:at] for k in range(5)][: e.n]
+        scales, width = scales_of(row[at:], e.scale, groups)
+        zeros = [2 ** (spec_.bits - 1)] * groups if e.symmetric else bits_of(row[at + width :], spec_.bits, groups)
         for j, code in enumerate(codes):
-            level = code - zeros[j // size] if spec_.levels is None else float(torch.tensor(spec_.levels[code]))
+            level = code - zeros[j // size] if spec_.levels is None else torch.tensor(spec_.levels[code])
             out[i, j] = level * scales[j // size]
     return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -89,30 +89,28 @@ def _onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
         return base.rebuild(kept=_onto(kept, compact(value, mask)))
     grid = cast(Quantized, base)  # `_refusal` has seen to it
     fit = _fit(grid, value)
-    return Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group)
+    return fit.encode(nearest(value, fit))
 
 
 def _fit(base: Quantized, value: Float[Tensor, "m n"]) -> Fitted:
     """For every group the grid it has or the best new one, whichever is nearer to the value."""
     zeros = base.zeros()
-    held = Fitted(base.grid, base.group, base.scales(), zeros.to(torch.uint8) if isinstance(zeros, Tensor) else None)
-    made = search(value, torch.ones_like(value[:1]), base.grid, base.group, base.symmetric)
+    points = zeros.to(torch.uint8) if isinstance(zeros, Tensor) else None
+    held = Fitted(base.grid, base.group, base.scales(), points, base.scale, base.divisor())
+    ones = torch.ones_like(value[:1])
+    made = search(value, ones, base.grid, base.group, base.symmetric, scale=base.scale, like=held)
     stays = _miss(value, held) <= _miss(value, made)
 
     def choose(read: Callable[[Fitted], Tensor]) -> Tensor:
         return torch.where(stays, read(held), read(made))
 
-    return Fitted(
-        held.name,
-        held.group,
-        choose(lambda f: f.scales),
-        None if base.symmetric else choose(lambda f: f.zero()).to(torch.uint8),
-    )
+    zero = None if base.symmetric else choose(lambda f: f.zero()).to(torch.uint8)
+    return replace(held, scales=choose(lambda f: f.scales), zeros=zero)
 
 
 def _miss(value: Float[Tensor, "m n"], fit: Fitted) -> Float[Tensor, "m g"]:
     """The squared rounding error of each group."""
-    rounded = Quantized.encode(nearest(value, fit), fit.scales, fit.zeros, grid=fit.name, group=fit.group).dense()
+    rounded = fit.encode(nearest(value, fit)).dense()
     return grouped(rounded - value, fit.group).square().sum(-1)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from weft.error import ShapeError
 from weft.expr.base import CHUNK, Expr, Promises
-from weft.grid import grid, pack, packed_bytes, unpack
+from weft.grid import grid as _grid
+from weft.grid import pack, packed_bytes, scale_format, unpack
 
 
 class Dense(Expr):
@@ -91,7 +92,7 @@ class Quantized(Expr):
     """Codes on a grid with a scale, and a zero point if asymmetric, for every `group` columns of a row.
 
     value = (code - zero) * scale on integer grids, levels[code] * scale on table grids; zero = 2^(bits-1) if symmetric.
-    A row of `data` is: packed codes | scales (bfloat16) | packed zero points. `group` 0 means one group a row.
+    A row of `data` is: packed codes | scales in their format | packed zero points. `group` 0 means one group a row.
     Bytes, not floats, so no dtype cast can damage it.
     """
 
@@ -100,6 +101,7 @@ class Quantized(Expr):
     grid: str
     group: int
     symmetric: bool
+    scale: str = "bf16"
 
     def size(self, dims: dict[str, int]) -> tuple[int, int]:
         return dims["m"], self.n
@@ -113,22 +115,21 @@ class Quantized(Expr):
         *,
         grid: str,
         group: int,
+        scale: str = "bf16",
+        divisor: Float[Tensor, "m 1"] | None = None,
     ) -> Quantized:
-        """Pack codes, scales (rounded to bfloat16) and zero points (None: symmetric)."""
-        parts = [pack(codes, _bits(grid)), scales.to(torch.bfloat16).contiguous().view(torch.uint8)]
+        """Pack codes, scales (rounded to their format; `divisor` None: the one that suits them) and zero points (None: symmetric)."""
+        form = scale_format(scale)
+        parts = [_grid(grid).pack(codes), form.encode(scales, form.divisor(scales) if divisor is None else divisor)]
         if zeros is not None:
-            parts.append(pack(zeros, _bits(grid)))
-        return cls(torch.cat(parts, 1), codes.shape[1], grid, group, zeros is None)
+            parts.append(pack(zeros, _grid(grid).bits))
+        return cls(torch.cat(parts, 1), codes.shape[1], grid, group, zeros is None, scale)
 
     def check(self) -> None:
-        size = self.group or self.n
-        spec = grid(self.grid)
-        want = (
-            packed_bytes(self.n, spec.bits)
-            + 2 * self.groups
-            + (0 if self.symmetric else packed_bytes(self.groups, spec.bits))
-        )
-        if size < 1 or self.data.shape[1] != want or (spec.levels and not self.symmetric):
+        size, form = _grid(self.grid), scale_format(self.scale)
+        want = size.row_bytes(self.n) + form.row_bytes(self.groups)
+        want += 0 if self.symmetric else packed_bytes(self.groups, size.bits)
+        if (self.group or self.n) < 1 or self.data.shape[1] != want or (size.levels and not self.symmetric):
             raise ShapeError(
                 "Quantized.data does not fit",
                 where="Quantized.data",
@@ -144,33 +145,35 @@ class Quantized(Expr):
 
     def codes(self) -> UInt8[Tensor, "m n"]:
         """The codes, unpacked."""
-        return unpack(self.data[:, : packed_bytes(self.n, _bits(self.grid))], _bits(self.grid), self.n)
+        spec = _grid(self.grid)
+        return spec.unpack(self.data[:, : spec.row_bytes(self.n)], self.n)
 
     def scales(self) -> Float[Tensor, "m g"]:
         """The scales as float32."""
-        at = packed_bytes(self.n, _bits(self.grid))
-        return (
-            self.data[:, at : at + 2 * self.groups]
-            .clone(memory_format=torch.contiguous_format)
-            .view(torch.bfloat16)
-            .float()
-        )
+        return scale_format(self.scale).decode(self._scale_bytes())
+
+    def divisor(self) -> Float[Tensor, "m 1"] | None:
+        """What each row's scales are divided by, in formats that have it."""
+        return scale_format(self.scale).read_divisor(self._scale_bytes())
+
+    def _scale_bytes(self) -> UInt8[Tensor, "m bytes"]:
+        at = _grid(self.grid).row_bytes(self.n)
+        return self.data[:, at : at + scale_format(self.scale).row_bytes(self.groups)]
 
     def zeros(self) -> Float[Tensor, "m g"] | float:
         """The zero points as float32; one number where symmetric."""
-        bits = _bits(self.grid)
+        bits = _grid(self.grid).bits
         if self.symmetric:
             return float(2 ** (bits - 1))
-        return unpack(self.data[:, packed_bytes(self.n, bits) + 2 * self.groups :], bits, self.groups).float()
+        return unpack(self.data[:, -packed_bytes(self.groups, bits) :], bits, self.groups).float()
 
     def dense(self) -> Float[Tensor, "m n"]:
-        levels, codes, zeros = grid(self.grid).levels, self.codes(), self.zeros()
-        if levels is not None:
-            value = torch.tensor(levels, device=codes.device)[codes.int()]
-        elif isinstance(zeros, Tensor):
-            value = codes.float().sub_(self.spread(zeros))
+        spec, codes = _grid(self.grid), self.codes()
+        if spec.levels is not None:
+            value = spec.value(codes)
         else:
-            value = codes.float().sub_(zeros)
+            zeros = self.zeros()
+            value = codes.float().sub_(self.spread(zeros) if isinstance(zeros, Tensor) else zeros)
         return value.mul_(self.spread(self.scales()))
 
     def spread(self, per_group: Float[Tensor, "m g"]) -> Float[Tensor, "m n"]:
@@ -178,11 +181,13 @@ class Quantized(Expr):
         return spread(per_group, self.group, self.n)
 
     def promises(self) -> Promises:
-        return Promises(levels=2 ** _bits(self.grid))
+        return Promises(levels=len(_grid(self.grid).ascending[0]) or _grid(self.grid).count)
 
     def describe(self) -> str:
-        where = f"g{self.group}" if self.group else "channel"
-        return f"{self.grid}[{where}{'' if self.symmetric else ', asymmetric'}]"
+        about = [f"g{self.group}" if self.group else "channel"]
+        about += [] if self.symmetric else ["asymmetric"]
+        about += [] if self.scale == "bf16" else [f"{self.scale} scales"]
+        return f"{self.grid}[{', '.join(about)}]"
 
 
 def spread(per_group: Float[Tensor, "m g"], group: int, n: int) -> Float[Tensor, "m n"]:
@@ -190,7 +195,3 @@ def spread(per_group: Float[Tensor, "m g"], group: int, n: int) -> Float[Tensor,
     if per_group.shape[1] == 1:
         return per_group.expand(-1, n)
     return per_group.repeat_interleave(group, 1)[:, :n]
-
-
-def _bits(name: str) -> int:
-    return grid(name).bits

@@ -196,8 +196,9 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
             "unknown node", where=at or "spec", got=kind, want=", ".join(sorted(NODES)), fix="use a newer weft"
         )
     cls = NODES[kind]
-    want = {"node", *(f.name for f in fields(cls) if f.kind != "tensor")}
-    if set(tree) != want:
+    plain = [f.name for f in fields(cls) if f.kind != "tensor"]
+    want = {"node", *plain}
+    if set(tree) | {name for name in plain if hasattr(cls, name)} != want:
         raise FormatError(
             f"{kind} has other fields",
             where=at or "spec",
@@ -209,7 +210,7 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
     for f in fields(cls):
         if f.kind == "tensor":
             values[f.name] = get(f"{at}{f.name}")
-        else:
+        elif f.name in tree:  # what is absent, in a file of an older weft, has its default
             values[f.name] = build(tree[f.name], get, f"{at}{f.name}.") if f.kind == "child" else tree[f.name]
     return cls(**values)
 

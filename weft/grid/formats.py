@@ -1,23 +1,87 @@
-"""The grids: integers of 2 to 8 bits, and NF4 (QLoRA, 2305.14314, appendix E)."""
+"""The grids: integers of 2 to 8 bits, sign and ternary, floats of 4, 6 and 8 bits (OCP MX 1.0, 5.3), NF4 (2305.14314, appendix E)."""
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
-from weft.error import OptionError
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from weft.error import OptionError, ShapeError
+from weft.grid.bits import pack, packed_bytes, unpack
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a code of `bits` bits can mean, before its group's scale.
+    """The values that a code can mean, before its group's scale.
 
-    Integer grids have `levels is None`: code q means q - zero, with zero = 2^(bits-1) when symmetric.
-    Table grids list their values in ascending order and have no zero point.
+    Integer grids have `levels is None`: code q means q - zero, with zero = 2^(bits-1) when symmetric. Table grids list the
+    value of every code, have no zero point, and a NaN where a code means no number. `even`: of two levels that are equally
+    near, rounding takes the even code, as IEEE 754 does. `per_byte`: so many codes make a byte, digits of one number.
     """
 
     name: str
     bits: int
     levels: tuple[float, ...] | None = None
+    even: bool = False
+    per_byte: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many codes there are."""
+        return 2**self.bits if self.levels is None else len(self.levels)
+
+    @functools.cached_property
+    def ascending(self) -> tuple[Float[Tensor, "c"], UInt8[Tensor, "c"]]:
+        """The distinct levels of a table grid in ascending order, and their codes; zero is the code of plus zero."""
+        held = {v: code for code, v in reversed(list(enumerate(self.levels or ()))) if math.isfinite(v)}
+        order = sorted(held)
+        return torch.tensor(order), torch.tensor([held[v] for v in order], dtype=torch.uint8)
+
+    @functools.cached_property
+    def top(self) -> float:
+        """The largest level of a table grid."""
+        return float(self.ascending[0][-1])
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes that `n` codes take."""
+        return -(-n // self.per_byte) if self.per_byte else packed_bytes(n, self.bits)
+
+    def pack(self, codes: UInt8[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
+        """Codes as bytes, row by row. Errors: ShapeError if a code does not fit."""
+        if not self.per_byte:
+            return pack(codes, self.bits)
+        if codes.numel() and int(codes.max()) >= self.count:
+            got, want = int(codes.max()), f"below {self.count}"
+            raise ShapeError("a code does not fit its grid", where=self.name, got=got, want=want, fix="clamp the codes")
+        digits = torch.nn.functional.pad(codes, (0, -codes.shape[1] % self.per_byte))
+        return (digits.view(len(codes), -1, self.per_byte) * self._weights(codes)).sum(-1, dtype=torch.uint8)
+
+    def unpack(self, data: UInt8[Tensor, "m bytes"], n: int) -> UInt8[Tensor, "m n"]:
+        """Inverse of `pack` for rows of `n` codes."""
+        if not self.per_byte:
+            return unpack(data, self.bits, n)
+        return (data.unsqueeze(-1) // self._weights(data) % self.count).flatten(1)[:, :n]
+
+    def _weights(self, like: Tensor) -> UInt8[Tensor, "k"]:
+        return torch.tensor([self.count**i for i in range(self.per_byte)], dtype=torch.uint8, device=like.device)
+
+    def value(self, codes: Tensor) -> Float[Tensor, "..."]:
+        """What the codes of a table grid mean."""
+        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+
+    def nearest(self, x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+        """The code of a table grid's nearest level; beyond the ends, that of the end."""
+        levels, codes = (t.to(x.device) for t in self.ascending)
+        middles = (levels[1:] + levels[:-1]) / 2
+        at = torch.bucketize(x.contiguous(), middles)  # a tie is the lower level's
+        if self.even:
+            tie = x == middles[at.clamp(max=len(middles) - 1)]
+            at = at + (tie & (codes[at] % 2 == 1))
+        return codes[at]
 
 
 _NF4 = (
@@ -27,7 +91,38 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-GRIDS: dict[str, Grid] = {g.name: g for g in (*(Grid(f"int{b}", b) for b in range(2, 9)), Grid("nf4", 4, _NF4))}
+
+def _floats(exponent: int, mantissa: int, special: str = "") -> tuple[float, ...]:
+    """The values of a small float: sign, exponent (bias 2^(exponent-1) - 1) and mantissa bits, subnormals at exponent 0.
+
+    `special`: "nan" if all ones mean NaN, "ieee" if the highest exponent means infinity and NaN.
+    """
+    bias, made = 2 ** (exponent - 1) - 1, list[float]()
+    for code in range(2 ** (exponent + mantissa)):
+        e, f = divmod(code, 2**mantissa)
+        value = math.ldexp(f + (e > 0) * 2**mantissa, max(e, 1) - bias - mantissa)
+        if special == "nan" and code == 2 ** (exponent + mantissa) - 1:
+            value = math.nan
+        elif special == "ieee" and e == 2**exponent - 1:
+            value = math.nan if f else math.inf
+        made.append(value)
+    return (*made, *(-v for v in made))
+
+
+GRIDS: dict[str, Grid] = {
+    g.name: g
+    for g in (
+        *(Grid(f"int{b}", b) for b in range(2, 9)),
+        Grid("sign", 1, (-1.0, 1.0)),
+        Grid("ternary", 2, (-1.0, 0.0, 1.0), per_byte=5),
+        Grid("nf4", 4, _NF4),
+        Grid("fp4", 4, _floats(2, 1), even=True),
+        Grid("fp6_e2m3", 6, _floats(2, 3), even=True),
+        Grid("fp6_e3m2", 6, _floats(3, 2), even=True),
+        Grid("fp8_e4m3", 8, _floats(4, 3, "nan"), even=True),
+        Grid("fp8_e5m2", 8, _floats(5, 2, "ieee"), even=True),
+    )
+}
 
 
 def grid(name: str) -> Grid:

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from weft.grid import grid
+from weft.expr import Quantized
+from weft.grid import grid, scale_format
 
 TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A grid placed on a matrix: a scale (a bfloat16 value, held as float32) and perhaps a zero point for every group."""
+    """A grid placed on a matrix: for every group a scale that its format holds, as float32, and perhaps a zero point."""
 
     name: str
     group: int
     scales: Float[Tensor, "m g"]
     zeros: UInt8[Tensor, "m g"] | None
+    scale: str = "bf16"
+    divisor: Float[Tensor, "m 1"] | None = None
 
     def zero(self) -> Float[Tensor, "m g"]:
         """Zero points as float32, also where the grid is symmetric."""
         if self.zeros is not None:
             return self.zeros.float()
         return torch.full_like(self.scales, 0.0 if grid(self.name).levels else 2 ** (grid(self.name).bits - 1))
+
+    def encode(self, codes: UInt8[Tensor, "m n"]) -> Quantized:
+        """The node of these codes."""
+        scale, divisor = self.scale, self.divisor
+        return Quantized.encode(
+            codes, self.scales, self.zeros, grid=self.name, group=self.group, scale=scale, divisor=divisor
+        )
+
+    def placed(self, scales: Float[Tensor, "m g"], zeros: UInt8[Tensor, "m g"] | None = None) -> Fitted:
+        """The same grid with other scales, the nearest that its format holds; 1 for a group of zeros."""
+        scales = torch.where(scales <= TINY, torch.ones_like(scales), scales)
+        return replace(self, scales=scale_format(self.scale).snap(scales, self.divisor), zeros=zeros)
+
+
+def _place(name: str, group: int, scales: Float[Tensor, "m g"], scale: str, like: Fitted | None) -> Fitted:
+    """A grid with these scales, the nearest that its format holds; with the row divisors of `like`."""
+    divisor = scale_format(scale).divisor(scales) if like is None else like.divisor
+    return Fitted(name, group, scales, None, scale, divisor).placed(scales)
 
 
 def grouped(w: Float[Tensor, "m n"], group: int) -> Float[Tensor, "m g k"]:
@@ -37,24 +58,44 @@ def grouped(w: Float[Tensor, "m n"], group: int) -> Float[Tensor, "m g k"]:
     return torch.nn.functional.pad(w, (0, -w.shape[1] % size)).view(w.shape[0], math.ceil(w.shape[1] / size), size)
 
 
-def minmax(w: Float[Tensor, "m n"], name: str, group: int, symmetric: bool) -> Fitted:
-    """The grid that just covers each group's range. Symmetric: absmax / (2^(bits-1) - 1), or absmax on table grids."""
+def minmax(
+    w: Float[Tensor, "m n"], name: str, group: int, symmetric: bool, scale: str = "bf16", like: Fitted | None = None
+) -> Fitted:
+    """The grid that just covers each group's range. Symmetric: absmax / (2^(bits-1) - 1), or absmax / top on table grids.
+
+    Two grids cover no range: signs have the mean of |w|, which is nearest to w; and powers of two as scales are
+    2^floor(log2 absmax) / 2^floor(log2 top), as OCP MX 1.0, 6.3, says, under which the largest entries may be cut.
+    `like`: a grid whose row divisors are kept.
+    """
     spec, x = grid(name), grouped(w.float(), group)
     top = 2**spec.bits - 1
-    if symmetric:
-        reach = 1.0 if spec.levels else float(2 ** (spec.bits - 1) - 1)
-        return Fitted(name, group, _scale(x.abs().amax(-1) / reach), None)
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    scales = _scale((high - low) / top)
-    return Fitted(name, group, scales, (-low / scales).round().clamp(0, top).to(torch.uint8))
+    if not symmetric:
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        fit = _place(name, group, (high - low) / top, scale, like)
+        return replace(fit, zeros=(-low / fit.scales).round().clamp(0, top).to(torch.uint8))
+    most, reach = x.abs().amax(-1), spec.top if spec.levels else float(2 ** (spec.bits - 1) - 1)
+    if name == "sign":
+        sizes = grouped(torch.ones_like(w[:1]), group).sum(-1)
+        return _place(name, group, x.abs().sum(-1) / sizes, scale, like)
+    if scale == "e8m0":
+        return _place(name, group, (most.log2().floor() - math.floor(math.log2(reach))).exp2(), scale, like)
+    return _place(name, group, most / reach, scale, like)
 
 
-_SHRINK = {2: 0.45, 3: 0.6, 4: 0.7}
+_SHRINK = {1: 0.3, 2: 0.45, 3: 0.6, 4: 0.7}
 """The smallest share of the range worth trying, by bits: fewer levels gain more from clipping."""
 
 
 def search(
-    w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], name: str, group: int, symmetric: bool, *, steps: int = 8
+    w: Float[Tensor, "m n"],
+    weight: Float[Tensor, "#m n"],
+    name: str,
+    group: int,
+    symmetric: bool,
+    *,
+    steps: int = 8,
+    scale: str = "bf16",
+    like: Fitted | None = None,
 ) -> Fitted:
     """The grid of least Σ_j weight_ij (w_ij - q_ij)² in each group, among shrunken ranges; never worse than `minmax`.
 
@@ -63,35 +104,32 @@ def search(
     x = grouped(w.float(), group)  # [m g k]
     v = grouped(weight.float().clamp(min=0), group)  # [1 g k] or [m g k]
     v = torch.where(v.sum(-1, keepdim=True) > 0, v, torch.ones_like(v))
-    start = minmax(w, name, group, symmetric)
+    start = minmax(w, name, group, symmetric, scale, like)
     best, scales, zeros = _miss(x, v, start), start.scales, start.zero()
-    for trial in _trials(x, name, group, symmetric, steps):
+    for trial in _trials(x, start, steps):
         miss = _miss(x, v, trial)
         better = miss < best
         best = torch.where(better, miss, best)
         scales, zeros = torch.where(better, trial.scales, scales), torch.where(better, trial.zero(), zeros)
-    return Fitted(name, group, scales, None if symmetric else zeros.to(torch.uint8))
+    return replace(start, scales=scales, zeros=None if symmetric else zeros.to(torch.uint8))
 
 
-def _trials(x: Float[Tensor, "m g k"], name: str, group: int, symmetric: bool, steps: int) -> Iterator[Fitted]:
-    spec, least = grid(name), _SHRINK.get(grid(name).bits, 0.85)
-    top, half = 2**spec.bits - 1, 2 ** (spec.bits - 1)
+def _trials(x: Float[Tensor, "m g k"], start: Fitted, steps: int) -> Iterator[Fitted]:
+    spec = grid(start.name)
+    least, half, top = _SHRINK.get(spec.bits, 0.85), 2 ** (spec.bits - 1), 2**spec.bits - 1
+    if start.scale == "e8m0":
+        yield from (start.placed(start.scales * by) for by in (2, 0.5))
+        return
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     for shrink in torch.linspace(1, least, steps).tolist():
-        if symmetric and spec.levels is None:
-            yield Fitted(name, group, _scale(torch.maximum(-low / half, high / (half - 1)) * shrink), None)
-            yield Fitted(name, group, _scale(torch.maximum(-low, high) / half * shrink), None)
-        elif symmetric:
-            yield Fitted(name, group, _scale(torch.maximum(-low, high) * shrink), None)
+        if start.zeros is not None:
+            trial = start.placed((high - low) * shrink / top)
+            yield replace(trial, zeros=(-low * shrink / trial.scales).round().clamp(0, top).to(torch.uint8))
+        elif spec.levels is None:
+            yield start.placed(torch.maximum(-low / half, high / (half - 1)) * shrink)
+            yield start.placed(torch.maximum(-low, high) / half * shrink)
         else:
-            s = _scale((high - low) * shrink / top)
-            yield Fitted(name, group, s, (-low * shrink / s).round().clamp(0, top).to(torch.uint8))
-
-
-def _scale(s: Float[Tensor, "m g"]) -> Float[Tensor, "m g"]:
-    """Rounded to bfloat16; a group of zeros gets 1. NaN stays, so that it is seen."""
-    s = s.to(torch.bfloat16).float()
-    return torch.where(s <= TINY, torch.ones_like(s), s)
+            yield start.placed(torch.maximum(-low, high) / spec.top * shrink)
 
 
 def _miss(x: Float[Tensor, "m g k"], v: Float[Tensor, "#m g k"], fit: Fitted) -> Float[Tensor, "m g"]:
@@ -105,14 +143,12 @@ def _codes(x: Tensor, zero: Tensor, name: str) -> Tensor:
     spec = grid(name)
     if spec.levels is None:
         return x.add_(zero).round_().clamp_(0, 2**spec.bits - 1)
-    levels = torch.tensor(spec.levels, device=x.device)
-    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).float()
+    return spec.nearest(x)
 
 
 def value(codes: Tensor, zero: Tensor, name: str) -> Tensor:
     """What float codes mean before the scale."""
-    levels = grid(name).levels
-    return codes - zero if levels is None else torch.tensor(levels, device=codes.device)[codes.long()]
+    return codes - zero if grid(name).levels is None else grid(name).value(codes)
 
 
 def nearest(w: Float[Tensor, "m n"], fit: Fitted) -> UInt8[Tensor, "m n"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
-from weft.expr import Expr, Quantized, spread
+from weft.expr import Expr, spread
 from weft.linalg.grids import Fitted
 
 
@@ -36,4 +36,4 @@ def quantize(now: Expr, round_: Round) -> Expr:
     if isinstance(kept, Expr):
         return now.rebuild(kept=quantize(kept, round_))
     fit, codes = round_(now.dense())
-    return Quantized.encode(codes, fit.scales, fit.zeros, grid=fit.name, group=fit.group)
+    return fit.encode(codes)

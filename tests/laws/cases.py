@@ -14,13 +14,20 @@ from weft.engine import Evidence, Group, Method, Site, get, names
 from weft.engine.run import Step, run
 from weft.expr import (
     NM,
+    Basis,
+    Blocks,
+    Codebook,
     Dense,
     Diagonal,
     Expr,
+    Hadamard,
+    Kronecker,
     LowRank,
     Masked,
+    Permutation,
     Product,
     Quantized,
+    SparseDelta,
     Sum,
     build,
     fields,
@@ -92,6 +99,46 @@ def nm(m: int, n: int, g: Rng, keep: int = 2, of: int = 4, kept: Callable[..., E
     return NM.of(torch.ones(m, n), mask, keep, of).rebuild(kept=kept(m, n * keep // of, g))
 
 
+def codebook(m: int, n: int, g: Rng, books: int = 1, entries: int = 16, d: int = 1) -> Expr:
+    codes = torch.randint(0, entries, (m, -(-n // d), books), generator=g)
+    return Codebook.of(codes, randn(g, books, entries, d), n)
+
+
+def delta(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32) -> Expr:
+    return SparseDelta.of(randn(g, m, n).to(dtype), torch.rand(m, n, generator=g) < 0.2)
+
+
+def kronecker(m: int, n: int, g: Rng) -> Expr:
+    p, q = (next(k for k in (3, 2, 1) if size % k == 0) for size in (m, n))
+    return Kronecker(randn(g, p, q), randn(g, m // p, n // q))
+
+
+def blocks(m: int, n: int, g: Rng, kept: Callable[..., Expr] = dense) -> Expr:
+    count = next(k for k in (4, 3, 1) if m % k == 0)
+    return Blocks(kept(m, -(-n // count), g), count)
+
+
+def basis(m: int, n: int, g: Rng, kind: str = "random") -> Expr:
+    return Basis(randn(g, 6), kind, 3, m, n)
+
+
+def permutation(m: int, n: int, g: Rng) -> Expr:
+    return Permutation(torch.randperm(n, generator=g).int())
+
+
+def rotation(m: int, n: int, g: Rng, block: int = 0) -> Expr:
+    return Hadamard.of(randn(g, n).sign(), block)
+
+
+def rotated(m: int, n: int, g: Rng) -> Expr:
+    return Product(permutation(m, m, g), rotation(m, m, g), compensated(m, n, g), rotation(n, n, g), diagonal(n, n, g))
+
+
+def vera(m: int, n: int, g: Rng) -> Expr:
+    down, up = (Basis(torch.ones(1), "random", seed, *size) for seed, size in ((1, (3, n)), (2, (m, 3))))
+    return Product(diagonal(m, m, g), up, diagonal(3, 3, g), down)
+
+
 def compensated(m: int, n: int, g: Rng) -> Expr:
     half = lowrank(m, n, g, torch.bfloat16)
     return Sum({"base": quantized(m, n, g), "compensation": half, "adapter:a-1": lowrank(m, n, g, rank=3)})
@@ -134,6 +181,27 @@ EXPRS: dict[str, Callable[[int, int, Rng], Expr]] = {
     "lowrank-bf16": lambda m, n, g: lowrank(m, n, g, torch.bfloat16),
     "diagonal": diagonal,
     **_grids(),
+    "codebook": codebook,
+    "codebook-vector": lambda m, n, g: codebook(m, n, g, 1, 300, 3),
+    "codebook-additive": lambda m, n, g: codebook(m, n, g, 2, 33, 4),
+    "delta": delta,
+    "delta-bf16": lambda m, n, g: delta(m, n, g, torch.bfloat16),
+    "delta-added": lambda m, n, g: Sum({"base": quantized(m, n, g), "adapter:sparse": delta(m, n, g)}),
+    "kronecker": kronecker,
+    "kronecker-added": lambda m, n, g: Sum({"base": dense(m, n, g), "adapter:k": kronecker(m, n, g)}),
+    "kronecker-product": lambda m, n, g: Product(kronecker(m, 6, g), lowrank(6, n, g)),
+    "blocks": blocks,
+    "blocks-quantized": lambda m, n, g: blocks(m, n, g, quantized),
+    "blocks-scaled": lambda m, n, g: Product(diagonal(m, m, g), blocks(m, n, g)),
+    "basis-random": basis,
+    "basis-cosine": lambda m, n, g: basis(m, n, g, "cosine"),
+    "basis-fourier": lambda m, n, g: basis(m, n, g, "fourier"),
+    "basis-vera": vera,
+    "permutation": permutation,
+    "permutation-side": lambda m, n, g: Product(quantized(m, n, g), permutation(m, n, g)),
+    "hadamard": rotation,
+    "hadamard-blocks": lambda m, n, g: rotation(m, -(-n // 2) * 2, g, 2),
+    "rotated": rotated,
     "masked": masked,
     "masked-uneven": uneven,
     "masked-quantized": lambda m, n, g: masked(m, n, g, kept=quantized),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -177,6 +177,18 @@ class Expr(nn.Module):
             **{f.name: getattr(self, f.name).take(rows) for f in fields(type(self)) if f.kind == "child"},
         )
         return made
+
+    @classmethod
+    def join(cls, parts: Sequence[Expr]) -> Expr:
+        """The rows of like expressions, in order. Tensors without rows are the first part's."""
+        changed: dict[str, Any] = {}
+        for f in fields(cls):
+            held = [getattr(p, f.name) for p in parts]
+            if f.kind == "child":
+                changed[f.name] = type(held[0]).join(held)
+            elif f.kind == "tensor" and f.dims[0] == "m":
+                changed[f.name] = torch.cat([t.detach() for t in held])
+        return parts[0].rebuild(**changed)
 
     def row_slices(self) -> Iterator[slice]:
         """Consecutive ranges of rows, none of more than `CHUNK` entries."""

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from weft.error import FormatError, ShapeError
 from weft.expr.base import NODES, Expr, Promises, fields
+from weft.expr.generated import Hadamard, Permutation
 from weft.expr.nodes import Diagonal
 
+SIDES = (Diagonal, Permutation, Hadamard)
+"""What the normal form has at its sides: cheap on activations, and invertible where no entry is zero."""
 _ROLE = re.compile(r"base|compensation|adapter:[A-Za-z0-9_-]+")
 
 
@@ -71,6 +74,11 @@ class Sum(Expr):
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         return Sum({r: t.take(rows) for r, t in self.named().items()})
 
+    @classmethod
+    def join(cls, parts: Sequence[Expr]) -> Expr:
+        held = [p.named() for p in parts if isinstance(p, Sum)]
+        return Sum({r: stack([terms[r] for terms in held]) for r in held[0]})
+
     def describe(self) -> str:
         return " + ".join(t.describe() if r == "base" else f"{r}: {t.describe()}" for r, t in self.named().items())
 
@@ -111,6 +119,10 @@ class Product(Expr):
         first, *rest = self.kids()
         return Product(first.take(rows), *rest)
 
+    @classmethod
+    def join(cls, parts: Sequence[Expr]) -> Expr:
+        return Product(stack([next(p.kids()) for p in parts]), *list(parts[0].kids())[1:])
+
     def promises(self) -> Promises:
         ranks = [r for f in self.kids() if (r := f.promises().rank) is not None]
         return Promises(rank=min(ranks) if ranks else None)
@@ -123,25 +135,24 @@ class Product(Expr):
 class Normal:
     """left · (base + terms) · right: what kernels, exporters and planners see."""
 
-    left: tuple[Diagonal, ...]
+    left: tuple[Expr, ...]
     base: Expr
     terms: dict[str, Expr]
-    right: tuple[Diagonal, ...]
+    right: tuple[Expr, ...]
 
 
 def normal(expr: Expr) -> Normal | None:
     """The normal form, or None for a free tree (which runs dense)."""
     factors = list(expr.kids()) if isinstance(expr, Product) else [expr]
-    core = [i for i, f in enumerate(factors) if not isinstance(f, Diagonal)]
+    core = [i for i, f in enumerate(factors) if not isinstance(f, SIDES)]
     if len(core) != 1:
         return None
     at = core[0]
     terms = terms_of(factors[at])
     if "base" not in terms or any(isinstance(t, Sum | Product) for t in terms.values()):
         return None
-    left, right = ([f for f in side if isinstance(f, Diagonal)] for side in (factors[:at], factors[at + 1 :]))
     base = terms.pop("base")
-    return Normal(tuple(left), base, terms, tuple(right))
+    return Normal(tuple(factors[:at]), base, terms, tuple(factors[at + 1 :]))
 
 
 def terms_of(expr: Expr) -> dict[str, Expr]:
@@ -216,19 +227,5 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
 
 
 def stack(parts: Sequence[Expr]) -> Expr:
-    """One expression of the rows of like ones, in order; undoes `take` in slices. Tensors without rows are the first part's."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Sum):
-        return Sum({r: stack([p.named()[r] for p in parts if isinstance(p, Sum)]) for r in first.named()})
-    if isinstance(first, Product):
-        return Product(stack([next(p.kids()) for p in parts]), *list(first.kids())[1:])
-    changed: dict[str, Any] = {}
-    for f in fields(type(first)):
-        held = [getattr(p, f.name) for p in parts]
-        if f.kind == "child":
-            changed[f.name] = stack(held)
-        elif f.kind == "tensor" and f.dims[0] == "m":
-            changed[f.name] = torch.cat([t.detach() for t in held])
-    return first.rebuild(**changed)
+    """One expression of the rows of like ones, in order; undoes `take` in slices."""
+    return parts[0] if len(parts) == 1 else type(parts[0]).join(parts)

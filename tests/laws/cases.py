@@ -36,6 +36,7 @@ from weft.expr import (
     terms_of,
 )  # fmt: skip
 from weft.grid import GRIDS, SCALES, grid
+from weft.linalg.grids import minmax, nearest
 
 Rng = torch.Generator
 SHAPES = ((5, 7), (1, 9), (16, 8), (12, 40))
@@ -167,8 +168,8 @@ def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
         ("int4", 4, False, "uint8"),
     ]
     return {
-        f"{name}{'' if s else '-zero'}-g{group}-{scale}": lambda m, n, g, a=(name, group, s, scale): quantized(
-            m, n, g, *a
+        f"{name}{'' if s else '-zero'}-g{group}{'' if scale == 'bf16' else f'-{scale}'}": lambda m, n, g, a=(name, group, s, scale): (
+            quantized(m, n, g, *a)
         )
         for name, group, s, scale in kinds
     }
@@ -299,7 +300,16 @@ STARTS: dict[str, Callable[[Tensor], Expr]] = {
     "2:4": lambda w: _pattern(w, "2:4"),
     "2:4-quantized": lambda w: get("rtn")(lone(_pattern(w, "2:4")), bits=4, group=8),
     "sum": _adapted,
+    "delta": lambda w: SparseDelta.of(w, w.abs() > w.abs().median()),
+    "blocks": lambda w: Blocks(Dense(w[:, : w.shape[1] // _count(w)].clone()), _count(w)),
+    "codebook": lambda w: codebook(*w.shape, rng("codebook", *w.shape), 2, 16, 4),
+    "nvfp4": lambda w: (fit := minmax(w, "fp4", 16, True, "e4m3")).encode(nearest(w, fit)),
+    "rotated": lambda w: Product(_quantized(w), rotation(0, w.shape[1], rng("signs"))),
 }
+
+
+def _count(w: Tensor) -> int:
+    return next(k for k in (4, 3, 1) if w.shape[0] % k == 0 and w.shape[1] % k == 0)
 
 
 def lone(now: Expr) -> Group:

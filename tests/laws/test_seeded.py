@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.engine import Group, get
-from weft.expr import Dense, Expr, Masked, Quantized, Sum, tensors
-from weft.grid import bits
+from weft.expr import Codebook, Dense, Expr, Hadamard, Masked, Quantized, SparseDelta, Sum, generated, tensors
+from weft.grid import Grid, ScaleFormat, bits
 from weft.linalg import grids
+from weft.linalg.grids import minmax
 from weft.linalg.lowrank import truncate
 
 from . import test_grids, test_nodes, test_rewrites, test_searches
@@ -64,9 +65,9 @@ def of(law: Callable[[str], None], name: str) -> Callable[[], None]:
     return lambda: law(name)
 
 
-def fit(law: Callable[[Tensor, str, int, bool], None]) -> Callable[[], None]:
+def fit(law: test_grids.Law) -> Callable[[], None]:
     """A law of grids on 3-bit integers in groups of 7."""
-    return lambda: law(weight(6, 24, "seeded"), "int3", 7, True)
+    return lambda: law(weight(6, 24, "seeded"), "int3", 7, True, "bf16")
 
 
 def codes() -> Tensor:
@@ -86,6 +87,30 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
     "a sum drops its last term": (
         lambda: swap(Sum, "dense", lambda e: e.terms["base"].dense()),
         on(N.value_is_the_definition, "sum"),
+    ),
+    "a divisor forgotten": (
+        lambda: after_it(ScaleFormat, "decode", lambda s, e, *_: s * 2 if e.top else s),
+        on(N.value_is_the_definition, "fp4-g16-e4m3"),
+    ),
+    "low bytes only": (
+        lambda: after_it(Codebook, "codes", lambda c, *_: c & 255),
+        on(N.value_is_the_definition, "codebook-vector"),
+    ),
+    "a delta's rows shifted": (
+        lambda: after_it(SparseDelta, "forward", lambda y, *_: y.roll(1, -1)),
+        on(N.forward_is_the_product, "delta"),
+    ),
+    "a transform without its signs": (
+        lambda: after_it(Hadamard, "flips", lambda s, *_: s.abs()),
+        on(N.value_is_the_definition, "hadamard"),
+    ),
+    "a basis from another seed": (
+        lambda: swap(generated, "_hash", lambda seed, x, f=generated._hash: f(seed + 1, x)),
+        on(N.value_is_the_definition, "basis-random"),
+    ),
+    "ties away from zero": (
+        lambda: swap(Grid, "nearest", lambda g, x, f=Grid.nearest: f(g, x * (1 + 1e-6))),
+        lambda: G.test_eight_bit_floats_are_torchs("fp8_e4m3", torch.float8_e4m3fn),
     ),
     "forward in half precision": (
         lambda: swap(Expr, "forward", lambda e, x: F.linear(x.half(), e.dense().half()).to(x.dtype)),
@@ -146,13 +171,16 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         ),
         lambda: G.packing_goes_back(codes(), 3),
     ),
-    "range cut": (lambda: after_it(grids, "_scale", lambda s, *_: s / 2), fit(G.minmax_covers)),
+    "range cut": (
+        lambda: swap(grids, "_place", lambda n, g, s, *a, f=grids._place: f(n, g, s / 2, *a)),
+        fit(G.minmax_covers),
+    ),
     "rounds down": (
         lambda: swap(grids, "_codes", lambda x, zero, name: x.add_(zero).floor_().clamp_(0, 7)),
         fit(G.nearest_is_nearest),
     ),
     "search takes the last": (
-        lambda: swap(G, "search", lambda w, v, *a: [*grids._trials(grids.grouped(w, a[1]), *a, 8)][-1]),
+        lambda: swap(G, "search", lambda w, v, *a, **_: [*grids._trials(grids.grouped(w, a[1]), minmax(w, *a), 8)][-1]),
         fit(G.search_is_never_worse),
     ),
     "gptq without error push": (

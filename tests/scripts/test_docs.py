@@ -14,7 +14,26 @@ import transformers
 from torch import nn
 
 from weft import __version__
-from weft.expr import NM, Dense, Diagonal, Expr, LowRank, Masked, Product, Quantized, Sum
+from weft.expr import (
+    NM,
+    NODES,
+    Basis,
+    Blocks,
+    Codebook,
+    Dense,
+    Diagonal,
+    Expr,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Masked,
+    Permutation,
+    Product,
+    Quantized,
+    SparseDelta,
+    Sum,
+)  # fmt: skip
+from weft.grid import GRIDS, SCALES, grid
 from weft.model import expressions, set_expressions, weave
 from weft.store import save
 
@@ -22,13 +41,13 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def quantized(m: int, n: int, grid: str, group: int, symmetric: bool) -> Quantized:
-    """Random codes on a grid."""
-    top = 16 if grid == "nf4" else 2 ** int(grid[3:])
+def quantized(m: int, n: int, name: str, group: int, symmetric: bool, scale: str = "bf16") -> Quantized:
+    """Random codes on a grid, none of which is NaN or infinite."""
+    top = grid(name).count if not name.startswith("fp8") else 120
     groups = -(-n // (group or n))
     zeros = None if symmetric else torch.randint(0, top, (m, groups), dtype=torch.uint8)
     codes = torch.randint(0, top, (m, n), dtype=torch.uint8)
-    return Quantized.encode(codes, torch.rand(m, groups) + 0.1, zeros, grid=grid, group=group)
+    return Quantized.encode(codes, torch.rand(m, groups) + 0.1, zeros, grid=name, group=group, scale=scale)
 
 
 def every_node(m: int, n: int) -> list[Expr]:
@@ -44,7 +63,17 @@ def every_node(m: int, n: int) -> list[Expr]:
     return [
         Dense(w.half()),
         *(quantized(m, n, f"int{b}", g, s) for b, g, s in [(2, 5, False), (3, 0, True), (4, 16, False), (8, 7, True)]),
-        quantized(m, n, "nf4", 12, True),
+        *(quantized(m, n, name, 12, True, list(SCALES)[i % 4]) for i, name in enumerate(GRIDS) if grid(name).levels),
+        quantized(m, n, "fp4", 16, True, "e4m3"),
+        quantized(m, n, "fp4", 32, True, "e8m0"),
+        Codebook.of(torch.randint(0, 300, (m, n // 3, 2)), torch.randn(2, 300, 3), n),
+        Codebook.of(torch.randint(0, 5, (m, n, 1)), torch.randn(1, 5, 1), n),
+        SparseDelta.of(w, torch.rand(m, n) < 0.1),
+        Kronecker(torch.randn(4, 6), torch.randn(m // 4, n // 6)),
+        Blocks(quantized(m, n // 4, "int4", 0, True), 4),
+        *(Basis(torch.randn(7), kind, 11, m, n) for kind in ("random", "cosine", "fourier")),
+        Permutation(torch.randperm(n).int()),
+        Hadamard.of(torch.randn(n).sign()),
         Masked.of(w, mask).rebuild(kept=quantized(m, n // 3, "int5", 4, False)),
         NM.of(w, half, 2, 4),
         NM.of(w, eighths, 4, 8).rebuild(kept=quantized(m, n // 2, "int3", 0, False)),
@@ -54,9 +83,9 @@ def every_node(m: int, n: int) -> list[Expr]:
 
 
 def tiny() -> nn.Module:
-    """A two-layer Llama."""
+    """A small Llama with square weights, more of them than there are expressions."""
     config = transformers.LlamaConfig(
-        vocab_size=48, hidden_size=48, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=48, hidden_size=48, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4
     )
     return weave(transformers.LlamaForCausalLM(config))
 
@@ -65,7 +94,9 @@ def test_the_reader_in_the_document_reads_every_node(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tiny()
     sites = list(expressions(model))
-    set_expressions(model, dict(zip(sites, every_node(48, 48), strict=False)))
+    made = every_node(48, 48)
+    assert {type(m).__name__ for e in made for m in e.modules()} & set(NODES) == set(NODES) and len(made) <= len(sites)
+    set_expressions(model, dict(zip(sites, made, strict=False)))
     save(model, tmp_path / "out")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text("utf8"), re.DOTALL)
     space: dict[str, Any] = {}

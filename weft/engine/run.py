@@ -16,6 +16,7 @@ from weft.engine.method import Method
 from weft.engine.registry import get
 from weft.error import ConflictError, OptionError
 from weft.expr import Expr, stack, terms_of, total
+from weft.linalg.sparse import evened
 from weft.model import Group, Site, match, set_expressions, site
 from weft.stats import Stats
 
@@ -45,7 +46,9 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
     """The group's expressions after every step of the chain. The group itself is unchanged.
 
     A lone weight of more than `CHUNK` entries is rewritten in slices of rows if every method of the chain is rowwise.
+    A base with zeros that holds no expression of what is kept, such as a sparse delta, becomes one that does.
     """
+    group = group.put([_with_base(s.now, evened) for s in group])
     if (
         len(group.sites) == 1
         and len(parts := list(group.site.slices())) > 1
@@ -62,6 +65,13 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
     for step in chain:
         group = group.put(_step(group, get(step.method), dict(step.options)))
     return [s.now for s in group]
+
+
+def _with_base(now: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    terms = terms_of(now)
+    if "base" not in terms or (made := change(terms["base"])) is terms["base"]:
+        return now
+    return total({**terms, "base": made})
 
 
 def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:

@@ -58,15 +58,14 @@ class Basis(Expr):
         if self.kind == "random":
             made = _Random.apply(c, rows, self.seed, self.m, self.n)
             return made if isinstance(made, Tensor) else made[0]
-        p, q = (f.to(c) for f in _frequencies(self.seed, self.m, self.n, len(c)))
-        i, j = rows.to(c).unsqueeze(1), torch.arange(self.n, device=c.device).to(c).unsqueeze(1)
+        p, q = (f.double() for f in _frequencies(self.seed, self.m, self.n, len(c)))
+        i, j = (at.double().unsqueeze(1) for at in (rows.cpu(), torch.arange(self.n)))  # not every device has float64
         if self.kind == "cosine":
-            down, across = (
-                torch.cos(math.pi / size * (at + 0.5) * f) for at, f, size in ((i, p, self.m), (j, q, self.n))
-            )
-            return 2 * (down * c) @ across.T
+            down, across = torch.cos(math.pi / self.m * (i + 0.5) * p), torch.cos(math.pi / self.n * (j + 0.5) * q)
+            return 2 * (down.to(c) * c) @ across.to(c).T
         down, across = 2 * math.pi / self.m * (i * p % self.m), 2 * math.pi / self.n * (j * q % self.n)
-        return 2**0.5 * ((down.cos() * c) @ across.cos().T - (down.sin() * c) @ across.sin().T)
+        even, odd = (down.cos().to(c) * c) @ across.cos().to(c).T, (down.sin().to(c) * c) @ across.sin().to(c).T
+        return 2**0.5 * (even - odd)
 
     def promises(self) -> Promises:
         per = {"random": min(self.m, self.n), "cosine": len(self.c), "fourier": 2 * len(self.c)}[self.kind]

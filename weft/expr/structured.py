@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.error import ShapeError
 from weft.expr.base import Expr, Promises
 from weft.expr.nodes import Dense
+from weft.expr.sparse import Masked
 from weft.grid import pack, packed_bytes, unpack
 
 
@@ -202,11 +203,13 @@ class Blocks(Expr):
             )
 
     def mask(self) -> Bool[Tensor, "m n"]:
+        return self._mask(slice(None))
+
+    def _mask(self, rows: slice | Int[Tensor, "k"]) -> Bool[Tensor, "k n"]:
         device = next((t.device for t in (*self.kept.parameters(), *self.kept.buffers())), None)
         m, n = self.shape
-        rows = torch.arange(m, device=device) // (m // self.count)
-        columns = torch.arange(n, device=device) // self.kept.shape[1]
-        return rows.unsqueeze(1) == columns
+        block = torch.arange(m, device=device)[rows] // (m // self.count)
+        return block.unsqueeze(1) == torch.arange(n, device=device) // self.kept.shape[1]
 
     def dense(self) -> Float[Tensor, "m n"]:
         parts = self.kept.dense().unflatten(0, (self.count, -1))
@@ -223,11 +226,8 @@ class Blocks(Expr):
         return torch.cat(list(parts), -1)
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
-        ids = torch.arange(self.shape[0])[rows]
-        value = self.kept.take(rows).dense()
-        column = (ids // (self.shape[0] // self.count)).to(value.device).unsqueeze(1) * value.shape[1]
-        at = column + torch.arange(value.shape[1], device=value.device)
-        return Dense(value.new_zeros(len(ids), self.shape[1]).scatter(1, at, value))
+        bits = pack(self._mask(rows).to(torch.uint8), 1)
+        return Masked(self.kept.take(rows), bits, self.shape[1])
 
     def promises(self) -> Promises:
         return Promises(zeros=True)

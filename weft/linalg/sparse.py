@@ -8,8 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
-from weft.expr import Expr, spread
+from weft.expr import Expr, Masked, spread
 from weft.linalg.grids import Fitted
+
+
+def evened(now: Expr) -> Expr:
+    """A tree with a zero pattern as one that holds its kept entries as an expression; any other as it is."""
+    mask = now.mask()
+    return (
+        now if mask is None or isinstance(getattr(now, "kept", None), Expr) else Masked.of(now.dense().detach(), mask)
+    )
 
 
 def compact(w: Shaped[Tensor, "m n"], mask: Bool[Tensor, "m n"]) -> Shaped[Tensor, "m k"]:

@@ -161,8 +161,7 @@ def worth(fit: Fitted, codes: Tensor) -> Tensor:
 def minmax_covers(w: Tensor, name: str, group: int, symmetric: bool, scale: str) -> None:
     """Rounding misses no entry by more than half a gap, but for what a scale loses in its format.
 
-    Powers of two as scales may cut what lies between the top level and the next power of two. Signs cover nothing: their
-    scale is the one of least squares.
+    Signs cover nothing: their scale is the one of least squares.
     """
     fit = minmax(w, name, group, symmetric, scale)
     gap = (worth(fit, nearest(w, fit)) - w.double()).abs()
@@ -179,8 +178,6 @@ def minmax_covers(w: Tensor, name: str, group: int, symmetric: bool, scale: str)
     lost = {"bf16": 2**-8, "e4m3": 2**-4, "uint8": 0.0, "e8m0": 0.0}[scale] * reach
     if scale == "uint8" and fit.divisor is not None:
         lost = (0.5 / fit.divisor.double() / per_entry) * reach
-    if scale == "e8m0":
-        lost = max(2.0 ** (math.floor(math.log2(reach)) + 1) - reach, 0) if symmetric else reach
     assert bool((gap <= per_entry * (half + lost) * (1 + 1e-6)).all())
 
 

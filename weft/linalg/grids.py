@@ -63,22 +63,23 @@ def minmax(
 ) -> Fitted:
     """The grid that just covers each group's range. Symmetric: absmax / (2^(bits-1) - 1), or absmax / top on table grids.
 
-    Two grids cover no range: signs have the mean of |w|, which is nearest to w; and powers of two as scales are
-    2^floor(log2 absmax) / 2^floor(log2 top), as OCP MX 1.0, 6.3, says, under which the largest entries may be cut.
-    `like`: a grid whose row divisors are kept.
+    Signs cover no range: theirs is the mean of |w|, which is nearest to w. A power of two as scale is the least under which the
+    largest entry still rounds to the top level. `like`: a grid whose row divisors are kept.
     """
     spec, x = grid(name), grouped(w.float(), group)
     top = 2**spec.bits - 1
     if not symmetric:
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        fit = _place(name, group, (high - low) / top, scale, like)
+        step = (high - low) / top
+        fit = _place(name, group, step.log2().ceil().exp2() if scale == "e8m0" else step, scale, like)
         return replace(fit, zeros=(-low / fit.scales).round().clamp(0, top).to(torch.uint8))
     most, reach = x.abs().amax(-1), spec.top if spec.levels else float(2 ** (spec.bits - 1) - 1)
     if name == "sign":
         sizes = grouped(torch.ones_like(w[:1]), group).sum(-1)
         return _place(name, group, x.abs().sum(-1) / sizes, scale, like)
     if scale == "e8m0":
-        return _place(name, group, (most.log2().floor() - math.floor(math.log2(reach))).exp2(), scale, like)
+        gap = float(spec.ascending[0].diff()[-1]) if spec.levels else 1.0
+        return _place(name, group, ((most / (reach + gap / 2)).log2().floor() + 1).exp2(), scale, like)
     return _place(name, group, most / reach, scale, like)
 
 

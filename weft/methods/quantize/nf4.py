@@ -20,9 +20,15 @@ def nf4(
     g: Group,
     *,
     group: Annotated[int, Field(ge=0, le=65536, description="columns per scale; 0: the whole row")] = 64,
+    double: Annotated[bool, Field(description="8-bit scales under one float a row")] = False,
 ) -> Expr:
-    """Round w / absmax of its group to the nearest of 16 levels, the quantiles of N(0, 1) with an exact zero (QLoRA)."""
-    return quantize(g.now, lambda w: (f := minmax(w, "nf4", group, True), nearest(w, f)))
+    """Round w / absmax of its group to the nearest of 16 levels, the quantiles of N(0, 1) with an exact zero (QLoRA).
+
+    `double` quantizes the scales too. Departure from the paper: to whole numbers under the largest of their row, rather than
+    to 8-bit floats around the mean of 256 scales.
+    """
+    scale = "uint8" if double else "bf16"
+    return quantize(g.now, lambda w: (f := minmax(w, "nf4", group, True, scale), nearest(w, f)))
 
 
 @nf4.claim("loses less than 4-bit integers at the same bytes")

@@ -159,6 +159,7 @@ class _Journal:
                     ],
                 },
             )
+            made, _ = self._read(name) or (made, notes)  # mapped from disk, so that a model takes no memory of its own
         set_expressions(self.model, made)
         self.notes += notes
 

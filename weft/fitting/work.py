@@ -28,6 +28,7 @@ from weft.lab.distance import Distance
 from weft.lab.metrics import Scores
 from weft.learn.data import Example, Pair, Text
 from weft.learn.train import train
+from weft.memory import release
 from weft.model import expressions, fingerprint, fork, match
 from weft.progress import Progress
 from weft.stats import Stats, collect, objective
@@ -216,6 +217,7 @@ class Work:
 
     def model(self, run: Run, chosen: Mapping[str, Chain]) -> nn.Module:
         """The model with every site rewritten by its chain, block by block behind its own errors."""
+        release(models=True)
         model = fork(self.plain)
         journal = self.cache.path("built", self.about(run, chosen))
         with self.step("build", f"seed {run.seed}"):

@@ -77,7 +77,7 @@ def propagate(
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
-    return places(model)[name].kind == "linear"
+    return places(model)[name].kind != "embedding"
 
 
 Done = tuple[dict[str, Expr], list[tuple[str, str]]]

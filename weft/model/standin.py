@@ -18,13 +18,15 @@ class StandIn(Tensor):
 
     made: int = 0
     expr: Expr
+    turned: bool
 
     @staticmethod
-    def of(expr: Expr, dtype: torch.dtype) -> StandIn:
-        """A stand-in for the expression's value in `dtype`."""
+    def of(expr: Expr, dtype: torch.dtype, *, turned: bool = False) -> StandIn:
+        """A stand-in for the expression's value in `dtype`, or (`turned`) for its transpose."""
         first = next(iter(tensors(expr).values()))
-        self: StandIn = Tensor._make_wrapper_subclass(StandIn, expr.shape, dtype=dtype, device=first.device)
-        self.expr = expr
+        shape = expr.shape[::-1] if turned else expr.shape
+        self: StandIn = Tensor._make_wrapper_subclass(StandIn, shape, dtype=dtype, device=first.device)
+        self.expr, self.turned = expr, turned
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -51,8 +53,9 @@ class StandIn(Tensor):
             if not isinstance(t, StandIn):
                 return t
             StandIn.made += 1
-            return t.expr.dense().detach().to(t.dtype, copy=True)  # a copy: views of it may be written
+            value = t.expr.dense().detach()
+            return (value.T if t.turned else value).to(t.dtype, copy=True)  # a copy: views of it may be written
 
         if func is torch.ops.aten.detach.default:
-            return StandIn.of(args[0].expr, args[0].dtype)
+            return StandIn.of(args[0].expr, args[0].dtype, turned=args[0].turned)
         return func(*tree_map(dense, args), **tree_map(dense, dict(kwargs or {})))

@@ -14,11 +14,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError, OptionError, ShapeError
 from weft.expr import Dense, Expr, spec, tensors
 from weft.model.site import Kind, Site
-from weft.model.woven import WovenEmbedding, WovenLinear
+from weft.model.woven import WovenConv1D, WovenEmbedding, WovenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Callable[[], Tensor]
@@ -27,6 +28,7 @@ Source = Callable[[], Tensor]
 _WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
     nn.Linear: (WovenLinear, "linear"),
     nn.Embedding: (WovenEmbedding, "embedding"),
+    Conv1D: (WovenConv1D, "conv1d"),
 }
 _PLAIN = {woven: plain for plain, (woven, _) in _WEAVES.items()}
 
@@ -55,9 +57,13 @@ class Place:
     dtype: torch.dtype
     """The dtype it had in the checkpoint."""
 
+    def turn(self, value: Tensor) -> Tensor:
+        """The value [m n] as the module and its checkpoint hold it, or back: transposed, where that is the layer's way."""
+        return value.T if self.kind == "conv1d" else value
+
 
 def weave(model: Model) -> Model:
-    """Give every Linear and Embedding of the model an expression, in place; values and tied weights stay as they are.
+    """Give every Linear, Conv1D and Embedding of the model an expression, in place; values and tied weights stay as they are.
 
     The module keeps its class's behaviour (still an `nn.Linear`); the model class keeps its name. Other parameters
     (norms, biases, convolutions) stay plain and are saved as they are. Everything is frozen: what trains is chosen by a
@@ -89,8 +95,9 @@ def weave(model: Model) -> Model:
             )
         if id(weight) not in shared:
             name = f"{path}.weight" if path else "weight"
-            place = Place(name, kind, (), Original(weight.detach), weight.dtype)
-            places[name], shared[id(weight)] = place, (place, Dense(weight))
+            matrix = weight.detach().T if kind == "conv1d" else weight
+            place = Place(name, kind, (), Original(matrix.detach), weight.dtype)
+            places[name], shared[id(weight)] = place, (place, Dense(matrix))
         place, expr = shared[id(weight)]
         place.modules += (path,)
         slot = cast(Any, module)
@@ -108,7 +115,7 @@ def unweave(model: Model, *, original: bool = False) -> Model:
         value = (place.original() if original else expression(model, place).dense()).to(
             cast(torch.dtype, model.get_submodule(place.modules[0]).compute)
         )
-        weight = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+        weight = nn.Parameter(place.turn(value.detach()).contiguous(), requires_grad=value.is_floating_point())
         for path in place.modules:
             module = model.get_submodule(path)
             module.__class__ = _PLAIN[type(module)]
@@ -173,13 +180,13 @@ def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
 def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
     """Sites whose name fits any of these globs: the full name, without `.weight`, or a trailing part (`q_proj`, `mlp.*`).
 
-    `all-linear` is every Linear that is not (tied to) the output head. Errors: OptionError for a pattern that fits nothing.
+    `all-linear` is every linear layer that is not (tied to) the output head. Errors: OptionError for a pattern that fits nothing.
     """
     names, out = places(model), set[str]()
     for pattern in [at] if isinstance(at, str) else at:
         if pattern == "all-linear":
             head = output_sites(model)
-            found = [n for n, p in names.items() if p.kind == "linear" and n not in head]
+            found = [n for n, p in names.items() if p.kind != "embedding" and n not in head]
         else:
             found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
         if not found:

@@ -249,12 +249,12 @@ def _reader(edges: Edges, name: str, keep: Tensor | None) -> Callable[[nn.Module
 
 @contextmanager
 def observing(model: nn.Module, prefix: str, edges: Edges | None, keep: Tensor | None) -> Generator[None]:
-    """While open, `edges` sees what each woven Linear under `prefix` reads."""
+    """While open, `edges` sees what each woven linear layer under `prefix` reads."""
     hooks: list[Any] = []
     for name, place in places(model).items() if edges is not None else ():
         for path in place.modules:
             module = model.get_submodule(path)
-            if edges is not None and path.startswith(prefix) and isinstance(module, nn.Linear):
+            if edges is not None and path.startswith(prefix) and not isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_pre_hook(_reader(edges, name, keep)))
     try:
         yield

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from os.path import isfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -234,14 +235,15 @@ def _unknown(path: str, sites: Mapping[str, Place]) -> WeftError:
 def _misfits(model: nn.Module, path: str, site: Place, halves: Mapping[str, Entry], rank: int) -> list[WeftError]:
     """Why a module cannot take these tensors."""
     module = model.get_submodule(path)
-    if not isinstance(module, nn.Linear) or len(site.modules) > 1:
+    if site.kind == "embedding" or len(site.modules) > 1:
         got = f"a weight shared with {', '.join(p for p in site.modules if p != path)}"
         got = got if len(site.modules) > 1 else type(module).__name__.removeprefix("Woven")
         return [
             ConflictError("the adapter's module takes no LoRA", where=path, got=got, want="a linear layer", fix=MERGE)
         ]
     problems: list[WeftError] = []
-    want = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
+    rows, columns = cast(Expr, module.expr).shape
+    want = {"A": (rank, columns), "B": (rows, rank)}
     for half, shape in want.items():
         name, entry = key(path, half), halves.get(half)
         if entry is None:
@@ -257,7 +259,7 @@ def _unlike_targets(model: nn.Module, given: Settings, have: set[str]) -> list[W
     """How the pairs differ from a list of targets; a regular expression says nothing."""
     if not isinstance(given.target_modules, list):
         return []
-    linear = [path for path in _sites(model) if isinstance(model.get_submodule(path), nn.Linear)]
+    linear = [path for path, site in _sites(model).items() if site.kind != "embedding"]
     meant = [path for path in linear if given.targets(path)]
     count = f"{len(have.intersection(meant))} of {len(meant)} pairs"
     problems = some(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from transformers.pytorch_utils import Conv1D
 
 from weft.error import FormatError, WeftError, raise_all
 from weft.store.audit import Entry
@@ -32,7 +33,7 @@ def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None)
     import transformers
 
     where = f"{folder.name}/config.json"
-    config_file = {**read_object(folder / "config.json"), **(changes or {})}
+    config_file = {**_numbered(read_object(folder / "config.json")), **(changes or {})}
     listed = config_file.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -60,6 +61,17 @@ def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None)
         ) from e
     cast(Any, model.config)._name_or_path = str(folder)
     return model
+
+
+def _numbered(value: Any) -> Any:
+    """A configuration with transformers' words for numbers that JSON lacks as numbers."""
+    if isinstance(value, list):
+        return [_numbered(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {k: _numbered(v) for k, v in value.items()}
 
 
 def _empty(cls: type[Any], config: Any, count: int) -> nn.Module:
@@ -125,17 +137,29 @@ def _numbers(value: Any, where: str, count: int, at: str = "") -> Generator[Weft
                 )
 
 
-def names(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """A checkpoint's names to the model's: old names of norms, and the base model's prefix where one side lacks it."""
-    want = set(model.state_dict(keep_vars=True))
-    made = {
-        n: n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for n in entries
-    }
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix != "." and not set(made.values()) & want:
-        strip = all(n.startswith(prefix) for n in made.values())
-        made = {k: n.removeprefix(prefix) if strip else prefix + n for k, n in made.items()}
-    return made
+def names(model: nn.Module, entries: Iterable[str]) -> dict[str, str]:
+    """A checkpoint's names to the model's, by transformers' own table: older names, and the base model's prefix."""
+    from transformers.core_model_loading import rename_source_key
+
+    want, prefix = model.state_dict(keep_vars=True), getattr(model, "base_model_prefix", "") or None
+    steps = _renamings(model)
+    return {n: rename_source_key(n, steps, [], prefix, want)[0] for n in entries}
+
+
+def names_on_disk(model: nn.Module, named: Iterable[str]) -> dict[str, str]:
+    """The model's names to those that checkpoints of its class use."""
+    from transformers.core_model_loading import PrefixChange, apply_renamings
+
+    steps = [s.reverse_transform() for s in reversed(_renamings(model, old=False)) if not isinstance(s, PrefixChange)]
+    return {n: apply_renamings(n, steps) for n in named}
+
+
+def _renamings(model: nn.Module, *, old: bool = True) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    steps: list[Any] = get_model_conversion_mapping(cast(Any, model), add_legacy=old)
+    return [s for s in steps if not isinstance(s, WeightConverter)]
 
 
 def misfits(model: nn.Module, entries: Mapping[str, Entry], where: str) -> list[WeftError]:
@@ -192,7 +216,7 @@ def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype
 
     Returns what is wrong with their values: tied weights that were stored twice and differ.
     """
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)}
     want = set(model.state_dict(keep_vars=True))
     problems = list(_untied(model, content))
     for name, value in content.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int32, UInt8
@@ -15,7 +15,7 @@ from weft.expr import Dense, Expr, Quantized, Sum
 from weft.grid import pack, packed_bytes
 from weft.model import Place, expressions, places, plain_tensors
 from weft.store.card import card
-from weft.store.save import later, may_write, narrow, travel, write_shards
+from weft.store.save import config_of, later, may_write, narrow, travel, write_shards
 from weft.store.swap import staged
 from weft.store.tensors import Later, size_of
 
@@ -71,8 +71,7 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     with staged(Path(out), replace=replace, manifest=body) as stage:
         travel(model, stage, None)
         stage.text("README.md", card(model, "compressed-tensors"))
-        config: dict[str, Any] = cast(Any, model).config.to_dict()
-        config.pop("_name_or_path", None)
+        config = config_of(model)
         said = quantization_config(schemes, _ignored(model, schemes))
         stage.json("config.json", {**config, "architectures": [type(model).__name__], "quantization_config": said})
         write_shards(stage, content, "model", {n for n, _ in model.named_buffers()})
@@ -87,7 +86,7 @@ def _content(model: nn.Module, packed: dict[str, Quantized]) -> dict[str, Tensor
         if name in packed:
             made |= {f"{place.modules[0]}.{k}": t for k, t in _packed(packed[name], place.dtype).items()}
         else:
-            made[name] = later(expr, place.dtype)
+            made[name] = later(expr, place)
     return made
 
 

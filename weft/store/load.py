@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, NumericError, PathError, WeftError, raise_all
 from weft.expr import Expr, Quantized, build
-from weft.model import places, set_expressions, weave
+from weft.model import Place, places, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
-from weft.store.assign import assign, assign_plain, misfits, names, skeleton
+from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import must_be_text, read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
@@ -194,7 +194,7 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
     set_expressions(model, exprs)
     _ready(model, folder, compute)
     for place in known.values():
-        place.original = Original(_base_reader(base, place.name))
+        place.original = Original(_base_reader(base, place, names_on_disk(model, [place.name])[place.name]))
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
     model.__dict__["_weft_base"] = base
@@ -274,7 +274,7 @@ def _names_a_base(base: Any) -> bool:
             return False
 
 
-def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tensor]:
+def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if base is None or not Path(base["path"]).is_dir():
             raise PathError(
@@ -300,7 +300,7 @@ def _base_reader(base: Mapping[str, str] | None, name: str) -> Callable[[], Tens
         if (found := known.get(name) or known.get(near)) is None:
             fix = "restore the base model"
             raise FormatError("the base has no such weight", where=base["path"], got="nothing", want=name, fix=fix)
-        return held.one(found)
+        return place.turn(held.one(found))
 
     return read
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError
 from weft.expr import Dense, Expr, spec, tensors
-from weft.model import expressions, places, plain_tensors
+from weft.model import Place, expressions, places, plain_tensors
 from weft.progress import Progress, Silent
+from weft.store.assign import names_on_disk
 from weft.store.card import card
 from weft.store.files import must_be_text
 from weft.store.swap import Stage, may_replace, room, staged
@@ -49,6 +51,9 @@ def save(
     """
     plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
     content: Content = _dense(model) if dense else stored(model)
+    if plain:
+        known = names_on_disk(model, content)
+        content = {known[n]: t for n, t in content.items()}
     total = sum(size_of(t) for t in content.values())
     body = {
         "format": FORMAT,
@@ -67,12 +72,18 @@ def save(
         travel(model, stage, tokenizer)
         for name, text in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
             stage.text(name, text)
-        config: dict[str, Any] = cast(Any, model).config.to_dict()
-        config.pop("_name_or_path", None)
+        config = config_of(model)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}
         stage.json("config.json", {**config, "architectures": [type(model).__name__]})
         write_shards(stage, content, "model" if plain else "weft", {n for n, _ in model.named_buffers()})
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as its file holds it."""
+    made: dict[str, Any] = json.loads(cast(Any, model).config.to_json_string(use_diff=False))
+    made.pop("_name_or_path", None)
+    return made
 
 
 def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, keep: bool = False) -> None:
@@ -102,19 +113,25 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     plain = all(isinstance(e, Dense) for e in exprs.values())
     made: dict[str, Tensor] = {}
     for name, expr in exprs.items():
-        made |= {name if plain else f"{name}:{path}": t.detach() for path, t in tensors(expr).items()}
+        held = {path: t.detach() for path, t in tensors(expr).items()}
+        made |= {name: places(model)[name].turn(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
 def _dense(model: nn.Module) -> Content:
     """An ordinary checkpoint's tensors, weights in their checkpoint's dtype."""
-    made = {n: later(e, places(model)[n].dtype) for n, e in expressions(model).items()}
+    made = {n: later(e, places(model)[n]) for n, e in expressions(model).items()}
     return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
 
 
-def later(expr: Expr, dtype: torch.dtype) -> Later:
-    """An expression's value in this dtype, made slice by slice when it is written."""
-    return Later(dtype, expr.shape, lambda: torch.cat([p.dense().detach().to(dtype) for p in expr.slices()]))
+def later(expr: Expr, place: Place) -> Later:
+    """An expression's value as its checkpoint holds it, made slice by slice when it is written."""
+    shape = expr.shape[::-1] if place.kind == "conv1d" else expr.shape
+
+    def make() -> Tensor:
+        return place.turn(torch.cat([p.dense().detach().to(place.dtype) for p in expr.slices()]))
+
+    return Later(place.dtype, shape, make)
 
 
 def nbytes(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """Models: sites, weave, unweave."""
 
+from weft.model.experts import take_apart
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.weave import (
     Place,
@@ -20,5 +21,5 @@ from weft.model.weave import (
 
 __all__ = [
     "Evidence", "Group", "Kind", "Place", "Site", "expression", "expressions", "fingerprint", "finite", "fork", "is_woven",
-    "match", "output_sites", "places", "plain_tensors", "set_expressions", "site", "unweave", "weave",
+    "match", "output_sites", "places", "plain_tensors", "set_expressions", "site", "take_apart", "unweave", "weave",
 ]  # fmt: skip

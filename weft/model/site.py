@@ -15,7 +15,7 @@ from weft.error import NumericError, OptionError
 from weft.expr import Expr
 from weft.linalg.columns import inverse_factor
 
-Kind = Literal["linear", "conv1d", "embedding", "vector"]
+Kind = Literal["linear", "conv1d", "conv", "embedding"]
 
 
 @dataclass(frozen=True)

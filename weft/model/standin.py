@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ class StandIn(Tensor):
 
     made: int = 0
     expr: Expr
-    turned: bool
+    stored: Callable[[Tensor], Tensor]
 
     @staticmethod
-    def of(expr: Expr, dtype: torch.dtype, *, turned: bool = False) -> StandIn:
-        """A stand-in for the expression's value in `dtype`, or (`turned`) for its transpose."""
+    def of(expr: Expr, dtype: torch.dtype, stored: Callable[[Tensor], Tensor] = lambda value: value) -> StandIn:
+        """A stand-in for the expression's value in `dtype`, as `stored` shapes it."""
         first = next(iter(tensors(expr).values()))
-        shape = expr.shape[::-1] if turned else expr.shape
+        shape = stored(torch.empty(expr.shape, device="meta")).shape
         self: StandIn = Tensor._make_wrapper_subclass(StandIn, shape, dtype=dtype, device=first.device)
-        self.expr, self.turned = expr, turned
+        self.expr, self.stored = expr, stored
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -53,9 +53,8 @@ class StandIn(Tensor):
             if not isinstance(t, StandIn):
                 return t
             StandIn.made += 1
-            value = t.expr.dense().detach()
-            return (value.T if t.turned else value).to(t.dtype, copy=True)  # a copy: views of it may be written
+            return t.stored(t.expr.dense().detach()).to(t.dtype, copy=True)  # a copy: views of it may be written
 
         if func is torch.ops.aten.detach.default:
-            return StandIn.of(args[0].expr, args[0].dtype, turned=args[0].turned)
+            return StandIn.of(args[0].expr, args[0].dtype, args[0].stored)
         return func(*tree_map(dense, args), **tree_map(dense, dict(kwargs or {})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import hashlib
 import json
 import types
@@ -18,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError, OptionError, ShapeError
 from weft.expr import Dense, Expr, spec, tensors
+from weft.model.experts import put_together, take_apart
 from weft.model.site import Kind, Site
-from weft.model.woven import WovenConv1D, WovenEmbedding, WovenLinear
+from weft.model.woven import WovenConv1D, WovenConv1d, WovenConv2d, WovenEmbedding, WovenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Callable[[], Tensor]
@@ -29,8 +31,30 @@ _WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
     nn.Linear: (WovenLinear, "linear"),
     nn.Embedding: (WovenEmbedding, "embedding"),
     Conv1D: (WovenConv1D, "conv1d"),
+    nn.Conv2d: (WovenConv2d, "conv"),
+    nn.Conv1d: (WovenConv1d, "conv"),
 }
 _PLAIN = {woven: plain for plain, (woven, _) in _WEAVES.items()}
+
+
+@functools.cache
+def _woven(kind: type[nn.Module]) -> tuple[type[nn.Module], Kind] | None:
+    """The woven class of a class of layers; of a subclass too, if its forward is its parent's with something before or after."""
+    if kind in _WEAVES:
+        return _WEAVES[kind]
+    parent = next((p for p in _WEAVES if issubclass(kind, p)), None)
+    code = getattr(kind.forward, "__code__", None)
+    if (
+        parent is None
+        or code is None
+        or "__class__" not in code.co_freevars
+        or {"linear", "embedding"} & set(code.co_names)
+    ):
+        return None
+    woven, name = _WEAVES[parent]
+    made = type(kind.__name__, (kind, woven), {"__module__": __name__})
+    _PLAIN[made] = kind
+    return made, name
 
 
 class Original:
@@ -57,17 +81,25 @@ class Place:
     dtype: torch.dtype
     """The dtype it had in the checkpoint."""
 
-    def turn(self, value: Tensor) -> Tensor:
-        """The value [m n] as the module and its checkpoint hold it, or back: transposed, where that is the layer's way."""
-        return value.T if self.kind == "conv1d" else value
+    shape: tuple[int, ...]
+    """The shape that the module's weight and its checkpoint have."""
+
+    def stored(self, value: Tensor) -> Tensor:
+        """The value [m n] as the module and its checkpoint hold it."""
+        return value.T if self.kind == "conv1d" else value.reshape(self.shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix [m n]: outputs by inputs; of a convolution, inputs times its kernel."""
+        return weight.T if self.kind == "conv1d" else weight.flatten(1)
 
 
 def weave(model: Model) -> Model:
-    """Give every Linear, Conv1D and Embedding of the model an expression, in place; values and tied weights stay as they are.
+    """Give every linear layer, convolution (of one group) and embedding an expression, in place; values and ties stay as they are.
 
-    The module keeps its class's behaviour (still an `nn.Linear`); the model class keeps its name. Other parameters
-    (norms, biases, convolutions) stay plain and are saved as they are. Everything is frozen: what trains is chosen by a
-    method such as `lora`. Errors: ConflictError if the model is woven.
+    The module keeps its class's behaviour (still an `nn.Linear`); the model class keeps its name. Stacked experts become Linear
+    layers, one a matrix. Other parameters (norms, biases, convolutions in groups, what is tied to them) stay plain and are
+    saved as they are. Everything is frozen: what trains is chosen by a method such as `lora`. Errors: ConflictError if the
+    model is woven.
     """
     if is_woven(model):
         raise ConflictError(
@@ -77,14 +109,16 @@ def weave(model: Model) -> Model:
             want="a plain one",
             fix="use it as it is",
         )
+    take_apart(model)
     model.requires_grad_(False)
+    plain = {id(p) for m in model.modules() if _layer(m) is None for p in m.parameters(recurse=False)}
     places: dict[str, Place] = {}
     shared: dict[int, tuple[Place, Expr]] = {}
     for path, module in list(model.named_modules()):
-        if type(module) not in _WEAVES or (isinstance(module, nn.Embedding) and module.max_norm is not None):
+        weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        if (found := _layer(module)) is None or id(weight) in plain:
             continue
-        woven, kind = _WEAVES[type(module)]
-        weight = module._parameters.pop("weight")  # pyright: ignore[reportPrivateUsage]
+        woven, kind = found
         if weight is None:
             raise ShapeError(
                 "a module has no weight",
@@ -93,20 +127,29 @@ def weave(model: Model) -> Model:
                 want="a parameter",
                 fix="load the model's weights first",
             )
+        del module._parameters["weight"]  # pyright: ignore[reportPrivateUsage]
         if id(weight) not in shared:
             name = f"{path}.weight" if path else "weight"
-            matrix = weight.detach().T if kind == "conv1d" else weight
-            place = Place(name, kind, (), Original(matrix.detach), weight.dtype)
+            place = Place(name, kind, (), Original(weight.detach), weight.dtype, tuple(weight.shape))
+            matrix = weight if kind in ("linear", "embedding") else place.matrix(weight.detach())
+            place.original = Original(matrix.detach)
             places[name], shared[id(weight)] = place, (place, Dense(matrix))
         place, expr = shared[id(weight)]
         place.modules += (path,)
         slot = cast(Any, module)
-        slot.__class__, slot.compute, slot.expr = woven, weight.dtype, expr
+        slot.__class__, slot.compute, slot.expr, slot.stored = woven, weight.dtype, expr, place.stored
     cast(Any, model)._weft = places
     for name, method in _METHODS.items():
         if hasattr(model, name):
             object.__setattr__(model, name, types.MethodType(method, model))
     return model
+
+
+def _layer(module: nn.Module) -> tuple[type[nn.Module], Kind] | None:
+    """The woven class of a module, where it can have one."""
+    if getattr(module, "groups", 1) != 1 or getattr(module, "max_norm", None) is not None:
+        return None
+    return _woven(type(module))
 
 
 def unweave(model: Model, *, original: bool = False) -> Model:
@@ -115,12 +158,13 @@ def unweave(model: Model, *, original: bool = False) -> Model:
         value = (place.original() if original else expression(model, place).dense()).to(
             cast(torch.dtype, model.get_submodule(place.modules[0]).compute)
         )
-        weight = nn.Parameter(place.turn(value.detach()).contiguous(), requires_grad=value.is_floating_point())
+        weight = nn.Parameter(place.stored(value.detach()).contiguous(), requires_grad=value.is_floating_point())
         for path in place.modules:
             module = model.get_submodule(path)
             module.__class__ = _PLAIN[type(module)]
-            del module.expr, module.compute
+            del module.expr, module.compute, module.stored
             module.register_parameter("weight", weight)
+    put_together(model)
     del model._weft
     for name in _METHODS:
         model.__dict__.pop(name, None)
@@ -186,7 +230,7 @@ def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
     for pattern in [at] if isinstance(at, str) else at:
         if pattern == "all-linear":
             head = output_sites(model)
-            found = [n for n, p in names.items() if p.kind != "embedding" and n not in head]
+            found = [n for n, p in names.items() if p.kind in ("linear", "conv1d") and n not in head]
         else:
             found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
         if not found:

@@ -1,9 +1,9 @@
-"""The modules of a woven model: linear layers, stored either way round, and embeddings, whose weight is an expression."""
+"""The modules of a woven model: linear layers, convolutions and embeddings whose weight is an expression."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError
-from weft.expr import CHUNK, Dense, Expr
+from weft.expr import CHUNK, Dense, Expr, terms_of
 from weft.model.standin import StandIn
 
 
@@ -20,13 +20,19 @@ class _Woven(nn.Module):
 
     expr: Expr
     compute: torch.dtype
-    turned: ClassVar[bool] = False
-    """Whether the module's weight is the transposed value."""
+    stored: Callable[[Tensor], Tensor]
+    """The value [m n] as the module's weight."""
+    tap: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Sees an embedding's ids and rows, before what a subclass makes of them."""
 
     @property
     def weight(self) -> Tensor:
         """A read-only stand-in: free metadata; any operation on it makes the value dense."""
-        return StandIn.of(self.expr, self.compute, turned=self.turned)
+        return StandIn.of(self.expr, self.compute, self.stored)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, features last."""
+        return x
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -61,15 +67,78 @@ class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVaria
 class WovenConv1D(_Woven, Conv1D):  # pyright: ignore[reportIncompatibleVariableOverride]
     """GPT-2's linear layer, whose weight is stored as [inputs outputs]; its expression is [outputs inputs] like any other."""
 
-    turned = True
-
     def forward(self, x: Tensor) -> Tensor:
         y = self.expr(x)
         return y + self.bias.to(y.dtype)
+
+
+class _WovenConv(_Woven):
+    """A convolution whose weight [out in *kernel] is an expression [out, in * kernel]; it runs as a convolution."""
+
+    kernel_size: tuple[int, ...]
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        terms = list(terms_of(self.expr).values())
+        y = _FrozenConv.apply(input, self, [t for t in terms if t.frozen()])
+        for term in terms:
+            y = y if term.frozen() else y + self.run(input, term.dense())
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * len(self.kernel_size))
+
+    def run(self, input: Tensor, value: Tensor) -> Tensor:
+        """The convolution with this value [m n]."""
+        return cast(Any, self)._conv_forward(input, self.stored(value).to(input.dtype), None)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        conv, flat = cast(Any, self), len(self.kernel_size) == 1
+        padding = conv.padding
+        if isinstance(padding, str) or conv.padding_mode != "zeros":
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode), (0,) * len(self.kernel_size)
+        how = [self.kernel_size, conv.dilation, padding, conv.stride]
+        if flat:
+            x, how = x.unsqueeze(-2), [(edge, *given) for edge, given in zip((1, 1, 0, 1), how, strict=True)]
+        return F.unfold(x, *how).movedim(1, -1)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution with frozen weights whose backward makes them dense again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: _WovenConv, terms: list[Expr]) -> Tensor:
+        ctx.of = (x.shape, module, terms)
+        return module.run(x, _total(module, terms))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        shape, module, terms = ctx.of
+        with torch.enable_grad():  # linear in x: the gradient is the same anywhere
+            x = grads[0].new_zeros(shape).requires_grad_()
+            y = module.run(x, _total(module, terms))
+        return torch.autograd.grad(y, x, grads[0])[0], None, None
+
+
+def _total(module: _WovenConv, terms: list[Expr]) -> Tensor:
+    """The sum of these terms' values; zeros for none."""
+    if not terms:
+        return torch.zeros(module.expr.shape, device=next(module.expr.parameters()).device)
+    value = terms[0].dense()
+    for term in terms[1:]:
+        value = value + term.dense()
+    return value
+
+
+class WovenConv2d(_WovenConv, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    """A two-dimensional convolution."""
+
+
+class WovenConv1d(_WovenConv, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    """A one-dimensional convolution."""
 
 
 class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
     """An embedding whose table is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.expr.rows(input).to(self.compute)
+        rows = self.expr.rows(input).to(self.compute)
+        return rows if self.tap is None else self.tap(input, rows)

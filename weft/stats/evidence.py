@@ -22,7 +22,7 @@ from weft.stats.walker import Batch, Edges, Walker, forward, in_vocabulary
 from weft.store.files import read_json, write_json
 from weft.store.tensors import read_tensors, write_tensors
 
-VERSION = 2
+VERSION = 3
 GRADIENT_TOKENS = 8192
 """The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
 
@@ -38,6 +38,8 @@ class Stats:
         self.files: dict[str, str] = index["files"]
         self.tokens: int = index["tokens"]
         self.units: int = index["units"]
+        self.counts: dict[str, int] = index["counts"]
+        """Tokens that were read, by the first site that reads them: of an expert, those that it was given."""
 
     def evidence(self, names: Sequence[str]) -> dict[str, tuple[Evidence, ...]]:
         """Evidence of these sites; those that share an input share the tensors."""
@@ -49,7 +51,8 @@ class Stats:
             if f"{name}:edge" in self.files:
                 edge = self.files[f"{name}:edge"]
                 sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs")})
-                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], self.tokens, sums["mean"], sums["mean_abs"]))
+                count = int(self.counts.get(edge, self.tokens))
+                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], count, sums["mean"], sums["mean_abs"]))
             if f"{name}:rows.gram" in held:
                 uses.append(Evidence(held[f"{name}:rows.gram"], held[f"{name}:rows.weight"], self.tokens))
             made[name] = tuple(uses)
@@ -134,6 +137,7 @@ class _Writer:
         self.model, self.place, self.outputs, self.units = model, place, outputs, units
         self.groups: list[tuple[str, ...]] = []
         self.files: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
         self.tokens = 0
 
     def walk(self, batches: Sequence[Batch], progress: Progress) -> None:
@@ -153,7 +157,8 @@ class _Writer:
             self._write("output.safetensors", edges)
             step(1)
         self._unused()
-        index = {"groups": self.groups, "files": self.files, "tokens": self.tokens, "units": self.units}
+        known = {"tokens": self.tokens, "units": self.units, "counts": self.counts}
+        index = {"groups": self.groups, "files": self.files, **known}
         write_json(self.place / "index.json", index)
 
     def _weight(self, name: str) -> Tensor:
@@ -170,6 +175,7 @@ class _Writer:
         out: dict[str, Tensor] = {}
         for edge, sums in edges.sums.items():
             self.tokens = max(self.tokens, sums.tokens)
+            self.counts[edge] = sums.tokens
             out |= {f"{edge}:{k}": t for k, t in _means(edge, sums).items()}
         for name, edge in edges.of.items():
             out[f"{name}:weight"] = finite(self._weight(name), f"{name}.output gradient")
@@ -209,6 +215,7 @@ class _Writer:
             m, n = expression(self.model, places(self.model)[name]).shape
             file = f"unused-{i:04d}.safetensors"
             self.files |= {name: file, f"{name}:edge": name}
+            self.counts[name] = 0
             self.groups.append((name,))
             zero = torch.zeros(n)
             out = {

@@ -88,33 +88,48 @@ def _source(model: nn.Module, one: Batch, batch: int, sample: int) -> NumericErr
 
 @contextmanager
 def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Generator[None]:
-    hooks = [model.get_submodule(path).register_forward_hook(_tap(s)) for path, s in sums.items()]
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in sums}
+    tables = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding)}
+    for path, m in tables.items():
+        m.tap = _lookup(m, sums[path])
+    hooks = [m.register_forward_hook(_tap(sums[path])) for path, m in modules.items() if path not in tables]
     try:
         yield
     finally:
+        for m in tables.values():
+            del m.tap
         for h in hooks:
             h.remove()
 
 
-def _tap(sums: OutputSums) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if isinstance(module, nn.Embedding):
-            if not out.requires_grad:
-                out = out.detach().requires_grad_()
-            counts = torch.bincount(args[0].flatten(), minlength=module.num_embeddings).double()
-            sums.counts = counts if sums.counts is None else sums.counts + counts
-            out.register_hook(gram)
-        elif out.requires_grad:
-            out.register_hook(squares)
-        return out
+def _lookup(module: nn.Embedding, sums: OutputSums) -> Callable[[Tensor, Tensor], Tensor]:
+    """Counts the rows that are looked up, and sums the Gram of the gradient at what was looked up."""
 
     def gram(g: Tensor) -> None:
         flat = g.flatten(0, -2).float()
         made = (flat.T @ flat).double()
         sums.gram = made if sums.gram is None else sums.gram + made
 
-    def squares(g: Tensor) -> None:
-        made = g.flatten(0, -2).float().square().sum(0).double()
+    def tap(ids: Tensor, rows: Tensor) -> Tensor:
+        out = rows if rows.requires_grad else rows.detach().requires_grad_()
+        counts = torch.bincount(ids.flatten(), minlength=module.num_embeddings).double()
+        sums.counts = counts if sums.counts is None else sums.counts + counts
+        out.register_hook(gram)
+        return out
+
+    return tap
+
+
+def _tap(sums: OutputSums) -> Callable[..., Any]:
+    """Sums the squared gradient at each output."""
+
+    def hook(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.requires_grad:
+            features = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
+            out.register_hook(partial(squares, features))
+
+    def squares(features: int, g: Tensor) -> None:
+        made = g.movedim(features, -1).flatten(0, -2).float().square().sum(0).double()
         sums.squares = made if sums.squares is None else sums.squares + made
 
     return hook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -241,15 +241,15 @@ def not_finite(name: str, batch: int, x: Tensor, sample: int | None = None) -> N
 
 
 def _reader(edges: Edges, name: str, keep: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-        edges.see(name, args[0], keep)
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        edges.see(name, cast(Any, module).inputs(args[0]), keep)
 
     return read
 
 
 @contextmanager
 def observing(model: nn.Module, prefix: str, edges: Edges | None, keep: Tensor | None) -> Generator[None]:
-    """While open, `edges` sees what each woven linear layer under `prefix` reads."""
+    """While open, `edges` sees what each woven layer but embeddings under `prefix` reads."""
     hooks: list[Any] = []
     for name, place in places(model).items() if edges is not None else ():
         for path in place.modules:

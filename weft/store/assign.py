@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from weft.error import FormatError, WeftError, raise_all
+from weft.model import take_apart
 from weft.store.audit import Entry
 from weft.store.checkpoint import nearest, read_object
 
@@ -60,6 +61,7 @@ def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None)
             fix="copy the file again",
         ) from e
     cast(Any, model.config)._name_or_path = str(folder)
+    take_apart(model)
     return model
 
 
@@ -216,7 +218,11 @@ def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype
 
     Returns what is wrong with their values: tied weights that were stored twice and differ.
     """
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)}
+    matrices = {
+        f"{n}.weight"
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | Conv1D)
+    }
     want = set(model.state_dict(keep_vars=True))
     problems = list(_untied(model, content))
     for name, value in content.items():

@@ -300,7 +300,7 @@ def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Cal
         if (found := known.get(name) or known.get(near)) is None:
             fix = "restore the base model"
             raise FormatError("the base has no such weight", where=base["path"], got="nothing", want=name, fix=fix)
-        return place.turn(held.one(found))
+        return place.matrix(held.one(found))
 
     return read
 

@@ -114,7 +114,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for name, expr in exprs.items():
         held = {path: t.detach() for path, t in tensors(expr).items()}
-        made |= {name: places(model)[name].turn(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
+        made |= {name: places(model)[name].stored(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
@@ -126,12 +126,11 @@ def _dense(model: nn.Module) -> Content:
 
 def later(expr: Expr, place: Place) -> Later:
     """An expression's value as its checkpoint holds it, made slice by slice when it is written."""
-    shape = expr.shape[::-1] if place.kind == "conv1d" else expr.shape
 
     def make() -> Tensor:
-        return place.turn(torch.cat([p.dense().detach().to(place.dtype) for p in expr.slices()]))
+        return place.stored(torch.cat([p.dense().detach().to(place.dtype) for p in expr.slices()]))
 
-    return Later(place.dtype, shape, make)
+    return Later(place.dtype, place.shape, make)
 
 
 def nbytes(model: nn.Module) -> int:

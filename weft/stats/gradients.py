@@ -89,7 +89,7 @@ def _source(model: nn.Module, one: Batch, batch: int, sample: int) -> NumericErr
 @contextmanager
 def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Generator[None]:
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in sums}
-    tables = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding)}
+    tables: dict[str, Any] = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding)}
     for path, m in tables.items():
         m.tap = _lookup(m, sums[path])
     hooks = [m.register_forward_hook(_tap(sums[path])) for path, m in modules.items() if path not in tables]

@@ -66,9 +66,9 @@ def index(raw: bytes) -> object:
 def manifest(raw: bytes) -> object:
     """A weft folder with this manifest: its list of files, and every expression with the folder's own tensors."""
     from weft.error import raise_all
-    from weft.store.load import expressions_of
     from weft.store.swap import read_manifest, verify
     from weft.store.tensors import read_tensors
+    from weft.store.trees import expressions_of
 
     folder = ground() / "model"
     (folder / "weft.json").write_bytes(raw)

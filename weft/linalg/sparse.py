@@ -14,10 +14,10 @@ from weft.linalg.grids import Fitted
 
 def evened(now: Expr) -> Expr:
     """A tree with a zero pattern as one that holds its kept entries as an expression; any other as it is."""
+    if not now.promises().zeros or isinstance(getattr(now, "kept", None), Expr):
+        return now
     mask = now.mask()
-    return (
-        now if mask is None or isinstance(getattr(now, "kept", None), Expr) else Masked.of(now.dense().detach(), mask)
-    )
+    return now if mask is None else Masked.of(now.dense().detach(), mask)
 
 
 def compact(w: Shaped[Tensor, "m n"], mask: Bool[Tensor, "m n"]) -> Shaped[Tensor, "m k"]:

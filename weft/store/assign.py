@@ -14,7 +14,6 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers.pytorch_utils import Conv1D
 
 from weft.error import FormatError, WeftError, raise_all
 from weft.model import take_apart
@@ -213,22 +212,16 @@ def tied(model: nn.Module, *, always: bool = False) -> dict[str, str]:
     return dict(keys) if isinstance(keys, Mapping) else dict.fromkeys(keys, "")
 
 
-def assign(model: nn.Module, content: Mapping[str, Tensor], compute: torch.dtype) -> list[WeftError]:
-    """Put tensors in their places, by the model's names; matrices as they are (mapped), the rest in the compute dtype.
+def assign(model: nn.Module, content: Mapping[str, Tensor]) -> list[WeftError]:
+    """Put tensors in their places, by the model's names, as they are (mapped).
 
     Returns what is wrong with their values: tied weights that were stored twice and differ.
     """
-    matrices = {
-        f"{n}.weight"
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | Conv1D)
-    }
     want = set(model.state_dict(keep_vars=True))
     problems = list(_untied(model, content))
     for name, value in content.items():
         if name in want:
-            as_is = name in matrices or not value.is_floating_point()
-            put(model, name, value if as_is else value.to(compute))
+            put(model, name, value)
     return problems
 
 

@@ -12,16 +12,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.error import ChangedError, FormatError, NumericError, PathError, WeftError, raise_all
-from weft.expr import Expr, Quantized, build
-from weft.model import Place, places, set_expressions, weave
+from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
+from weft.model import Place, places, plain_tensors, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import must_be_text, read_json
 from weft.store.swap import MANIFEST, digest, read_manifest
-from weft.store.tensors import Step, check_finite, examine, seal
+from weft.store.tensors import Step, examine, seal
+from weft.store.trees import broken, expressions_of
 
 WANTED = [
     "*.json", "model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja", "README.md",
@@ -82,9 +82,11 @@ def plain(
     model: nn.Module, folder: Path, content: Mapping[str, Tensor], problems: list[WeftError], compute: torch.dtype
 ) -> nn.Module:
     """An empty model with these tensors, by its own names, woven. Errors: `problems` and those of `assign`, at once."""
-    raise_all(problems + assign(model, content, compute))
+    raise_all(problems + assign(model, content))
     _ready(model, folder, compute)
     weave(model)
+    for t in plain_tensors(model).values():
+        t.data = t.data.to(compute) if t.is_floating_point() else t.data
     for place in places(model).values():
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
@@ -189,7 +191,7 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             fix="copy the folder again",
         )
     exprs, plain, problems = expressions_of(sites, content, folder.name)
-    problems += [*assign_plain(model, plain, compute, folder.name), *_broken(exprs)]
+    problems += [*assign_plain(model, plain, compute, folder.name), *broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)
     _ready(model, folder, compute)
@@ -199,70 +201,6 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             cast(Any, model.get_submodule(path)).compute = compute
     model.__dict__["_weft_base"] = base
     return model
-
-
-def expressions_of(
-    sites: Any, content: Mapping[str, Tensor], where: str
-) -> tuple[dict[str, Expr], dict[str, Tensor], list[WeftError]]:
-    """Every site's expression from its tree and its tensors; the tensors of no site; and what cannot be read."""
-    if not isinstance(sites, dict):
-        got, want, fix = type(sites).__name__, "expressions by site", "copy the folder again"
-        return {}, {}, [FormatError("a manifest has no sites", where=where, got=got, want=want, fix=fix)]
-    terms: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
-    plain: dict[str, Tensor] = {}
-    for key, t in content.items():
-        name, colon, path = key.partition(":")
-        if colon and name in terms:
-            terms[name][path] = t
-        else:
-            plain[key] = t
-    exprs: dict[str, Expr] = {}
-    problems: list[WeftError] = []
-    for name, tree in cast(dict[str, Any], sites).items():
-        try:
-            exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{where}: {name}"))
-        except WeftError as e:
-            problems.append(e)
-            continue
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-            problems.append(
-                FormatError(
-                    "an expression cannot be read",
-                    where=f"{where}: {name}",
-                    got=f"{type(e).__name__}: {e}",
-                    want="an expression",
-                    fix="copy the folder again",
-                )
-            )
-            continue
-        if terms[name]:
-            problems.append(
-                FormatError(
-                    "unexpected tensors",
-                    where=f"{where}: {name}",
-                    got=sorted(terms[name]),
-                    want="those of its expression",
-                    fix="copy the folder again",
-                )
-            )
-    return exprs, plain, problems
-
-
-def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:
-    if path not in held:
-        raise FormatError("missing tensor", where=where, got="nothing", want=path, fix="copy the folder again")
-    return held.pop(path)
-
-
-def _broken(exprs: Mapping[str, Expr]) -> Iterable[WeftError]:
-    """Expressions with scales inside packed rows that are not finite."""
-    for name, expr in exprs.items():
-        try:
-            for node in expr.modules():
-                if isinstance(node, Quantized):
-                    check_finite(node.scales(), f"{name}, scales")
-        except NumericError as e:
-            yield e
 
 
 def _names_a_base(base: Any) -> bool:

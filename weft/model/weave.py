@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import hashlib
 import json
 import types
@@ -15,46 +14,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError, OptionError, ShapeError
 from weft.expr import Dense, Expr, spec, tensors
 from weft.model.experts import put_together, take_apart
+from weft.model.layers import PLAIN, layer
 from weft.model.site import Kind, Site
-from weft.model.woven import WovenConv1D, WovenConv1d, WovenConv2d, WovenEmbedding, WovenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Callable[[], Tensor]
-
-
-_WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
-    nn.Linear: (WovenLinear, "linear"),
-    nn.Embedding: (WovenEmbedding, "embedding"),
-    Conv1D: (WovenConv1D, "conv1d"),
-    nn.Conv2d: (WovenConv2d, "conv"),
-    nn.Conv1d: (WovenConv1d, "conv"),
-}
-_PLAIN = {woven: plain for plain, (woven, _) in _WEAVES.items()}
-
-
-@functools.cache
-def _woven(kind: type[nn.Module]) -> tuple[type[nn.Module], Kind] | None:
-    """The woven class of a class of layers; of a subclass too, if its forward is its parent's with something before or after."""
-    if kind in _WEAVES:
-        return _WEAVES[kind]
-    parent = next((p for p in _WEAVES if issubclass(kind, p)), None)
-    code = getattr(kind.forward, "__code__", None)
-    if (
-        parent is None
-        or code is None
-        or "__class__" not in code.co_freevars
-        or {"linear", "embedding"} & set(code.co_names)
-    ):
-        return None
-    woven, name = _WEAVES[parent]
-    made = type(kind.__name__, (kind, woven), {"__module__": __name__})
-    _PLAIN[made] = kind
-    return made, name
 
 
 class Original:
@@ -111,12 +79,12 @@ def weave(model: Model) -> Model:
         )
     take_apart(model)
     model.requires_grad_(False)
-    plain = {id(p) for m in model.modules() if _layer(m) is None for p in m.parameters(recurse=False)}
+    plain = {id(p) for m in model.modules() if layer(m) is None for p in m.parameters(recurse=False)}
     places: dict[str, Place] = {}
     shared: dict[int, tuple[Place, Expr]] = {}
     for path, module in list(model.named_modules()):
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-        if (found := _layer(module)) is None or id(weight) in plain:
+        if (found := layer(module)) is None or id(weight) in plain:
             continue
         woven, kind = found
         if weight is None:
@@ -145,13 +113,6 @@ def weave(model: Model) -> Model:
     return model
 
 
-def _layer(module: nn.Module) -> tuple[type[nn.Module], Kind] | None:
-    """The woven class of a module, where it can have one."""
-    if getattr(module, "groups", 1) != 1 or getattr(module, "max_norm", None) is not None:
-        return None
-    return _woven(type(module))
-
-
 def unweave(model: Model, *, original: bool = False) -> Model:
     """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in."""
     for place in places(model).values():
@@ -161,7 +122,7 @@ def unweave(model: Model, *, original: bool = False) -> Model:
         weight = nn.Parameter(place.stored(value.detach()).contiguous(), requires_grad=value.is_floating_point())
         for path in place.modules:
             module = model.get_submodule(path)
-            module.__class__ = _PLAIN[type(module)]
+            module.__class__ = PLAIN[type(module)]
             del module.expr, module.compute, module.stored
             module.register_parameter("weight", weight)
     put_together(model)

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from weft.error import ChangedError, NumericError, ShapeError, WeftError
+from weft.store import disk
 from weft.store.audit import DTYPES, header
 from weft.store.files import beside, told
 
@@ -120,7 +121,10 @@ def stream(
             raw = octets(value)
             hashing = other.submit(word.update, raw) if hashed else None
             for at in range(0, len(raw), _CHUNK):
+                begun = f.tell()
                 f.write(raw[at : at + _CHUNK])
+                f.flush()
+                disk.write_soon(f.fileno(), begun, len(raw[at : at + _CHUNK]))
                 if step:
                     step(len(raw[at : at + _CHUNK]))
             if hashing:
@@ -143,11 +147,13 @@ def examine(
                 check_finite(content[name], name)
         except NumericError as e:
             problem = e
-        return word_sum(content[name]), problem
+        found = word_sum(content[name])
+        done(content[name])
+        return found, problem
 
     sums: dict[str, str] = {}
     problems: list[WeftError] = []
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
+    with disk.reading_ahead(content.values()) as done, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
         for name, (found, problem) in zip(content, workers.map(one, content), strict=True):
             sums[name] = found
             problems += [problem] if problem else []

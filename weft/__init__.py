@@ -17,22 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weft.api import (
-        Changes,
-        apply,
-        attach,
-        export,
-        import_,
-        load,
-        may_write,
-        merge,
-        methods,
-        run,
-        save,
-        show,
-        train,
-        verify,
-    )
+    from weft.api import Changes, apply, attach, export, load, may_write, merge, methods, run, save, show, train, verify
     from weft.error import WeftError
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
@@ -40,11 +25,11 @@ if TYPE_CHECKING:
     from weft.model import expressions, fork, unweave, weave
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate, tokenizer
+    from weft.store.mend import import_
 
 _HOME = {
     "weft.api": (
-        "Changes", "apply", "attach", "export", "import_", "load", "may_write", "merge", "methods", "run", "save", "show", "train",
-        "verify",
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "run", "save", "show", "train", "verify",
     ),
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
@@ -52,6 +37,7 @@ _HOME = {
     "weft.lab.prove": ("prove", "stale"),
     "weft.model": ("expressions", "fork", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
+    "weft.store.mend": ("import_",),
     "weft.score": ("evaluate", "generate", "tokenizer"),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOME.items() for name in names}

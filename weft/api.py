@@ -241,29 +241,6 @@ def export(
     return []
 
 
-def import_(
-    source: str | Path,
-    out: str | Path,
-    *,
-    drop: Sequence[str] = (),
-    init: Sequence[str] = (),
-    zero: Sequence[str] = (),
-    tie: bool | None = None,
-    seed: int = 0,
-    replace: bool = False,
-    progress: Progress | None = None,
-) -> list[tuple[str, str]]:
-    """Write a checkpoint that `load` refuses as one that it takes; returns what was mended: (tensor, how).
-
-    Pickles become safetensors, in a limited process of its own. Globs name what may be mended: `drop` tensors that the model
-    lacks, `init` those that the checkpoint lacks (fresh values from `seed`), `zero` values that are not finite. `tie`: of
-    tied weights that were stored twice and differ, True keeps the first, False both.
-    Errors: those of `load` for what is left; OptionError for a glob with nothing to mend; those of `save`.
-    """
-    mends: dict[str, Any] = {"drop": drop, "init": init, "zero": zero, "tie": tie, "seed": seed}
-    return store.import_(models.resolve(source), out, **mends, replace=replace, progress=progress)
-
-
 def verify(folder: str | Path, progress: Progress | None = None) -> list[str]:
     """Every way in which a folder differs from its manifest; empty if it is whole. Errors: PathError if it has none."""
     return store.verify(Path(folder), progress)

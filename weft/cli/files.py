@@ -118,7 +118,7 @@ def run(
 
 
 def import_(
-    model: ModelName,
+    model: Annotated[str, typer.Argument(help="A folder or a hub id.", metavar="MODEL", show_default=False)],
     out: Out,
     drop: Annotated[list[str] | None, typer.Option(help="Drop tensors that the model lacks: a glob.")] = None,
     init: Annotated[

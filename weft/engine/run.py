@@ -48,7 +48,7 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
     A lone weight of more than `CHUNK` entries is rewritten in slices of rows if every method of the chain is rowwise.
     A base with zeros that holds no expression of what is kept, such as a sparse delta, becomes one that does.
     """
-    group = group.put([_with_base(s.now, evened) for s in group])
+    group = group.put([_evened(s.now) for s in group])
     if (
         len(group.sites) == 1
         and len(parts := list(group.site.slices())) > 1
@@ -67,9 +67,9 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
     return [s.now for s in group]
 
 
-def _with_base(now: Expr, change: Callable[[Expr], Expr]) -> Expr:
+def _evened(now: Expr) -> Expr:
     terms = terms_of(now)
-    if "base" not in terms or (made := change(terms["base"])) is terms["base"]:
+    if "base" not in terms or (made := evened(terms["base"])) is terms["base"]:
         return now
     return total({**terms, "base": made})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Basis(Expr):
     def _rows(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r n"]:
         c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))
         if self.kind == "random":
-            made = _Random.apply(c, rows, self.seed, self.m, self.n)
-            return made if isinstance(made, Tensor) else made[0]
+            return cast(Tensor, _Random.apply(c, rows, self.seed, self.m, self.n))
         p, q = (f.double() for f in _frequencies(self.seed, self.m, self.n, len(c)))
         i, j = (at.double().unsqueeze(1) for at in (rows.cpu(), torch.arange(self.n)))  # not every device has float64
         if self.kind == "cosine":

@@ -126,10 +126,10 @@ class Quantized(Expr):
         return cls(torch.cat(parts, 1), codes.shape[1], grid, group, zeros is None, scale)
 
     def check(self) -> None:
-        size, form = _grid(self.grid), scale_format(self.scale)
-        want = size.row_bytes(self.n) + form.row_bytes(self.groups)
-        want += 0 if self.symmetric else packed_bytes(self.groups, size.bits)
-        if (self.group or self.n) < 1 or self.data.shape[1] != want or (size.levels and not self.symmetric):
+        spec, form = _grid(self.grid), scale_format(self.scale)
+        want = spec.row_bytes(self.n) + form.row_bytes(self.groups)
+        want += 0 if self.symmetric else packed_bytes(self.groups, spec.bits)
+        if (self.group or self.n) < 1 or self.data.shape[1] != want or (spec.levels and not self.symmetric):
             raise ShapeError(
                 "Quantized.data does not fit",
                 where="Quantized.data",

@@ -118,14 +118,13 @@ def search(
 def _trials(x: Float[Tensor, "m g k"], start: Fitted, steps: int) -> Iterator[Fitted]:
     spec = grid(start.name)
     least, half, top = _SHRINK.get(spec.bits, 0.85), 2 ** (spec.bits - 1), 2**spec.bits - 1
-    if start.scale == "e8m0":
-        yield from (start.placed(start.scales * by) for by in (2, 0.5))
-        return
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    for shrink in torch.linspace(1, least, steps).tolist():
+    for shrink in (2, 0.5) if start.scale == "e8m0" else torch.linspace(1, least, steps).tolist():
         if start.zeros is not None:
             trial = start.placed((high - low) * shrink / top)
             yield replace(trial, zeros=(-low * shrink / trial.scales).round().clamp(0, top).to(torch.uint8))
+        elif start.scale == "e8m0":
+            yield start.placed(start.scales * shrink)
         elif spec.levels is None:
             yield start.placed(torch.maximum(-low / half, high / (half - 1)) * shrink)
             yield start.placed(torch.maximum(-low, high) / half * shrink)

@@ -21,7 +21,7 @@ class StandIn(Tensor):
     stored: Callable[[Tensor], Tensor]
 
     @staticmethod
-    def of(expr: Expr, dtype: torch.dtype, stored: Callable[[Tensor], Tensor] = lambda value: value) -> StandIn:
+    def of(expr: Expr, dtype: torch.dtype, stored: Callable[[Tensor], Tensor]) -> StandIn:
         """A stand-in for the expression's value in `dtype`, as `stored` shapes it."""
         first = next(iter(tensors(expr).values()))
         shape = stored(torch.empty(expr.shape, device="meta")).shape

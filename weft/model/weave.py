@@ -52,6 +52,11 @@ class Place:
     shape: tuple[int, ...]
     """The shape that the module's weight and its checkpoint have."""
 
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear layer's, whichever way round it is stored."""
+        return self.kind in ("linear", "conv1d")
+
     def stored(self, value: Tensor) -> Tensor:
         """The value [m n] as the module and its checkpoint hold it."""
         return value.T if self.kind == "conv1d" else value.reshape(self.shape)
@@ -191,7 +196,7 @@ def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
     for pattern in [at] if isinstance(at, str) else at:
         if pattern == "all-linear":
             head = output_sites(model)
-            found = [n for n, p in names.items() if p.kind in ("linear", "conv1d") and n not in head]
+            found = [n for n, p in names.items() if p.linear and n not in head]
         else:
             found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
         if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class _Woven(nn.Module):
     compute: torch.dtype
     stored: Callable[[Tensor], Tensor]
     """The value [m n] as the module's weight."""
+    features: ClassVar[int] = -1
+    """The dimension of its output that has the weight's rows."""
     tap: Callable[[Tensor, Tensor], Tensor] | None = None
     """Sees an embedding's ids and rows, before what a subclass makes of them."""
 
@@ -75,6 +77,7 @@ class WovenConv1D(_Woven, Conv1D):  # pyright: ignore[reportIncompatibleVariable
 class _WovenConv(_Woven):
     """A convolution whose weight [out in *kernel] is an expression [out, in * kernel]; it runs as a convolution."""
 
+    features = 1
     kernel_size: tuple[int, ...]
     bias: Tensor | None
 

@@ -51,7 +51,7 @@ class Stats:
             if f"{name}:edge" in self.files:
                 edge = self.files[f"{name}:edge"]
                 sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs")})
-                count = int(self.counts.get(edge, self.tokens))
+                count = self.counts[edge]
                 uses.append(Evidence(sums["gram"], held[f"{name}:weight"], count, sums["mean"], sums["mean_abs"]))
             if f"{name}:rows.gram" in held:
                 uses.append(Evidence(held[f"{name}:rows.gram"], held[f"{name}:rows.weight"], self.tokens))

@@ -123,10 +123,9 @@ def _lookup(module: nn.Embedding, sums: OutputSums) -> Callable[[Tensor, Tensor]
 def _tap(sums: OutputSums) -> Callable[..., Any]:
     """Sums the squared gradient at each output."""
 
-    def hook(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+    def hook(module: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
         if out.requires_grad:
-            features = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
-            out.register_hook(partial(squares, features))
+            out.register_hook(partial(squares, module.features))
 
     def squares(features: int, g: Tensor) -> None:
         made = g.movedim(features, -1).flatten(0, -2).float().square().sum(0).double()

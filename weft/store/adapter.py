@@ -235,7 +235,7 @@ def _unknown(path: str, sites: Mapping[str, Place]) -> WeftError:
 def _misfits(model: nn.Module, path: str, site: Place, halves: Mapping[str, Entry], rank: int) -> list[WeftError]:
     """Why a module cannot take these tensors."""
     module = model.get_submodule(path)
-    if site.kind not in ("linear", "conv1d") or len(site.modules) > 1:
+    if not site.linear or len(site.modules) > 1:
         got = f"a weight shared with {', '.join(p for p in site.modules if p != path)}"
         got = got if len(site.modules) > 1 else type(module).__name__.removeprefix("Woven")
         return [
@@ -259,7 +259,7 @@ def _unlike_targets(model: nn.Module, given: Settings, have: set[str]) -> list[W
     """How the pairs differ from a list of targets; a regular expression says nothing."""
     if not isinstance(given.target_modules, list):
         return []
-    linear = [path for path, site in _sites(model).items() if site.kind in ("linear", "conv1d")]
+    linear = [path for path, site in _sites(model).items() if site.linear]
     meant = [path for path in linear if given.targets(path)]
     count = f"{len(have.intersection(meant))} of {len(meant)} pairs"
     problems = some(

@@ -138,13 +138,21 @@ def _numbers(value: Any, where: str, count: int, at: str = "") -> Generator[Weft
                 )
 
 
-def names(model: nn.Module, entries: Iterable[str]) -> dict[str, str]:
-    """A checkpoint's names to the model's, by transformers' own table: older names, and the base model's prefix."""
+def names(model: nn.Module, entries: Iterable[str], where: str) -> dict[str, str]:
+    """A checkpoint's names to the model's, by transformers' own table: older names, and the base model's prefix.
+
+    Errors: FormatError for two names of one tensor.
+    """
     from transformers.core_model_loading import rename_source_key
 
     want, prefix = model.state_dict(keep_vars=True), getattr(model, "base_model_prefix", "") or None
     steps = _renamings(model)
-    return {n: rename_source_key(n, steps, [], prefix, want)[0] for n in entries}
+    made = {n: rename_source_key(n, steps, [], prefix, want)[0] for n in entries}
+    first = {new: old for old, new in made.items()}
+    if twice := [old for old, new in made.items() if first[new] != old]:
+        got, want_ = f"{twice[0]} and {first[made[twice[0]]]}", f"one of them, for {made[twice[0]]}"
+        raise FormatError("two names of one tensor", where=where, got=got, want=want_, fix="copy the model again")
+    return made
 
 
 def names_on_disk(model: nn.Module, named: Iterable[str]) -> dict[str, str]:
@@ -163,11 +171,9 @@ def _renamings(model: nn.Module, *, old: bool = True) -> list[Any]:
     return [s for s in steps if not isinstance(s, WeightConverter)]
 
 
-def misfits(model: nn.Module, entries: Mapping[str, Entry], where: str) -> list[WeftError]:
-    """Every way in which a checkpoint on paper is not that of a model: missing, unexpected, ill-shaped and ill-typed tensors."""
+def misfits(model: nn.Module, held: Mapping[str, Entry], where: str) -> list[WeftError]:
+    """Every way in which tensors on paper, by the model's names, are not those of a model: missing, unexpected, ill-shaped, ill-typed."""
     want: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    named = names(model, entries)
-    held = {named[n]: e for n, e in entries.items()}
     loose = {n for n, _ in model.named_buffers()} - set(want)
     shared = tied(model)
     problems: list[WeftError] = []
@@ -190,10 +196,8 @@ def _misfit(slot: Tensor, entry: Entry | None, where: str, spare: set[str]) -> F
     """Why a checkpoint's tensor (None: it has none) cannot take a place of the model."""
     fix = "the checkpoint is of another model"
     if entry is None:
-        got, fix = (
-            f"nothing{nearest(where.rpartition(': ')[2], spare)}",
-            "take the checkpoint of this model, or import it with --init",
-        )
+        got = f"nothing{nearest(where.rpartition(': ')[2], spare)}"
+        fix = "take the checkpoint of this model, or import it with --init"
         return FormatError("missing tensor", where=where, got=got, want=list(slot.shape), fix=fix)
     if entry.shape != tuple(slot.shape):
         got, want = list(entry.shape), list(slot.shape)

@@ -68,8 +68,9 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progr
 
 
 def _load_plain(o: _Opened, step: Step) -> nn.Module:
-    raise_all(o.problems or misfits(o.model, o.found.entries, o.folder.name))
-    content, named = o.found.read(), names(o.model, o.found.entries)
+    named = names(o.model, o.found.entries, o.folder.name) if not o.problems else {}
+    raise_all(o.problems or misfits(o.model, {named[n]: e for n, e in o.found.entries.items()}, o.folder.name))
+    content = o.found.read()
     buffers = {n for n, _ in o.model.named_buffers()}
     sums, problems = examine(content, {n for n in content if named[n] in buffers}, step)
     problems += _changed(sums, o.found, o.manifest)
@@ -195,8 +196,9 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
     raise_all(problems)
     set_expressions(model, exprs)
     _ready(model, folder, compute)
+    on_disk = names_on_disk(model, known)
     for place in known.values():
-        place.original = Original(_base_reader(base, place, names_on_disk(model, [place.name])[place.name]))
+        place.original = Original(_base_reader(base, place, on_disk[place.name]))
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
     model.__dict__["_weft_base"] = base

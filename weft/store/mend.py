@@ -59,7 +59,7 @@ def import_(
     with _opened(folder, place, bars) as (found, problems):
         raise_all(problems)
         model = skeleton(folder, len(found.tensors), {} if tie is None else {"tie_word_embeddings": tie})
-        named = names(model, found.entries)
+        named = names(model, found.entries, folder.name)
         content = {named[n]: t for n, t in found.read().items()}
         done = [*_dropped(model, content, drop), *_tied(model, content, tie)]
         done += [*_fresh(model, content, init, seed), *_zeroed(content, zero)]
@@ -156,7 +156,8 @@ def _tied(model: nn.Module, content: dict[str, Tensor], tie: bool | None) -> Gen
 
 def _fresh(model: nn.Module, content: dict[str, Tensor], globs: Sequence[str], seed: int) -> Generator[tuple[str, str]]:
     """Initial values, drawn module by module, each from a seed of its own."""
-    missing = [n for n in model.state_dict(keep_vars=True) if n not in content and n not in tied(model)]
+    shared = tied(model)
+    missing = [n for n in model.state_dict(keep_vars=True) if n not in content and n not in shared]
     chosen = _chosen(globs, missing, "init", "a tensor that the checkpoint lacks")
     dtype = (
         Counter(t.dtype for t in content.values() if t.is_floating_point()).most_common(1)[0][0] if content else None

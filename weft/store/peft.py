@@ -121,7 +121,7 @@ def _no_lora(model: nn.Module, name: str, terms: dict[str, Expr]) -> list[WeftEr
     """Why these adapters of a site cannot be LoRA."""
     place = places(model)[name]
     reasons = [f"{role} is {t.describe()}" for role, t in terms.items() if not isinstance(t, LowRank)]
-    if place.kind not in ("linear", "conv1d") or len(place.modules) > 1:
+    if not place.linear or len(place.modules) > 1:
         reasons.append(f"the weight is {'tied' if len(place.modules) > 1 else 'an ' + place.kind}")
     fix = 'merge it into the weights (weft.merge), or export with to="hf"'
     return [

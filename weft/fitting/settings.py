@@ -39,6 +39,6 @@ class Settings:
     def quick(cls) -> Settings:
         """One seed, short tuning: a first look within minutes."""
         return cls(
-            seeds=1, tokens=4096, select_tokens=2048, test_tokens=4096, groups=(0, 128, 64), tries=1, tune_steps=12,
+            seeds=1, tokens=3072, select_tokens=2048, test_tokens=2560, groups=(0, 64), tries=1, tune_steps=8,
             tune_batch=2, lr=1e-2,
         )  # fmt: skip

@@ -217,9 +217,10 @@ class Work:
 
     def model(self, run: Run, chosen: Mapping[str, Chain]) -> nn.Module:
         """The model with every site rewritten by its chain, block by block behind its own errors."""
-        release(models=True)
-        model = fork(self.plain)
         journal = self.cache.path("built", self.about(run, chosen))
+        if not journal.exists():
+            release(models=True)
+        model = fork(self.plain)
         with self.step("build", f"seed {run.seed}"):
             notes = propagate(
                 model, chosen, run.stats, run.calibration, seed=run.seed, journal=journal, progress=self.progress
@@ -249,6 +250,7 @@ class Work:
         )
 
         def learn() -> dict[str, Tensor]:
+            release(models=True)
             work = self.cache.path("tuning", name)
             made = train(
                 model, run.data.train, tokenizer=self.tokenizer, steps=s.tune_steps, batch=batch, length=s.length, lr=rate,

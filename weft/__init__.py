@@ -43,9 +43,9 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "attach", "evaluate", "export", "expressions", "fit", "fork",
-    "generate", "import_", "load", "may_write", "merge", "methods", "plan", "prove", "run", "save", "show", "stale", "tokenizer", "train",
-    "unweave", "verify", "weave",
+    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "attach", "axes", "evaluate", "export", "expressions", "fit",
+    "fork", "generate", "import_", "load", "may_write", "merge", "methods", "plan", "prove", "run", "save", "show", "stale", "tokenizer",
+    "train", "transport", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

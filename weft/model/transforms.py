@@ -24,6 +24,10 @@ class Transform:
         """The axis's size afterwards."""
         return size
 
+    def describe(self) -> str:
+        """One line for people."""
+        return self.kind
+
     def on(self, t: Tensor, part: Part, blocks: int, size: int, *, reads: bool) -> Tensor:
         """The tensor in the new coordinates, in its dtype; computed in float64 where the device has it."""
         wide = torch.float64 if t.device.type != "mps" else torch.float32
@@ -54,6 +58,9 @@ class Scale(Transform):
 
     kind = "scale"
     by: Float[Tensor, "n"]
+
+    def describe(self) -> str:
+        return f"scaled by {float(self.by.min()):.3g} to {float(self.by.max()):.3g}"
 
     def problem(self, axis: Axis) -> WeftError | None:
         if self.by.shape != (axis.size,):

@@ -31,6 +31,7 @@ from weft.expr import (
     Permutation,
     Product,
     Quantized,
+    Routed,
     SparseDelta,
     Sum,
     build,
@@ -179,7 +180,21 @@ def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
     }
 
 
+def routed(m: int, n: int, g: Rng, top: int = 2, expert: Callable[..., Expr] = lowrank) -> Expr:
+    return Routed(randn(g, 4, n), [expert(m, n, g) for _ in range(4)], top)
+
+
 Maker = Callable[[int, int, Rng], Expr]
+ROUTED: dict[str, Maker] = {
+    "routed": routed,
+    "routed-one": lambda m, n, g: routed(m, n, g, 1),
+    "routed-all-quantized": lambda m, n, g: routed(m, n, g, 4, quantized),
+    "routed-diagonal": lambda m, n, g: routed(n, n, g, 3, diagonal),
+    "routed-added": lambda m, n, g: Sum({"base": quantized(m, n, g), "adapter:mix": routed(m, n, g)}),
+    "routed-within": lambda m, n, g: Product(diagonal(m, m, g), routed(m, n, g), permutation(n, n, g)),
+    "routed-nested": lambda m, n, g: routed(m, n, g, 2, routed),
+}
+"""What depends on the input, and so is no matrix."""
 EXPRS: dict[str, Maker] = {
     "dense": dense,
     "dense-bf16": lambda m, n, g: dense(m, n, g, torch.bfloat16),
@@ -264,9 +279,12 @@ def _alone_and_among_others(name: str, make: Maker) -> dict[str, Maker]:
     return {name: make, f"{name}-added": added, f"{name}-scaled": scaled}
 
 
-_known = {type(make(*SHAPES[0], rng("known"))) for make in EXPRS.values()}
+_known = {type(make(*SHAPES[0], rng("known"))) for make in (*EXPRS.values(), *ROUTED.values())}
 for _cls in [c for c in NODES.values() if c not in _known]:
     EXPRS |= _alone_and_among_others(_cls.__name__, MAKERS.get(_cls.__name__, functools.partial(drawn, _cls)))
+
+
+KINDS = {**EXPRS, **ROUTED}
 
 
 @functools.cache
@@ -285,10 +303,16 @@ def documented(e: Expr) -> Tensor:
     return torch.as_tensor(_document()["value"](spec(e), lambda path: held[path].numpy()))
 
 
+def documented_output(e: Expr, x: Tensor) -> Tensor:
+    """What the reader in docs/files.md makes of inputs [t n]."""
+    held = {k: t.detach().float() if t.dtype == torch.bfloat16 else t.detach() for k, t in tensors(e).items()}
+    return torch.as_tensor(_document()["output"](spec(e), lambda path: held[path].numpy(), x.numpy()))
+
+
 def instances(kind: str) -> Iterator[Expr]:
     """One random expression of the kind a shape."""
     for m, n in SHAPES:
-        yield EXPRS[kind](m, n, rng(kind, m, n))
+        yield KINDS[kind](m, n, rng(kind, m, n))
 
 
 def nodes_in(expr: Expr) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weft.error import FormatError, ShapeError
+from weft.error import ConflictError, FormatError, ShapeError, WeftError
 from weft.expr.base import NODES, Expr, Promises, tensors
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
@@ -49,6 +49,9 @@ class Sum(Expr):
         return dict(self.terms.items())
 
     def dense(self) -> Float[Tensor, "m n"]:
+        if not self.is_matrix():
+            problem = no_value("Sum", self.named())
+            raise problem
         first, *rest = self.kids()
         value = first.dense()
         for term in rest:
@@ -162,6 +165,24 @@ def total(terms: Mapping[str, Expr]) -> Expr:
     """The expression of these terms: flat, and no sum around a lone base."""
     flat = terms_of(Sum(terms)) if "base" in terms else dict(terms)
     return flat["base"] if list(flat) == ["base"] else Sum(flat)
+
+
+def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:
+    """Why these terms together are no matrix, naming those to blame."""
+    return ConflictError(
+        "a weight has no single value",
+        where=where,
+        got="; ".join(
+            f"{r} is {t.describe()}, which depends on the input" for r, t in terms.items() if not t.is_matrix()
+        ),
+        want="a matrix",
+        fix="leave it as it is (it runs, trains and is saved), or take that term away first",
+    )
+
+
+def valueless(exprs: Mapping[str, Expr]) -> list[WeftError]:
+    """Of these weights by name, why some are no matrices."""
+    return [no_value(name, terms_of(e)) for name, e in exprs.items() if not e.is_matrix()]
 
 
 def fork(expr: Expr) -> Expr:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.error import ConflictError
-from weft.expr import Dense, Expr, spec, tensors
+from weft.error import ConflictError, raise_all
+from weft.expr import Dense, Expr, spec, tensors, valueless
 from weft.model import Place, expressions, places, plain_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -46,8 +46,9 @@ def save(
     If every expression is a plain matrix, or with `dense`, the folder is an ordinary Hugging Face checkpoint. Otherwise
     `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced;
-    NumericError for a weight that is not finite; ResourceError for a full disk; PathError.
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be
+    replaced or, `dense`, for a weight whose value depends on the input; NumericError for one that is not finite;
+    ResourceError for a full disk; PathError.
     """
     plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
     content: Content = _dense(model) if dense else stored(model)
@@ -119,7 +120,8 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _dense(model: nn.Module) -> Content:
-    """An ordinary checkpoint's tensors, weights in their checkpoint's dtype."""
+    """An ordinary checkpoint's tensors, weights in their checkpoint's dtype. Errors: ConflictError for those without a value."""
+    raise_all(valueless(expressions(model)))
     made = {n: later(e, places(model)[n]) for n, e in expressions(model).items()}
     return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
 

@@ -85,13 +85,15 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
         )
     whole = {s.name: terms_of(s.now) for s in group}
     seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
-    if method.verb != "adapt":  # what adapts adds terms, and may do without a value
+    try:
+        made = (
+            list(method(seen, **options))
+            if method.per == "input"
+            else [method(replace(seen, sites=(s,)), **options) for s in seen]
+        )
+    except ConflictError:  # a term does not know its site
         raise_all(valueless({s.name: s.now for s in seen}))
-    made = (
-        list(method(seen, **options))
-        if method.per == "input"
-        else [method(replace(seen, sites=(s,)), **options) for s in seen]
-    )
+        raise
     if method.whole:
         return made
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, ShapeError, WeftError
-from weft.expr.base import NODES, Expr, Promises, tensors
+from weft.expr.base import NODES, Expr, Promises, identity, tensors
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
 from weft.expr.nodes import Diagonal
@@ -210,8 +211,14 @@ def spec(expr: Expr) -> dict[str, Any]:
     return made
 
 
-def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -> Expr:
-    """The expression of a spec; `get(path)` gives each tensor. Errors: FormatError for an unknown node or field."""
+Nodes = dict[object, Expr]
+
+
+def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "", nodes: Nodes | None = None) -> Expr:
+    """The expression of a spec; `get(path)` gives each tensor. Errors: FormatError for an unknown node or field.
+
+    With `nodes`, those that were built before: what is alike in every field and over the same storage is one node.
+    """
     kind = tree.get("node")
     if kind not in NODES:
         raise FormatError(
@@ -232,17 +239,24 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
         if f.kind == "tensor":
             values[f.name] = get(f"{at}{f.name}")
         elif f.name in tree:  # what is absent, in a file of an older weft, has its default
-            values[f.name] = tree[f.name] if f.kind == "static" else _built(f, tree[f.name], get, at)
-    return cls(**values)
+            values[f.name] = tree[f.name] if f.kind == "static" else _built(f, tree[f.name], get, at, nodes)
+    made = cls(**values)
+    return made if nodes is None else nodes.setdefault(_alike(made), made)
 
 
-def _built(f: Field, tree: Any, get: Callable[[str], Tensor], at: str) -> Any:
+def _built(f: Field, tree: Any, get: Callable[[str], Tensor], at: str, nodes: Nodes | None) -> Any:
     """The children of one field."""
     if f.kind == "child":
-        return build(tree, get, f"{at}{f.name}.")
+        return build(tree, get, f"{at}{f.name}.", nodes)
     if f.named:
-        return {k: build(t, get, f"{at}{f.name}.{k}.") for k, t in tree.items()}
-    return tuple(build(t, get, f"{at}{f.name}.{i}.") for i, t in enumerate(tree))
+        return {k: build(t, get, f"{at}{f.name}.{k}.", nodes) for k, t in tree.items()}
+    return tuple(build(t, get, f"{at}{f.name}.{i}.", nodes) for i, t in enumerate(tree))
+
+
+def _alike(expr: Expr) -> object:
+    """Equal for two nodes with equal fields: the same storage, the same children."""
+    held = [(path, identity(t), t.requires_grad) for path, t in tensors(expr).items()]
+    return json.dumps(spec(expr)), tuple(held)
 
 
 def stack(parts: Sequence[Expr]) -> Expr:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ConflictError, raise_all
-from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.expr import Dense, Expr, identity, spec, tensors, valueless
 from weft.model import Place, expressions, places, plain_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -61,6 +61,7 @@ def save(
         "kind": "plain" if plain else "weft",
         "class": type(model).__name__,
         "sites": {} if plain else {name: spec(e) for name, e in expressions(model).items()},
+        **({"shared": others} if not plain and (others := shared(model)) else {}),
         "bytes": total,
         "base": base(model),
         **(manifest or {}),
@@ -110,13 +111,24 @@ def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that `save` writes, by its name in the file: what a budget counts."""
-    exprs = expressions(model)
-    plain = all(isinstance(e, Dense) for e in exprs.values())
-    made: dict[str, Tensor] = {}
-    for name, expr in exprs.items():
-        held = {path: t.detach() for path, t in tensors(expr).items()}
-        made |= {name: places(model)[name].stored(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
+    exprs, others = expressions(model), shared(model)
+    if all(isinstance(e, Dense) for e in exprs.values()):
+        made = {n: places(model)[n].stored(tensors(e)["w"].detach()) for n, e in exprs.items()}
+    else:
+        made = {n: t.detach() for n, t in _named(exprs).items() if n not in others}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
+
+
+def _named(exprs: Mapping[str, Expr]) -> dict[str, Tensor]:
+    """Every tensor of every site, by its name in a weft folder."""
+    return {f"{name}:{path}": t for name, e in exprs.items() for path, t in tensors(e).items()}
+
+
+def shared(model: nn.Module) -> dict[str, str]:
+    """The tensors of sites that are another one: name to the first name of the same storage, under which it is saved."""
+    named = _named(expressions(model))
+    first: dict[object, str] = {}
+    return {n: other for n, t in named.items() if (other := first.setdefault(identity(t), n)) != n}
 
 
 def _dense(model: nn.Module) -> Content:

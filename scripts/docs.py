@@ -1,9 +1,12 @@
-"""Write docs/methods.md from the methods themselves and their proofs; --check only says whether it is fresh."""
+"""Write docs/methods.md from the methods and their proofs, and the nodes' table in docs/files.md from their classes.
+
+--check only says whether they are fresh."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -12,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from weft.engine import Method, get, names
+from weft.expr import NODES, Expr, Field, fields
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, PROOFS = ROOT / "docs" / "methods.md", ROOT / "proofs"
+PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"
+TABLE = re.compile(r"(?<=<!-- nodes, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of nodes -->)", re.DOTALL)
 HEAD = """# Methods
 
 Every file in `weft/methods/VERB/` is a method. This page is written from those files and from `proofs/` by
@@ -108,22 +113,46 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def node(cls: type[Expr]) -> list[str]:
+    """One node's row: its fields by kind, and the first paragraph of its docstring."""
+    held = {k: [of(f) for f in fields(cls) if f.kind in k] for k in (("tensor",), ("static",), ("child", "children"))}
+    about = (inspect.getdoc(cls) or "").split("\n\n")[0]
+    return [f"`{cls.__name__}`", *(", ".join(each) for each in held.values()), plain(" ".join(about.split()))]
+
+
+def of(f: Field) -> str:
+    """A field as the table shows it."""
+    if f.kind == "tensor":
+        kinds = "float" if "float32" in f.type.dtypes else " or ".join(f.type.dtypes)
+        return f"`{f.name}` [{' '.join(f.dims)}] {kinds}"
+    return f"`{f.name}`" + (f": {'by name' if f.named else 'a list'}" if f.kind == "children" else "")
+
+
+def files() -> str:
+    """The page of the file format, with the nodes as they are."""
+    rows = [["node", "tensors", "plain fields", "children", "what it is"], *(node(NODES[n]) for n in sorted(NODES))]
+    made, count = TABLE.subn(lambda _: table(rows), FILES.read_text("utf8"))
+    assert count == 1, "docs/files.md has lost its marks around the nodes"
+    return made
+
+
 def module_line(method: Method) -> str:
     """The first line of the method's file."""
     return (importlib.import_module(method.fn.__module__).__doc__ or "").strip().splitlines()[0]
 
 
 def main() -> int:
-    """Write the page, or compare it."""
+    """Write the pages, or compare them."""
     given = argparse.ArgumentParser(description=__doc__)
-    given.add_argument("--check", action="store_true", help="fail if the page is stale, write nothing")
-    made = page()
+    given.add_argument("--check", action="store_true", help="fail if a page is stale, write nothing")
+    made = {PAGE: page(), FILES: files()}
     if given.parse_args().check:
-        if not PAGE.exists() or PAGE.read_text("utf8") != made:
-            print("docs/methods.md is stale: run python scripts/docs.py")
-            return 1
-        return 0
-    PAGE.write_text(made, "utf8")
+        stale = [path for path, text in made.items() if not path.exists() or path.read_text("utf8") != text]
+        for path in stale:
+            print(f"docs/{path.name} is stale: run python scripts/docs.py")
+        return int(bool(stale))
+    for path, text in made.items():
+        path.write_text(text, "utf8")
     return 0
 
 

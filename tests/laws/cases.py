@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from weft.engine import Evidence, Group, Method, Site, get, names
 from weft.engine.run import Step, run
 from weft.expr import (
     NM,
+    NODES,
     Basis,
     Blocks,
     Codebook,
@@ -27,6 +31,7 @@ from weft.expr import (
     Permutation,
     Product,
     Quantized,
+    Routed,
     SparseDelta,
     Sum,
     build,
@@ -175,7 +180,22 @@ def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
     }
 
 
-EXPRS: dict[str, Callable[[int, int, Rng], Expr]] = {
+def routed(m: int, n: int, g: Rng, top: int = 2, expert: Callable[..., Expr] = lowrank) -> Expr:
+    return Routed(randn(g, 4, n), [expert(m, n, g) for _ in range(4)], top)
+
+
+Maker = Callable[[int, int, Rng], Expr]
+ROUTED: dict[str, Maker] = {
+    "routed": routed,
+    "routed-one": lambda m, n, g: routed(m, n, g, 1),
+    "routed-all-quantized": lambda m, n, g: routed(m, n, g, 4, quantized),
+    "routed-diagonal": lambda m, n, g: routed(n, n, g, 3, diagonal),
+    "routed-added": lambda m, n, g: Sum({"base": quantized(m, n, g), "adapter:mix": routed(m, n, g)}),
+    "routed-within": lambda m, n, g: Product(diagonal(m, m, g), routed(m, n, g), permutation(n, n, g)),
+    "routed-nested": lambda m, n, g: routed(m, n, g, 2, routed),
+}
+"""What depends on the input, and so is no matrix."""
+EXPRS: dict[str, Maker] = {
     "dense": dense,
     "dense-bf16": lambda m, n, g: dense(m, n, g, torch.bfloat16),
     "lowrank": lowrank,
@@ -219,10 +239,80 @@ EXPRS: dict[str, Callable[[int, int, Rng], Expr]] = {
 }
 
 
+MAKERS: dict[str, Maker] = {}
+"""How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""
+
+
+def drawn(cls: type[Expr], m: int, n: int, g: Rng) -> Expr:
+    """A random instance by the annotations alone: normal tensors, dense children, plain values called m and n or by default."""
+    sizes = {"m": m, "n": n}
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        if f.kind == "tensor":
+            assert "float32" in f.type.dtypes, f"{cls.__name__}.{f.name} is packed: give {cls.__name__} a row in MAKERS"
+            values[f.name] = randn(g, *(sizes.get(d, 3) for d in f.dims))
+        elif f.kind == "child":
+            values[f.name] = dense(m, n, g)
+        elif f.kind == "children":
+            some = {"one": dense(m, n, g), "two": lowrank(m, n, g)}
+            values[f.name] = some if f.named else list(some.values())
+        elif f.name in sizes:
+            values[f.name] = sizes[f.name]
+        else:
+            assert f.name in vars(cls), (
+                f"what {cls.__name__}.{f.name} may be is not said: give {cls.__name__} a row in MAKERS"
+            )
+    return cls(**values)
+
+
+def _alone_and_among_others(name: str, make: Maker) -> dict[str, Maker]:
+    """Three kinds of expression that hold a node: alone, as a term on a quantized base, and behind a diagonal."""
+
+    def added(m: int, n: int, g: Rng) -> Expr:
+        new = make(m, n, g)
+        return Sum({"base": quantized(*new.shape, g), "adapter:new": new})
+
+    def scaled(m: int, n: int, g: Rng) -> Expr:
+        new = make(m, n, g)
+        return Product(diagonal(new.shape[0], new.shape[0], g), new)
+
+    return {name: make, f"{name}-added": added, f"{name}-scaled": scaled}
+
+
+_known = {type(make(*SHAPES[0], rng("known"))) for make in (*EXPRS.values(), *ROUTED.values())}
+for _cls in [c for c in NODES.values() if c not in _known]:
+    EXPRS |= _alone_and_among_others(_cls.__name__, MAKERS.get(_cls.__name__, functools.partial(drawn, _cls)))
+
+
+KINDS = {**EXPRS, **ROUTED}
+
+
+@functools.cache
+def _document() -> dict[str, Any]:
+    """The names that the reader in the document defines."""
+    text = (Path(__file__).parents[2] / "docs" / "files.md").read_text("utf8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(code, "files.md", "exec"), space)
+    return space
+
+
+def documented(e: Expr) -> Tensor:
+    """The value as the reader in docs/files.md makes it from what is saved."""
+    held = {k: t.detach().float() if t.dtype == torch.bfloat16 else t.detach() for k, t in tensors(e).items()}
+    return torch.as_tensor(_document()["value"](spec(e), lambda path: held[path].numpy()))
+
+
+def documented_output(e: Expr, x: Tensor) -> Tensor:
+    """What the reader in docs/files.md makes of inputs [t n]."""
+    held = {k: t.detach().float() if t.dtype == torch.bfloat16 else t.detach() for k, t in tensors(e).items()}
+    return torch.as_tensor(_document()["output"](spec(e), lambda path: held[path].numpy(), x.numpy()))
+
+
 def instances(kind: str) -> Iterator[Expr]:
     """One random expression of the kind a shape."""
     for m, n in SHAPES:
-        yield EXPRS[kind](m, n, rng(kind, m, n))
+        yield KINDS[kind](m, n, rng(kind, m, n))
 
 
 def nodes_in(expr: Expr) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from weft.engine import names
 
-from .cases import EXPRS, instances, nodes_in
+from .cases import KINDS, instances, nodes_in
 
 CASES: pytest.StashKey[Counter[str]] = pytest.StashKey()
 _METHODS = set(names())
@@ -22,7 +22,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         return
     values = {v for v in given.params.values() if isinstance(v, str)}
     counts.update(values & _METHODS)
-    if given.params.get("kind") in EXPRS:
+    if given.params.get("kind") in KINDS:
         counts.update(nodes_in(next(instances(given.params["kind"]))))
 
 

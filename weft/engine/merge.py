@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.engine.run import Change
 from weft.error import ConflictError, OptionError, WeftError, raise_all
-from weft.expr import Dense, Expr, Product, Promises, Quantized, Sum, stack, terms_of
+from weft.expr import Dense, Expr, Product, Promises, Quantized, Sum, stack, terms_of, valueless
 from weft.linalg.grids import Fitted, grouped, nearest, search
 from weft.linalg.sparse import compact
 from weft.model import expressions, match, places, set_expressions
@@ -31,13 +31,15 @@ class Merged(Change):
 def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> list[Merged]:
     """Fold all terms of every sum that `at` matches into one, in place; it cannot be undone. Sites of one term stay.
 
-    Errors, before anything changes: OptionError for another `to`; ConflictError naming every site without a grid.
+    Errors, before anything changes: OptionError for another `to`; ConflictError naming every site without a grid,
+    or with a term that depends on the input.
     """
     if to not in ("dense", "grid"):
         raise OptionError(
             "merge goes to dense or to the grid", where="to", got=to, want="dense or grid", fix="choose one of these"
         )
     held = {n: e for n, e in expressions(model).items() if n in match(model, at) and isinstance(e, Sum | Product)}
+    raise_all(valueless(held))
     if to == "grid":
         raise_all([p for n, e in held.items() if (p := _refusal(n, e))])
     made: list[Merged] = []

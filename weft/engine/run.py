@@ -14,8 +14,8 @@ from torch import nn
 
 from weft.engine.method import Method
 from weft.engine.registry import get
-from weft.error import ConflictError, OptionError
-from weft.expr import Expr, stack, terms_of, total
+from weft.error import ConflictError, OptionError, raise_all
+from weft.expr import Expr, stack, terms_of, total, valueless
 from weft.linalg.sparse import evened
 from weft.model import Group, Site, match, set_expressions, site
 from weft.stats import Stats
@@ -85,11 +85,15 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
         )
     whole = {s.name: terms_of(s.now) for s in group}
     seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
-    made = (
-        list(method(seen, **options))
-        if method.per == "input"
-        else [method(replace(seen, sites=(s,)), **options) for s in seen]
-    )
+    try:
+        made = (
+            list(method(seen, **options))
+            if method.per == "input"
+            else [method(replace(seen, sites=(s,)), **options) for s in seen]
+        )
+    except ConflictError:  # a term does not know its site
+        raise_all(valueless({s.name: s.now for s in seen}))
+        raise
     if method.whole:
         return made
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
@@ -141,7 +145,7 @@ class Change:
     after: str
     nbytes: int
     error: float | None
-    """Relative output error against the pretrained weight: sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)); None without evidence."""
+    """Relative output error against the pretrained weight: sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)); None without evidence, or a value."""
 
 
 def apply(
@@ -185,8 +189,8 @@ def change(before: Site, after: Expr) -> Change:
 
 
 def relative_error(before: Site, after: Expr) -> float | None:
-    """sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)) for E = value - pretrained W, with the site's first evidence."""
-    if not before.evidence:
+    """sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)) for E = value - pretrained W, with the site's first evidence; None without, or without a value."""
+    if not before.evidence or not after.is_matrix():
         return None
     gram, missed, whole = before.evidence[0].gram, 0.0, 0.0
     for part, expr in zip(before.slices(), after.slices(), strict=True):

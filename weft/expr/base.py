@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from operator import methodcaller
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weft.error import ShapeError, WeftError, raise_all
+from weft.error import ShapeError, raise_all
+from weft.expr.fields import Field, defaults, each, fields, misfit
 
 CHUNK = 1 << 24
 """Elements of a weight that are made dense at a time where a product can go row by row (64 MiB in float32)."""
@@ -33,38 +33,16 @@ class Promises:
     """Each row group holds at most this many distinct values."""
 
 
-@dataclass(frozen=True)
-class Field:
-    """One annotated field of a node: a tensor with named dimensions, a child expression, or a plain value."""
-
-    name: str
-    kind: Literal["tensor", "child", "static"]
-    type: Any
-    dims: tuple[str, ...] = ()
-
-
 NODES: dict[str, type[Expr]] = {}
-
-
-@functools.cache
-def fields(cls: type[Expr]) -> tuple[Field, ...]:
-    """The node's fields in order of annotation."""
-    out: list[Field] = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if name.startswith("_") or typing.get_origin(hint) is ClassVar or name not in cls.__annotations__:
-            continue
-        if hasattr(hint, "dim_str"):
-            out.append(Field(name, "tensor", hint, tuple(hint.dim_str.split())))
-        else:
-            out.append(Field(name, "child" if hint is Expr else "static", hint))
-    return tuple(out)
+"""Every node by name: a class of Expr is one as soon as its file is imported."""
 
 
 class Expr(nn.Module):
     """A weight of shape [m n]. Never changed in place: a rewrite returns a new tree that shares storage.
 
     A node is a class of annotated fields, given to the constructor in that order: tensors
-    (`Float[Tensor, "m r"]`: checked and bound to the dimension names), children (`Expr`) and plain values.
+    (`Float[Tensor, "m r"]`: checked and bound to the dimension names), children (`Expr`; `Sequence[Expr]` or
+    `Mapping[str, Expr]` for several) and plain values (int, float, str, bool; a value in the class is the default).
     Floating tensors become parameters (frozen unless passed as a trainable `nn.Parameter`), others buffers.
     All that a node must write is `dense`, and `size` where its shape is not the dimensions "m" and "n".
     """
@@ -74,23 +52,23 @@ class Expr(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        NODES[cls.__name__] = cls
+        if NODES.setdefault(cls.__name__, cls) is not cls:
+            got, want, fix = NODES[cls.__name__].__module__, "a name of its own", "rename one"
+            raise ShapeError("two nodes share a name", where=cls.__name__, got=got, want=want, fix=fix)
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__()
         spec = fields(type(self))
         values = self._arguments(spec, args, named)
         dims: dict[str, int] = {}
-        raise_all([p for f in spec if (p := self._check(f, values[f.name], dims))])
+        raise_all([p for f in spec if (p := misfit(type(self).__name__, f, values[f.name], dims))])
         for f in spec:
             self._store(f, values[f.name])
         self.shape = self.size(dims)
         self.check()
 
     def _arguments(self, spec: tuple[Field, ...], args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        values = {
-            f.name: getattr(type(self), f.name) for f in spec if f.kind == "static" and hasattr(type(self), f.name)
-        }
+        values = dict(defaults(type(self)))
         values |= dict(zip((f.name for f in spec), args, strict=False)) | named
         if len(args) > len(spec) or set(values) != {f.name for f in spec}:
             raise ShapeError(
@@ -102,33 +80,6 @@ class Expr(nn.Module):
             )
         return values
 
-    def _check(self, f: Field, value: Any, dims: dict[str, int]) -> WeftError | None:
-        name = type(self).__name__
-        if f.kind != "tensor":
-            want = Expr if f.kind == "child" else f.type
-            good = isinstance(value, want) and not (want is int and isinstance(value, bool))
-            got, wanted = type(value).__name__, want.__name__
-        elif not isinstance(value, Tensor):
-            good, got, wanted = False, type(value).__name__, "a tensor"
-        else:
-            dtype = str(value.dtype).removeprefix("torch.")
-            bound = dict(dims)
-            good = value.dim() == len(f.dims) and dtype in f.type.dtypes
-            good = good and all(bound.setdefault(d, s) == s for d, s in zip(f.dims, value.shape, strict=True))
-            got = f"{dtype}{list(value.shape)}"
-            wanted = f"{f.type.__name__.split('[')[0]}[{' '.join(str(dims.get(d, d)) for d in f.dims)}]"
-            if good:
-                dims.update(bound)
-        if good:
-            return None
-        return ShapeError(
-            f"{name}.{f.name} does not fit",
-            where=f"{name}.{f.name}",
-            got=got,
-            want=wanted,
-            fix=f"pass {f.name} as {wanted}",
-        )
-
     def _store(self, f: Field, value: Any) -> None:
         if f.kind == "tensor" and value.is_floating_point():
             self.register_parameter(
@@ -138,6 +89,8 @@ class Expr(nn.Module):
             self.register_buffer(f.name, value)
         elif f.kind == "child":
             self.add_module(f.name, value)
+        elif f.kind == "children":
+            self.add_module(f.name, nn.ModuleDict(dict(value)) if f.named else nn.ModuleList(value))
         else:
             object.__setattr__(self, f.name, value)
 
@@ -167,26 +120,27 @@ class Expr(nn.Module):
         return self.take(ids.flatten()).dense().view(*ids.shape, self.shape[1])
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
-        """The expression of these rows. A slice shares storage; tensors whose first dimension is m are indexed."""
-        made = self.rebuild(
-            **{
-                f.name: getattr(self, f.name)[rows]
-                for f in fields(type(self))
-                if f.kind == "tensor" and f.dims[0] == "m"
-            },
-            **{f.name: getattr(self, f.name).take(rows) for f in fields(type(self)) if f.kind == "child"},
-        )
-        return made
+        """The expression of these rows: tensors whose first dimension is m are indexed, children asked; a slice shares storage.
+
+        Of a node that has neither the rows of its value, dense.
+        """
+        changed: dict[str, Any] = {}
+        for f in fields(type(self)):
+            if f.kind == "tensor" and f.dims[:1] == ("m",):
+                changed[f.name] = getattr(self, f.name)[rows]
+            elif f.kind in ("child", "children"):
+                changed[f.name] = each(methodcaller("take", rows), self.value(f))
+        return self.rebuild(**changed) if changed else NODES["Dense"](self.dense()[rows])
 
     @classmethod
     def join(cls, parts: Sequence[Expr]) -> Expr:
         """The rows of like expressions, in order. Tensors without rows are the first part's."""
         changed: dict[str, Any] = {}
         for f in fields(cls):
-            held = [getattr(p, f.name) for p in parts]
-            if f.kind == "child":
-                changed[f.name] = type(held[0]).join(held)
-            elif f.kind == "tensor" and f.dims[0] == "m":
+            held = [p.value(f) for p in parts]
+            if f.kind in ("child", "children"):
+                changed[f.name] = each(_joined, *held)
+            elif f.kind == "tensor" and f.dims[:1] == ("m",):
                 changed[f.name] = torch.cat([t.detach() for t in held])
         return parts[0].rebuild(**changed)
 
@@ -203,7 +157,14 @@ class Expr(nn.Module):
 
     def rebuild(self, **changed: Any) -> Self:
         """The same node with some fields replaced; the others are shared."""
-        return type(self)(**{f.name: changed.get(f.name, getattr(self, f.name)) for f in fields(type(self))})
+        return type(self)(**{f.name: changed.get(f.name, self.value(f)) for f in fields(type(self))})
+
+    def value(self, f: Field) -> Any:
+        """A field as the constructor takes it."""
+        held = getattr(self, f.name)
+        if f.kind == "children":
+            return dict(held.items()) if f.named else tuple(held)
+        return held
 
     def promises(self) -> Promises:
         """What is known of the value by construction."""
@@ -214,8 +175,8 @@ class Expr(nn.Module):
         return None
 
     def nbytes(self) -> int:
-        """Tensor bytes that the expression takes on disk."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors(self).values()}.values())
+        """Tensor bytes that the expression takes on disk, alone; what it shares with others is counted whole."""
+        return sum(t.numel() * t.element_size() for t in {identity(t): t for t in tensors(self).values()}.values())
 
     def bits_per_weight(self) -> float:
         """Stored bits per entry of the matrix."""
@@ -228,8 +189,15 @@ class Expr(nn.Module):
     def kids(self) -> Iterator[Expr]:
         """The child expressions, in order."""
         for f in fields(type(self)):
+            value = self.value(f)
             if f.kind == "child":
-                yield getattr(self, f.name)
+                yield value
+            elif f.kind == "children":
+                yield from value.values() if isinstance(value, dict) else value
+
+    def is_matrix(self) -> bool:
+        """Whether it has a value at all: False if what it does depends on the input. Then `dense` and `rows` are refused."""
+        return all(kid.is_matrix() for kid in self.kids())
 
     def describe(self) -> str:
         """One line for people, such as `int4[g64]` or `LowRank(16)`."""
@@ -242,6 +210,17 @@ class Expr(nn.Module):
 def tensors(expr: Expr) -> dict[str, Tensor]:
     """Every tensor of the tree by its path, as they are stored."""
     return {**dict(expr.named_parameters(remove_duplicate=False)), **dict(expr.named_buffers(remove_duplicate=False))}
+
+
+def identity(t: Tensor) -> object:
+    """Equal for two tensors that are the same numbers in the same memory."""
+    if type(t) not in (Tensor, nn.Parameter) or t.device.type == "meta" or not t.numel():
+        return id(t)
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _joined(*parts: Expr) -> Expr:
+    return type(parts[0]).join(parts)
 
 
 def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weft.error import FormatError, ShapeError
-from weft.expr.base import NODES, Expr, Promises, fields
+from weft.error import ConflictError, FormatError, ShapeError, WeftError
+from weft.expr.base import NODES, Expr, Promises, identity, tensors
+from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
 from weft.expr.nodes import Diagonal
 
@@ -28,29 +30,29 @@ class Sum(Expr):
     Roles are `base`, `compensation` and `adapter:NAME`; promises belong to the terms, a sum has none of its own.
     """
 
-    def __init__(self, terms: Mapping[str, Expr]) -> None:
-        nn.Module.__init__(self)
-        shapes = {t.shape for t in terms.values()}
-        bad = [r for r in terms if not _ROLE.fullmatch(r)]
-        if len(shapes) != 1 or bad or not terms:
+    terms: Mapping[str, Expr]
+
+    def size(self, dims: dict[str, int]) -> tuple[int, int]:
+        return next(self.kids()).shape
+
+    def check(self) -> None:
+        if len({t.shape for t in self.kids()}) != 1 or not all(map(_ROLE.fullmatch, self.terms)):
             raise ShapeError(
                 "these terms make no sum",
-                where="Sum",
-                got=", ".join(f"{r} {list(t.shape)}" for r, t in terms.items()),
+                where="Sum.terms",
+                got=", ".join(f"{r} {list(t.shape)}" for r, t in self.terms.items()),
                 want="one shape; roles base, compensation or adapter:NAME (letters, digits, _ and -)",
                 fix="rename or reshape the terms",
             )
-        self.terms = nn.ModuleDict(dict(terms))
-        self.shape = next(iter(shapes))
 
     def named(self) -> dict[str, Expr]:
         """The terms by role, in order."""
-        return cast(dict[str, Expr], dict(self.terms.items()))
-
-    def kids(self) -> Iterator[Expr]:
-        yield from self.named().values()
+        return dict(self.terms.items())
 
     def dense(self) -> Float[Tensor, "m n"]:
+        if not self.is_matrix():
+            problem = no_value("Sum", self.named())
+            raise problem
         first, *rest = self.kids()
         value = first.dense()
         for term in rest:
@@ -71,14 +73,6 @@ class Sum(Expr):
             y = y + term.rows(ids)
         return y
 
-    def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
-        return Sum({r: t.take(rows) for r, t in self.named().items()})
-
-    @classmethod
-    def join(cls, parts: Sequence[Expr]) -> Expr:
-        held = [p.named() for p in parts if isinstance(p, Sum)]
-        return Sum({r: stack([terms[r] for terms in held]) for r in held[0]})
-
     def describe(self) -> str:
         return " + ".join(t.describe() if r == "base" else f"{r}: {t.describe()}" for r, t in self.named().items())
 
@@ -86,22 +80,23 @@ class Sum(Expr):
 class Product(Expr):
     """A product of expressions, applied right to left. value = factors[0] factors[1] ..."""
 
-    def __init__(self, *factors: Expr) -> None:
-        nn.Module.__init__(self)
-        fits = all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(factors))
-        if not factors or not fits:
+    factors: Sequence[Expr]
+
+    def __init__(self, *factors: Expr, **named: Any) -> None:
+        super().__init__(**(named or {"factors": factors}))
+
+    def size(self, dims: dict[str, int]) -> tuple[int, int]:
+        return self.factors[0].shape[0], self.factors[-1].shape[1]
+
+    def check(self) -> None:
+        if not all(a.shape[1] == b.shape[0] for a, b in itertools.pairwise(self.kids())):
             raise ShapeError(
                 "these factors make no product",
-                where="Product",
-                got=" x ".join(str(list(f.shape)) for f in factors),
+                where="Product.factors",
+                got=" x ".join(str(list(f.shape)) for f in self.kids()),
                 want="the columns of each factor equal the rows of the next",
                 fix="reorder or reshape the factors",
             )
-        self.factors = nn.ModuleList(factors)
-        self.shape = factors[0].shape[0], factors[-1].shape[1]
-
-    def kids(self) -> Iterator[Expr]:
-        yield from cast(Iterable[Expr], self.factors)
 
     def dense(self) -> Float[Tensor, "m n"]:
         *rest, value = (f.dense() for f in self.kids())
@@ -173,9 +168,29 @@ def total(terms: Mapping[str, Expr]) -> Expr:
     return flat["base"] if list(flat) == ["base"] else Sum(flat)
 
 
+def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:
+    """Why these terms together are no matrix, naming those to blame."""
+    return ConflictError(
+        "a weight has no single value",
+        where=where,
+        got="; ".join(
+            f"{r} is {t.describe()}, which depends on the input" for r, t in terms.items() if not t.is_matrix()
+        ),
+        want="a matrix",
+        fix="leave it as it is (it runs, trains and is saved), or take that term away first",
+    )
+
+
+def valueless(exprs: Mapping[str, Expr]) -> list[WeftError]:
+    """Of these weights by name, why some are no matrices."""
+    return [no_value(name, terms_of(e)) for name, e in exprs.items() if not e.is_matrix()]
+
+
 def fork(expr: Expr) -> Expr:
     """New nodes over the same storage. Trainable tensors are copied, so training one never changes the other."""
-    return build(spec(expr), {k: _own(t) for k, t in expr.state_dict(keep_vars=True).items()}.__getitem__)
+    same = {id(t): _own(t) for t in tensors(expr).values()}  # what the tree holds twice stays one
+    held = {k: same[id(t)] for k, t in tensors(expr).items()}
+    return build(spec(expr), held.__getitem__)
 
 
 def _own(t: Tensor) -> Tensor:
@@ -184,32 +199,34 @@ def _own(t: Tensor) -> Tensor:
 
 def spec(expr: Expr) -> dict[str, Any]:
     """The tree without its tensors, as JSON: node names and plain fields."""
-    if isinstance(expr, Sum):
-        return {"node": "Sum", "terms": {r: spec(t) for r, t in expr.named().items()}}
-    if isinstance(expr, Product):
-        return {"node": "Product", "factors": [spec(f) for f in expr.kids()]}
     made: dict[str, Any] = {"node": type(expr).__name__}
     for f in fields(type(expr)):
-        if f.kind != "tensor":
-            made[f.name] = spec(getattr(expr, f.name)) if f.kind == "child" else getattr(expr, f.name)
+        value = expr.value(f)
+        if f.kind == "child":
+            made[f.name] = spec(value)
+        elif f.kind == "children":
+            made[f.name] = {k: spec(e) for k, e in value.items()} if isinstance(value, dict) else [*map(spec, value)]
+        elif f.kind == "static":
+            made[f.name] = value
     return made
 
 
-def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -> Expr:
-    """The expression of a spec; `get(path)` gives each tensor. Errors: FormatError for an unknown node or field."""
+Nodes = dict[object, Expr]
+
+
+def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "", nodes: Nodes | None = None) -> Expr:
+    """The expression of a spec; `get(path)` gives each tensor. Errors: FormatError for an unknown node or field.
+
+    With `nodes`, those that were built before: what is alike in every field and over the same storage is one node.
+    """
     kind = tree.get("node")
-    if kind == "Sum":
-        return Sum({r: build(t, get, f"{at}terms.{r}.") for r, t in tree["terms"].items()})
-    if kind == "Product":
-        return Product(*(build(t, get, f"{at}factors.{i}.") for i, t in enumerate(tree["factors"])))
     if kind not in NODES:
         raise FormatError(
             "unknown node", where=at or "spec", got=kind, want=", ".join(sorted(NODES)), fix="use a newer weft"
         )
     cls = NODES[kind]
-    plain = [f.name for f in fields(cls) if f.kind != "tensor"]
-    want = {"node", *plain}
-    if set(tree) | {name for name in plain if hasattr(cls, name)} != want:
+    want = {"node", *(f.name for f in fields(cls) if f.kind != "tensor")}
+    if set(tree) | set(defaults(cls)) != want:
         raise FormatError(
             f"{kind} has other fields",
             where=at or "spec",
@@ -222,8 +239,24 @@ def build(tree: Mapping[str, Any], get: Callable[[str], Tensor], at: str = "") -
         if f.kind == "tensor":
             values[f.name] = get(f"{at}{f.name}")
         elif f.name in tree:  # what is absent, in a file of an older weft, has its default
-            values[f.name] = build(tree[f.name], get, f"{at}{f.name}.") if f.kind == "child" else tree[f.name]
-    return cls(**values)
+            values[f.name] = tree[f.name] if f.kind == "static" else _built(f, tree[f.name], get, at, nodes)
+    made = cls(**values)
+    return made if nodes is None else nodes.setdefault(_alike(made), made)
+
+
+def _built(f: Field, tree: Any, get: Callable[[str], Tensor], at: str, nodes: Nodes | None) -> Any:
+    """The children of one field."""
+    if f.kind == "child":
+        return build(tree, get, f"{at}{f.name}.", nodes)
+    if f.named:
+        return {k: build(t, get, f"{at}{f.name}.{k}.", nodes) for k, t in tree.items()}
+    return tuple(build(t, get, f"{at}{f.name}.{i}.", nodes) for i, t in enumerate(tree))
+
+
+def _alike(expr: Expr) -> object:
+    """Equal for two nodes with equal fields: the same storage, the same children."""
+    held = [(path, identity(t), t.requires_grad) for path, t in tensors(expr).items()]
+    return json.dumps(spec(expr)), tuple(held)
 
 
 def stack(parts: Sequence[Expr]) -> Expr:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from weft.error import ConflictError, OptionError, ShapeError
-from weft.expr import Dense, Expr, spec, tensors
+from weft.error import ConflictError, OptionError, ShapeError, raise_all
+from weft.expr import Dense, Expr, spec, tensors, valueless
 from weft.model.experts import put_together, take_apart
 from weft.model.layers import PLAIN, layer
 from weft.model.site import Kind, Site
@@ -119,7 +119,11 @@ def weave(model: Model) -> Model:
 
 
 def unweave(model: Model, *, original: bool = False) -> Model:
-    """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in."""
+    """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in.
+
+    Errors, before anything changes: ConflictError naming weights whose value depends on the input.
+    """
+    raise_all([] if original else valueless(expressions(model)))
     for place in places(model).values():
         value = (place.original() if original else expression(model, place).dense()).to(
             cast(torch.dtype, model.get_submodule(place.modules[0]).compute)

@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 
 from weft.error import ConflictError, WeftError, raise_all
-from weft.expr import Dense, Expr, Quantized, Sum
+from weft.expr import Dense, Expr, Quantized, Sum, valueless
 from weft.grid import pack, packed_bytes
 from weft.model import Place, expressions, places, plain_tensors
 from weft.store.card import card
@@ -57,7 +57,7 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     Errors: ConflictError naming every site that the format has no place for, and why, or if nothing is packed.
     """
     exprs, where = expressions(model), places(model)
-    raise_all([p for n, e in exprs.items() if (p := _refusal(where[n], e))])
+    raise_all(valueless(exprs) or [p for n, e in exprs.items() if (p := _refusal(where[n], e))])
     packed = {n: e for n, e in exprs.items() if where[n].kind == "linear" and isinstance(e, Quantized)}
     if not packed:
         got, fix = "no int4 or int8 linear layer", 'export with to="hf"'

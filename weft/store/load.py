@@ -191,7 +191,7 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             want="the model's matrices",
             fix="copy the folder again",
         )
-    exprs, plain, problems = expressions_of(sites, content, folder.name)
+    exprs, plain, problems = expressions_of(sites, content, folder.name, manifest.get("shared"))
     problems += [*assign_plain(model, plain, compute, folder.name), *broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.error import ConflictError
-from weft.expr import Dense, Expr, spec, tensors
+from weft.error import ConflictError, raise_all
+from weft.expr import Dense, Expr, identity, spec, tensors, valueless
 from weft.model import Place, expressions, places, plain_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -46,8 +46,9 @@ def save(
     If every expression is a plain matrix, or with `dense`, the folder is an ordinary Hugging Face checkpoint. Otherwise
     `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced;
-    NumericError for a weight that is not finite; ResourceError for a full disk; PathError.
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be
+    replaced or, `dense`, for a weight whose value depends on the input; NumericError for one that is not finite;
+    ResourceError for a full disk; PathError.
     """
     plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
     content: Content = _dense(model) if dense else stored(model)
@@ -60,6 +61,7 @@ def save(
         "kind": "plain" if plain else "weft",
         "class": type(model).__name__,
         "sites": {} if plain else {name: spec(e) for name, e in expressions(model).items()},
+        **({"shared": others} if not plain and (others := shared(model)) else {}),
         "bytes": total,
         "base": base(model),
         **(manifest or {}),
@@ -109,17 +111,29 @@ def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that `save` writes, by its name in the file: what a budget counts."""
-    exprs = expressions(model)
-    plain = all(isinstance(e, Dense) for e in exprs.values())
-    made: dict[str, Tensor] = {}
-    for name, expr in exprs.items():
-        held = {path: t.detach() for path, t in tensors(expr).items()}
-        made |= {name: places(model)[name].stored(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
+    exprs, others = expressions(model), shared(model)
+    if all(isinstance(e, Dense) for e in exprs.values()):
+        made = {n: places(model)[n].stored(tensors(e)["w"].detach()) for n, e in exprs.items()}
+    else:
+        made = {n: t.detach() for n, t in _named(exprs).items() if n not in others}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
+def _named(exprs: Mapping[str, Expr]) -> dict[str, Tensor]:
+    """Every tensor of every site, by its name in a weft folder."""
+    return {f"{name}:{path}": t for name, e in exprs.items() for path, t in tensors(e).items()}
+
+
+def shared(model: nn.Module) -> dict[str, str]:
+    """The tensors of sites that are another one: name to the first name of the same storage, under which it is saved."""
+    named = _named(expressions(model))
+    first: dict[object, str] = {}
+    return {n: other for n, t in named.items() if (other := first.setdefault(identity(t), n)) != n}
+
+
 def _dense(model: nn.Module) -> Content:
-    """An ordinary checkpoint's tensors, weights in their checkpoint's dtype."""
+    """An ordinary checkpoint's tensors, weights in their checkpoint's dtype. Errors: ConflictError for those without a value."""
+    raise_all(valueless(expressions(model)))
     made = {n: later(e, places(model)[n]) for n, e in expressions(model).items()}
     return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.error import FormatError, NumericError, WeftError
 from weft.expr import Expr, Quantized, build
@@ -15,25 +15,29 @@ from weft.store.tensors import check_finite
 
 
 def expressions_of(
-    sites: Any, content: Mapping[str, Tensor], where: str
+    sites: Any, content: Mapping[str, Tensor], where: str, shared: Any = None
 ) -> tuple[dict[str, Expr], dict[str, Tensor], list[WeftError]]:
-    """Every site's expression from its tree and its tensors; the tensors of no site; and what cannot be read."""
+    """Every site's expression from its tree and its tensors; the tensors of no site; and what cannot be read.
+
+    `shared` says which tensors are others: name to the name under which it is stored. They are one in memory too.
+    """
     if not isinstance(sites, dict):
         got, want, fix = type(sites).__name__, "expressions by site", "copy the folder again"
         return {}, {}, [FormatError("a manifest has no sites", where=where, got=got, want=want, fix=fix)]
     terms: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
     plain: dict[str, Tensor] = {}
-    for key, t in content.items():
+    more, problems = _shared(shared or {}, content, where)
+    nodes: dict[object, Expr] = {}
+    for key, t in {**content, **more}.items():
         name, colon, path = key.partition(":")
         if colon and name in terms:
             terms[name][path] = t
         else:
             plain[key] = t
     exprs: dict[str, Expr] = {}
-    problems: list[WeftError] = []
     for name, tree in cast(dict[str, Any], sites).items():
         try:
-            exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{where}: {name}"))
+            exprs[name] = build(tree, lambda p, name=name: _take(terms[name], p, f"{where}: {name}"), nodes=nodes)
         except WeftError as e:
             problems.append(e)
             continue
@@ -59,6 +63,27 @@ def expressions_of(
                 )
             )
     return exprs, plain, problems
+
+
+def _shared(shared: Any, content: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[WeftError]]:
+    """The tensors that are others, under both names and as one parameter if they are floats; and what is wrong with the list."""
+    fix = "copy the folder again"
+    if not isinstance(shared, dict):
+        got, want = type(shared).__name__, "names by name"
+        return {}, [FormatError("a list of shared tensors cannot be read", where=where, got=got, want=want, fix=fix)]
+    made: dict[str, Tensor] = {}
+    problems: list[WeftError] = []
+    for name, other in cast(dict[str, Any], shared).items():
+        if name in content or not isinstance(other, str) or ":" not in other or other not in content:
+            got, want = f"shared with {other}", "a name of its own, of a stored tensor of a weight"
+            problems.append(
+                FormatError("a shared tensor cannot be read", where=f"{where}: {name}", got=got, want=want, fix=fix)
+            )
+            continue
+        t = made.get(other, content[other])
+        one = nn.Parameter(t, requires_grad=False) if t.is_floating_point() and other not in made else t
+        made |= {name: one, other: one}
+    return made, problems
 
 
 def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:

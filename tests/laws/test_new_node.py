@@ -1,0 +1,96 @@
+"""A new node is one file: it is found, checked, saved and cut by its annotations alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weft
+
+CIRCULANT = '''
+from __future__ import annotations
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from weft.expr.base import Expr
+
+class Circulant(Expr):
+    """A circular convolution. value[i, j] = c[(i - j) mod n]"""
+
+    c: Float[Tensor, "n"]
+    turn: int = 0
+
+    def size(self, dims: dict[str, int]) -> tuple[int, int]:
+        return dims["n"], dims["n"]
+
+    def dense(self) -> Float[Tensor, "n n"]:
+        at = torch.arange(len(self.c))
+        return self.c[(at[:, None] - at + self.turn) % len(at)]
+'''
+USES = {
+    "it is built from its saved form, with its default": """
+made = build({"node": "Circulant"}, {"c": torch.arange(3.0)}.__getitem__)
+assert spec(made) == {"node": "Circulant", "turn": 0} and list(tensors(made)) == ["c"] and made.nbytes() == 12
+assert made.dense().tolist() == [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
+""",
+    "it multiplies, in slices too": """
+import weft.expr.base as base
+made, x = NODES["Circulant"](torch.randn(5)), torch.randn(4, 5)
+for base.CHUNK in (1 << 24, 5):
+    torch.testing.assert_close(made(x), x @ made.dense().T)
+assert torch.equal(made.rows(torch.tensor([2, 0])), made.dense()[[2, 0]])
+""",
+    "a wrong field is named": """
+from weft.error import ShapeError
+for wrong in ({"c": torch.zeros(2, 2)}, {"c": torch.zeros(2), "turn": True}):
+    try:
+        NODES["Circulant"](**wrong)
+    except ShapeError as e:
+        assert e.where == f"Circulant.{list(wrong)[-1]}"
+    else:
+        raise SystemExit("it was taken")
+""",
+    "a second node of that name is refused": """
+from weft.error import ShapeError
+try:
+    type("Circulant", (Expr,), {"__module__": "elsewhere"})
+except ShapeError as e:
+    assert e.got == "weft.expr.circulant"
+else:
+    raise SystemExit("it was taken")
+""",
+    "an annotation that is no field's is refused": """
+from weft.error import ShapeError
+made = type("Odd", (Expr,), {"__module__": "elsewhere", "__annotations__": {"size_of": tuple[int, int]}})
+try:
+    made((1, 2))
+except ShapeError as e:
+    assert e.where == "Odd.size_of"
+else:
+    raise SystemExit("it was taken")
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the algebra with one file more."""
+    root, source = tmp_path_factory.mktemp("grown"), Path(weft.__file__).parent
+    for part in ("expr", "grid"):
+        shutil.copytree(source / part, root / "weft" / part)
+    for part in ("__init__.py", "error.py"):
+        shutil.copy(source / part, root / "weft")
+    (root / "weft" / "expr" / "circulant.py").write_text(CIRCULANT)
+    return root
+
+
+@pytest.mark.parametrize("use", USES)
+def test_one_file_is_a_node(use: str, grown: Path) -> None:
+    """With nothing else changed, in a process of its own."""
+    code = f"import torch\nfrom weft.expr import NODES, Expr, build, spec, tensors\n{USES[use]}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=grown, env={"PYTHONPATH": str(grown)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]

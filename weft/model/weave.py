@@ -19,6 +19,7 @@ from weft.error import ConflictError, OptionError, ShapeError
 from weft.expr import Dense, Expr, spec, tensors
 from weft.model.experts import put_together, take_apart
 from weft.model.layers import PLAIN, layer
+from weft.model.sharded import must_be_whole
 from weft.model.site import Kind, Site
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -156,8 +157,10 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 
 def expression(model: nn.Module, place: Place) -> Expr:
-    """The expression at a place."""
-    return cast(Expr, model.get_submodule(place.modules[0]).expr)
+    """The expression at a place. Errors: ConflictError if its parameters are spread over processes."""
+    expr = cast(Expr, model.get_submodule(place.modules[0]).expr)
+    must_be_whole((f"{place.name}: {path}", t) for path, t in expr.named_parameters())
+    return expr
 
 
 def expressions(model: nn.Module) -> dict[str, Expr]:
@@ -233,13 +236,14 @@ def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: i
 
 
 def fork(model: Model) -> Model:
-    """A second model over the same frozen storage; trainable tensors and plain buffers are copied."""
+    """A second model over the same frozen storage; trainable tensors and plain buffers are copied.
+
+    Errors: ConflictError if parameters are spread over processes.
+    """
+    must_be_whole(model.named_parameters())
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach().clone() if p.requires_grad else p.detach(), requires_grad=p.requires_grad)
-    for expr in expressions(model).values() if is_woven(model) else ():
-        for b in expr.buffers():
-            memo[id(b)] = b.detach()
     return copy.deepcopy(model, memo)
 
 
@@ -297,7 +301,21 @@ def _resize(self: nn.Module, *_: Any, **__: Any) -> None:
     )
 
 
+def _requires_grad(self: nn.Module, requires_grad: bool = True) -> nn.Module:
+    packed = next((n for n, p in self.named_parameters() if not p.is_floating_point()), None)
+    if requires_grad and packed is not None:
+        raise ConflictError(
+            "packed weights cannot be trained",
+            where=packed,
+            got="requires_grad_(True) on the whole model",
+            want="parameters of floating point",
+            fix='weft.apply(model, "lora"), or weft.unweave(model) to train every weight',
+        )
+    return nn.Module.requires_grad_(self, requires_grad)
+
+
 _METHODS: dict[str, Callable[..., Any]] = {
+    "requires_grad_": _requires_grad,
     "save_pretrained": _save_pretrained,
     "tie_weights": _tie_weights,
     "resize_token_embeddings": _resize,

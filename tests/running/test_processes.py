@@ -12,6 +12,8 @@ import torch
 import weft
 from weft.error import WeftError
 from weft.expr import tensors
+from weft.learn.data import Text
+from weft.learn.train import train
 from weft.model import expressions, fingerprint, fork, gathered, plain_tensors, unweave
 
 from .processes import IDS, adapted, both, step
@@ -61,6 +63,7 @@ def _fsdp(rank: int, folder: Path) -> dict[str, Any]:
         "peft": lambda: weft.export(model, folder / f"never-{rank}", to="peft", base=folder / "base"),
         "fork": lambda: fork(model),
         "unweave": lambda: unweave(model),
+        "train": lambda: train(model, [Text("the")], tokenizer=None),
         "rewrite": lambda: weft.apply(model, "rtn"),
     }
     for name, act in refused.items():
@@ -147,5 +150,5 @@ def test_what_is_saved_is_complete(ran: Any) -> None:
 
 def test_every_refusal_was_seen(ran: Any) -> None:
     """Each in both processes, before anything was written."""
-    names = {"save", "save_pretrained", "export", "peft", "fork", "unweave", "rewrite"}
+    names = {"save", "save_pretrained", "export", "peft", "fork", "unweave", "train", "rewrite"}
     assert all(names <= set(seen) for seen in ran[1]) and not list(ran[0].glob("never*"))

@@ -6,7 +6,7 @@ import functools
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class Expr(nn.Module):
         if not self.frozen():
             return self._plain_product(x)
         if torch.compiler.is_compiling():  # a compiler sees every step of `dense`, and makes it again in the backward
-            return checkpoint(self._plain_product, x, use_reentrant=False)
+            return cast(Tensor, cast(Any, checkpoint)(self._plain_product, x, use_reentrant=False))
         return _FrozenProduct.apply(x, self)
 
     def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
@@ -169,7 +169,7 @@ class Expr(nn.Module):
         """The rows with these indices (an embedding look-up)."""
         if not self.frozen():  # `take` makes frozen leaves, which would cut the gradient
             return F.embedding(ids, self.dense())
-        return self._frozen_rows(ids)
+        return cast(Tensor, cast(Any, self)._frozen_rows(ids))
 
     @torch.compiler.disable  # a node that is made on the way cannot be compiled; the whole table would be too much
     def _frozen_rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:

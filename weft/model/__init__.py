@@ -1,5 +1,6 @@
 """Models: sites, weave, unweave."""
 
+from weft.model.devices import DeviceMap, dispatch
 from weft.model.experts import take_apart
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
@@ -21,7 +22,7 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "Evidence", "Group", "Kind", "Place", "Site", "expression", "expressions", "fingerprint", "finite", "fork", "gathered",
-    "is_woven", "match", "must_be_whole", "output_sites", "places", "plain_tensors", "set_expressions", "site", "take_apart", "unweave",
-    "weave",
+    "DeviceMap", "Evidence", "Group", "Kind", "Place", "Site", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork",
+    "gathered", "is_woven", "match", "must_be_whole", "output_sites", "places", "plain_tensors", "set_expressions", "site", "take_apart",
+    "unweave", "weave",
 ]  # fmt: skip

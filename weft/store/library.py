@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -106,7 +107,7 @@ def _transformers() -> tuple[Any, type]:
 
 def _diffusers(where: str) -> tuple[Any, type]:
     try:
-        import diffusers
+        diffusers: Any = importlib.import_module("diffusers")
     except ImportError as e:
         raise PathError(
             "diffusers is not installed",

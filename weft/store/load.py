@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.model import Place, places, plain_tensors, set_expressions, weave
+from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
@@ -42,14 +42,22 @@ class _Opened:
     compute: torch.dtype
 
 
-def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
+def load(
+    where: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
     """A woven model, in evaluation mode, frozen, from a folder or a hub id.
 
-    Matrices stay mapped from disk in the file's dtype; everything is computed in `dtype` (default: float32 on the CPU).
+    Matrices stay mapped from disk in the file's dtype; everything is computed in `dtype` (default: float32), on
+    the CPU or where `device_map` says: `auto`, a device, or devices by module path.
     No code from the folder runs. Every byte is read once: weights must be finite, and where weft wrote the folder, what it wrote.
     Errors: PathError; FormatError with every problem at once, from headers and configuration before a tensor is mapped
     (missing, unexpected or ill-shaped tensors, two checkpoints in one folder, names that leave the folder);
-    NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise.
+    NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise;
+    those of `device_map`, after loading.
     """
     folder = find(where)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
@@ -67,7 +75,8 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progr
         raise
     opened = _Opened(folder, manifest or {}, found, model, problems, dtype or torch.float32)
     with (progress or Silent()).bar("load", max(1, len(found.tensors))) as step:
-        return _load_weft(opened, step) if woven else _load_plain(opened, step)
+        made = _load_weft(opened, step) if woven else _load_plain(opened, step)
+    return made if device_map is None else dispatch(made, device_map)
 
 
 def _load_plain(o: _Opened, step: Step) -> nn.Module:

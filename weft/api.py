@@ -22,7 +22,7 @@ from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import expressions, match
+from weft.model import DeviceMap, expressions, match
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -49,13 +49,19 @@ class Row:
     bits: float
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
+def load(
+    model: str | Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    device_map: DeviceMap | None = None,
+) -> nn.Module:
     """A woven model from a folder, a hub id or a lab model's name (`ref-lm`, `minilm`), computed in `dtype` (float32).
 
+    `device_map`: `auto`, one device, or devices by module path; without it the CPU.
     Errors: PathError; FormatError with every problem found; NumericError for weights that are not finite; ChangedError for
     tensors that are not what weft wrote; ResourceError for a lab model not installed.
     """
-    return store.load(models.resolve(model), dtype=dtype, progress=progress)
+    return store.load(models.resolve(model), dtype=dtype, device_map=device_map, progress=progress)
 
 
 def save(

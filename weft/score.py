@@ -100,7 +100,7 @@ def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options:
             fix="weft eval scores embedding models",
         )
     words = tokenizer(model)
-    inputs = words(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = words(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
     with torch.no_grad():
         ids = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False, **options})  # type: ignore[operator]
     return words.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

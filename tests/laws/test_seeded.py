@@ -137,7 +137,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         on(N.written_and_read_it_is_the_same, "int4-g5"),
     ),
     "bytes of children forgotten": (
-        lambda: swap(Expr, "nbytes", lambda e: sum(t.nbytes for t in e.buffers(recurse=False))),
+        lambda: swap(Expr, "nbytes", lambda e: sum(t.nbytes for t in e.parameters(recurse=False))),
         on(N.bytes_are_counted, "masked"),
     ),
     "input gradient scaled": (

@@ -18,7 +18,7 @@ from weft.stats import collect
 from weft.store import load, save
 from weft.store.checkpoint import checkpoint
 
-from .zoo import GENERATE, MODELS, batch, build, output
+from .zoo import DIFFUSION, GENERATE, MODELS, batch, build, output, read
 
 every = pytest.mark.parametrize("name", MODELS)
 
@@ -57,16 +57,17 @@ def test_unweaving_gives_the_plain_model_back(name: str) -> None:
 
 
 @every
-def test_checkpoints_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """weft reads what transformers writes; what weft writes has the same names and shapes, and transformers reads it."""
+def test_checkpoints_are_those_of_its_library(name: str, tmp_path: Path) -> None:
+    """weft reads what transformers or diffusers writes; what weft writes has the same names and shapes, and they read it."""
     plain = build(name)
     plain.save_pretrained(tmp_path / "theirs")
     woven = load(tmp_path / "theirs")
     torch.testing.assert_close(run(woven, name), run(plain, name), rtol=1e-5, atol=1e-6)
     save(woven, tmp_path / "ours")
-    theirs, ours = (checkpoint(tmp_path / folder, "model") for folder in ("theirs", "ours"))
+    stem = "diffusion_pytorch_model" if name in DIFFUSION else "model"
+    theirs, ours = (checkpoint(tmp_path / folder, stem) for folder in ("theirs", "ours"))
     assert {n: e.shape for n, e in ours.entries.items()} == {n: e.shape for n, e in theirs.entries.items()}
-    back, info = type(plain).from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float32)
+    back, info = read(name, tmp_path / "ours")
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(run(back, name), run(plain, name), rtol=1e-5, atol=1e-6)
     assert fingerprint(load(tmp_path / "ours")) == fingerprint(woven)
@@ -85,7 +86,7 @@ def test_a_compressed_model_is_saved_and_loaded(name: str, tmp_path: Path) -> No
     assert all(torch.equal(weft.model.site(back, n).original, w.float()) for n, w in first.items())
     weft.export(model, tmp_path / "plain")
     with torch.no_grad():
-        plain = type(build(name)).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+        plain = read(name, tmp_path / "plain")[0].eval()
     torch.testing.assert_close(run(plain, name), run(model, name), rtol=1e-4, atol=1e-5)
 
 

@@ -1,10 +1,12 @@
-"""A tiny random model of every kind of architecture, and a batch for each."""
+"""A tiny random model of every kind of architecture, a batch for each, and how its own library reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
@@ -38,6 +40,21 @@ DEEPSEEK = t.DeepseekV3Config(
 QWEN_MOE = t.Qwen3MoeConfig(**HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 RESNET = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
 
+PICTURES: dict[str, Any] = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "norm_num_groups": 4}
+UNET: dict[str, Any] = {**PICTURES, "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": 4}
+DOWN, UP = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+CROSS_DOWN, CROSS_UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+DIT: dict[str, Any] = {
+    **PICTURES, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2, "num_embeds_ada_norm": 10
+}  # fmt: skip
+
+
+def diffusion(name: str, **config: Any) -> nn.Module:
+    """A model of diffusers, where it is installed."""
+    library = pytest.importorskip("diffusers", reason="diffusers is not installed (it is in the test extra)")
+    return getattr(library, name)(**config)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**CAUSAL)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**HEADS)),
@@ -56,8 +73,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         t.Mamba2Config(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, **MAMBA)
     ),
     "bamba": lambda: t.BambaForCausalLM(BAMBA),
+    "unet": lambda: diffusion("UNet2DModel", down_block_types=DOWN, up_block_types=UP, **UNET),
+    "unet-text": lambda: diffusion(
+        "UNet2DConditionModel", down_block_types=CROSS_DOWN, up_block_types=CROSS_UP, cross_attention_dim=12, **UNET
+    ),
+    "dit": lambda: diffusion("DiTTransformer2DModel", **DIT),
 }
-GENERATE = [n for n in MODELS if n not in ("bert", "vit", "clip", "resnet")]
+DIFFUSION = ("unet", "unet-text", "dit")
+GENERATE = [n for n in MODELS if n not in ("bert", "vit", "clip", "resnet", *DIFFUSION)]
 
 
 def build(name: str) -> nn.Module:
@@ -79,6 +102,14 @@ def batch(name: str) -> dict[str, Tensor]:
             return {"pixel_values": images}
         case "resnet":
             return {"pixel_values": torch.randn(2, 3, 32, 32, generator=rng)}
+        case "unet":
+            return {"sample": images[..., :8, :8], "timestep": torch.tensor([3, 500])}
+        case "unet-text":
+            text = torch.randn(2, 4, 12, generator=rng)
+            return {"sample": images[..., :8, :8], "timestep": torch.tensor([3, 500]), "encoder_hidden_states": text}
+        case "dit":
+            labels = torch.tensor([1, 7])
+            return {"hidden_states": images[..., :8, :8], "timestep": torch.tensor([3, 500]), "class_labels": labels}
         case "clip":
             return {"input_ids": torch.cat([ids, torch.full((2, 1), 2)], 1), "pixel_values": images}
         case _:
@@ -88,4 +119,12 @@ def batch(name: str) -> dict[str, Tensor]:
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The main output."""
     made = model(**inputs)
+    if "sample" in made:
+        return made.sample
     return made.logits_per_image if "logits_per_image" in made else made.logits
+
+
+def read(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A folder as the model's own library reads it, in float32, and what it misses there."""
+    dtype = {"torch_dtype" if name in DIFFUSION else "dtype": torch.float32}
+    return type(build(name)).from_pretrained(folder, output_loading_info=True, **dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from weft.error import ShapeError, raise_all
 from weft.expr.fields import Field, defaults, each, fields, misfit
@@ -43,7 +44,8 @@ class Expr(nn.Module):
     A node is a class of annotated fields, given to the constructor in that order: tensors
     (`Float[Tensor, "m r"]`: checked and bound to the dimension names), children (`Expr`; `Sequence[Expr]` or
     `Mapping[str, Expr]` for several) and plain values (int, float, str, bool; a value in the class is the default).
-    Floating tensors become parameters (frozen unless passed as a trainable `nn.Parameter`), others buffers.
+    Tensors become parameters, frozen unless passed as a trainable `nn.Parameter`; packed ones too, so that FSDP shards them and
+    DDP does not send them before every step.
     All that a node must write is `dense`, and `size` where its shape is not the dimensions "m" and "n".
     """
 
@@ -81,12 +83,10 @@ class Expr(nn.Module):
         return values
 
     def _store(self, f: Field, value: Any) -> None:
-        if f.kind == "tensor" and value.is_floating_point():
+        if f.kind == "tensor":
             self.register_parameter(
                 f.name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
             )
-        elif f.kind == "tensor":
-            self.register_buffer(f.name, value)
         elif f.kind == "child":
             self.add_module(f.name, value)
         elif f.kind == "children":
@@ -108,15 +108,24 @@ class Expr(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        """x times the transposed value, in x's dtype. Frozen: nothing dense is kept for the backward."""
-        if self.frozen():
-            return _FrozenProduct.apply(x, self)
+        """x times the transposed value, in x's dtype. Frozen: nothing dense is kept for the backward, compiled or not."""
+        if not self.frozen():
+            return self._plain_product(x)
+        if torch.compiler.is_compiling():  # a compiler sees every step of `dense`, and makes it again in the backward
+            return cast(Tensor, cast(Any, checkpoint)(self._plain_product, x, use_reentrant=False))
+        return _FrozenProduct.apply(x, self)
+
+    def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         return F.linear(x, self.dense().to(x.dtype))
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         """The rows with these indices (an embedding look-up)."""
         if not self.frozen():  # `take` makes frozen leaves, which would cut the gradient
             return F.embedding(ids, self.dense())
+        return cast(Tensor, cast(Any, self)._frozen_rows(ids))
+
+    @torch.compiler.disable  # a node that is made on the way cannot be compiled; the whole table would be too much
+    def _frozen_rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         return self.take(ids.flatten()).dense().view(*ids.shape, self.shape[1])
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
@@ -209,7 +218,7 @@ class Expr(nn.Module):
 
 def tensors(expr: Expr) -> dict[str, Tensor]:
     """Every tensor of the tree by its path, as they are stored."""
-    return {**dict(expr.named_parameters(remove_duplicate=False)), **dict(expr.named_buffers(remove_duplicate=False))}
+    return dict(expr.named_parameters(remove_duplicate=False))
 
 
 def identity(t: Tensor) -> object:

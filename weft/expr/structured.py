@@ -117,7 +117,8 @@ class SparseDelta(Expr):
 
     def _at(self) -> Int[Tensor, "k"]:
         """The row of every entry."""
-        return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(self.counts)
+        rows = torch.arange(len(self.counts), device=self.counts.device)
+        return rows.repeat_interleave(self.counts, output_size=len(self.columns))
 
     def dense(self) -> Float[Tensor, "m n"]:
         value = _wide(self.values)
@@ -206,7 +207,7 @@ class Blocks(Expr):
         return self._mask(slice(None))
 
     def _mask(self, rows: slice | Int[Tensor, "k"]) -> Bool[Tensor, "k n"]:
-        device = next((t.device for t in (*self.kept.parameters(), *self.kept.buffers())), None)
+        device = next((t.device for t in self.kept.parameters()), None)
         m, n = self.shape
         block = torch.arange(m, device=device)[rows] // (m // self.count)
         return block.unsqueeze(1) == torch.arange(n, device=device) // self.kept.shape[1]
@@ -219,7 +220,7 @@ class Blocks(Expr):
         size, width = self.kept.shape[0] // self.count, self.kept.shape[1]
         parts = (
             self.kept.take(slice(i * size, (i + 1) * size))(x[..., i * width : (i + 1) * width])
-            if self.frozen()
+            if self.frozen() and not torch.compiler.is_compiling()
             else F.linear(x[..., i * width : (i + 1) * width], self.kept.dense()[i * size : (i + 1) * size].to(x.dtype))
             for i in range(self.count)
         )

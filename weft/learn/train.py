@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from weft.error import FormatError, NumericError, OptionError, WeftError, raise_all
 from weft.learn.data import IGNORE, Encoded, Example, Pair, encode
 from weft.learn.objective import contrast, likelihood
+from weft.model import must_be_whole
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward, in_vocabulary
@@ -146,14 +147,16 @@ def train(
     Pairs train an embedding model by contrast. AdamW, linear warm-up over a twentieth of the steps, cosine decay to a tenth.
     With `out`, checkpoints are kept there every `save_every` steps and a later call goes on from the last one, bit for bit.
     Deterministic for a seed on one machine. A batch is at most all examples.
-    Errors: OptionError for what is out of range, or if nothing is trainable; FormatError if no token is a target or one is
-    not in the vocabulary; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out`.
+    It trains on a CUDA device where there is one, and the model ends where it was.
+    Errors: OptionError for what is out of range, or if nothing is trainable; ConflictError for a model that fully_shard
+    spread; FormatError if no token is a target or one is not in the vocabulary; NumericError naming the step whose loss
+    is not finite; PathError, ResourceError for `out`.
     """
     _may_train(model, data)
     _in_range(lr, seed, steps=steps, batch=batch, length=length, save_every=save_every)
     items, loss = _task(model, data, tokenizer, length)
     batch = min(batch, len(items))
-    history = History()
+    history, device = History(), next(model.parameters()).device
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, told(work := Path(out or scratch)):
         args = transformers.TrainingArguments(
@@ -173,7 +176,7 @@ def train(
         with (progress or Silent()).bar("tune", steps) as step:
             trainer.add_callback(_Watch(step))
             trainer.train(resume_from_checkpoint=_last(work) if out else None)
-    model.eval()
+    model.eval().to(device)
     for name, t in trainable(model).items():
         if not bool(torch.isfinite(t).all()):
             problem = _diverged(name, "NaN or infinity after the last step")
@@ -204,6 +207,7 @@ def _in_range(lr: float, seed: int, **counts: int) -> None:
 
 
 def _may_train(model: nn.Module, data: Sequence[Example]) -> None:
+    must_be_whole(model.named_parameters())
     if not trainable(model):
         raise OptionError(
             "nothing is trainable",

@@ -1,9 +1,12 @@
 """Models: sites, weave, unweave."""
 
-from weft.model.axes import Axis, axes
+from weft.model.axes import axes
+from weft.model.axis import Axis, Part
+from weft.model.devices import DeviceMap, dispatch
 from weft.model.experts import take_apart
+from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
-from weft.model.transforms import Part, Permute, Rotate, Scale, Select, Transform
+from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
 from weft.model.weave import (
     Place,
@@ -23,7 +26,8 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "Axis", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Rotate", "Scale", "Select", "Site", "Transform", "axes",
-    "expression", "expressions", "fingerprint", "finite", "fork", "is_woven", "match", "output_sites", "places", "plain_tensors",
-    "rotation", "set_expressions", "site", "take_apart", "transport", "untie", "unweave", "weave",
+    "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Rotate", "Scale", "Select", "Site", "Transform",
+    "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven", "match", "must_be_whole",
+    "output_sites", "places", "plain_tensors", "rotation", "set_expressions", "site", "take_apart", "transport", "untie", "unweave",
+    "weave",
 ]  # fmt: skip

@@ -50,8 +50,8 @@ class Site:
 
     @property
     def original(self) -> Float[Tensor, "m n"]:
-        """The pretrained value in float32, read anew each time."""
-        return self.source().float()
+        """The pretrained value in float32 on the CPU, read anew each time."""
+        return self.source().cpu().float()
 
     def cost(self, new: Expr) -> float:
         """Predicted loss a unit of the new value: Σ over uses of 1/2 Σ_i weight_i e_i gram e_iᵀ, e = new - original."""

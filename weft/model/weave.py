@@ -9,7 +9,6 @@ import json
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError, raise_all
 from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.model.devices import device_of, on
 from weft.model.experts import put_together, take_apart
 from weft.model.layers import PLAIN, layer
+from weft.model.overrides import METHODS
+from weft.model.sharded import must_be_whole
 from weft.model.site import Kind, Site
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,7 +114,7 @@ def weave(model: Model) -> Model:
         slot = cast(Any, module)
         slot.__class__, slot.compute, slot.expr, slot.stored = woven, weight.dtype, expr, place.stored
     cast(Any, model)._weft = places
-    for name, method in _METHODS.items():
+    for name, method in METHODS.items():
         if hasattr(model, name):
             object.__setattr__(model, name, types.MethodType(method, model))
     return model
@@ -136,7 +138,7 @@ def unweave(model: Model, *, original: bool = False) -> Model:
             module.register_parameter("weight", weight)
     put_together(model)
     del model._weft
-    for name in _METHODS:
+    for name in METHODS:
         model.__dict__.pop(name, None)
     return model
 
@@ -160,8 +162,10 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 
 def expression(model: nn.Module, place: Place) -> Expr:
-    """The expression at a place."""
-    return cast(Expr, model.get_submodule(place.modules[0]).expr)
+    """The expression at a place. Errors: ConflictError if its parameters are spread over processes."""
+    expr = cast(Expr, model.get_submodule(place.modules[0]).expr)
+    must_be_whole((f"{place.name}: {path}", t) for path, t in expr.named_parameters())
+    return expr
 
 
 def expressions(model: nn.Module) -> dict[str, Expr]:
@@ -170,7 +174,10 @@ def expressions(model: nn.Module) -> dict[str, Expr]:
 
 
 def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
-    """Put these expressions in place; tied uses share one. Errors: OptionError for unknown names, ShapeError for other shapes."""
+    """Put these expressions in place, on the devices of those that they replace; tied uses share one.
+
+    Errors: OptionError for unknown names, ShapeError for other shapes.
+    """
     known = places(model)
     for name, expr in exprs.items():
         if name not in known:
@@ -187,8 +194,9 @@ def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
                 fix="keep the weight's shape",
             )
     for name, expr in exprs.items():
+        there = on(expr, device_of(expression(model, known[name])))
         for path in known[name].modules:
-            model.get_submodule(path).expr = expr
+            model.get_submodule(path).expr = there
 
 
 def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
@@ -231,19 +239,21 @@ def output_sites(model: nn.Module) -> set[str]:
 
 
 def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: int = 0) -> Site:
-    """The site as a method sees it."""
+    """The site as a method sees it: on the CPU, where evidence is and float64 works, wherever the model is."""
     place = places(model)[name]
-    return Site(name, place.kind, expression(model, place), place.original, evidence, seed)
+    now = on(expression(model, place), torch.device("cpu"))
+    return Site(name, place.kind, now, place.original, evidence, seed)
 
 
 def fork(model: Model) -> Model:
-    """A second model over the same frozen storage; trainable tensors and plain buffers are copied."""
+    """A second model over the same frozen storage; trainable tensors and plain buffers are copied.
+
+    Errors: ConflictError if parameters are spread over processes.
+    """
+    must_be_whole(model.named_parameters())
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach().clone() if p.requires_grad else p.detach(), requires_grad=p.requires_grad)
-    for expr in expressions(model).values() if is_woven(model) else ():
-        for b in expr.buffers():
-            memo[id(b)] = b.detach()
     return copy.deepcopy(model, memo)
 
 
@@ -268,41 +278,3 @@ def fingerprint(model: nn.Module) -> str:
         raw: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b""
         word.update(memoryview(raw))
     return word.hexdigest()
-
-
-def _save_pretrained(self: nn.Module, save_directory: str | Path, *_: Any, **options: Any) -> None:
-    """Save as `weft.save` does: an ordinary checkpoint where every weight is plain, else a weft folder."""
-    from weft.store.save import save
-
-    unknown = set(options) - {"is_main_process", "state_dict", "safe_serialization", "max_shard_size"}
-    if unknown:
-        raise OptionError(
-            "a woven model's save_pretrained has no such option",
-            where="save_pretrained",
-            got=sorted(unknown),
-            want="a folder",
-            fix="weft.save(model, folder)",
-        )
-    if options.get("is_main_process", True):
-        save(self, Path(save_directory), replace=True, keep=True)
-
-
-def _tie_weights(self: nn.Module, *_: Any, **__: Any) -> None:
-    """Nothing to do: tied sites share one expression."""
-
-
-def _resize(self: nn.Module, *_: Any, **__: Any) -> None:
-    raise ConflictError(
-        "a woven embedding cannot be resized",
-        where=type(self).__name__,
-        got="resize_token_embeddings",
-        want="a plain model",
-        fix="weft.unweave(model), resize, weave again",
-    )
-
-
-_METHODS: dict[str, Callable[..., Any]] = {
-    "save_pretrained": _save_pretrained,
-    "tie_weights": _tie_weights,
-    "resize_token_embeddings": _resize,
-}

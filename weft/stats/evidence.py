@@ -235,7 +235,8 @@ def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
     def hook(path: str) -> Any:
         def see(module: nn.Embedding, args: tuple[Tensor, ...]) -> None:
-            made[path] = made.get(path, 0) + torch.bincount(args[0].flatten(), minlength=module.num_embeddings).double()
+            seen = torch.bincount(args[0].flatten(), minlength=module.num_embeddings).cpu().double()
+            made[path] = made.get(path, 0) + seen
 
         return see
 

@@ -15,7 +15,7 @@ from weft.error import NumericError
 from weft.model import places
 from weft.model.blocks import blocks
 from weft.stats.objective import Objective
-from weft.stats.sums import OutputSums
+from weft.stats.sums import OutputSums, wide
 from weft.stats.walker import Batch, forward, forwards, not_finite
 
 
@@ -107,12 +107,12 @@ def _lookup(module: nn.Embedding, sums: OutputSums) -> Callable[[Tensor, Tensor]
 
     def gram(g: Tensor) -> None:
         flat = g.flatten(0, -2).float()
-        made = (flat.T @ flat).double()
+        made = wide(flat.T @ flat)
         sums.gram = made if sums.gram is None else sums.gram + made
 
     def tap(ids: Tensor, rows: Tensor) -> Tensor:
         out = rows if rows.requires_grad else rows.detach().requires_grad_()
-        counts = torch.bincount(ids.flatten(), minlength=module.num_embeddings).double()
+        counts = wide(torch.bincount(ids.flatten(), minlength=module.num_embeddings))
         sums.counts = counts if sums.counts is None else sums.counts + counts
         out.register_hook(gram)
         return out
@@ -128,7 +128,7 @@ def _tap(sums: OutputSums) -> Callable[..., Any]:
             out.register_hook(partial(squares, module.features))
 
     def squares(features: int, g: Tensor) -> None:
-        made = g.movedim(features, -1).flatten(0, -2).float().square().sum(0).double()
+        made = wide(g.movedim(features, -1).flatten(0, -2).float().square().sum(0))
         sums.squares = made if sums.squares is None else sums.squares + made
 
     return hook

@@ -9,6 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def wide(t: Tensor) -> Tensor:
+    """In float64; in float32 on Apple's GPUs, which have no float64."""
+    return t.double() if t.device.type != "mps" else t.float()
+
+
 @dataclass
 class InputSums:
     """What one input edge of n features has seen. Sums in float64, each batch's Gram in float32."""
@@ -23,12 +28,7 @@ class InputSums:
     @classmethod
     def zero(cls, n: int, device: torch.device) -> InputSums:
         """Nothing seen."""
-        wide = torch.float64 if device.type != "mps" else torch.float32
-        return cls(
-            0,
-            torch.zeros(n, n, dtype=wide, device=device),
-            *(torch.zeros(n, dtype=wide, device=device) for _ in range(3)),
-        )
+        return cls(0, wide(torch.zeros(n, n, device=device)), *(wide(torch.zeros(n, device=device)) for _ in range(3)))
 
     def add(self, x: Float[Tensor, "t n"]) -> bool:
         """Add the tokens x. False, and nothing is added, if an entry is not finite or sums of squares overflow float32."""

@@ -163,9 +163,18 @@ def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The model's main output: logits, or the last hidden state of a model without a head.
 
-    Errors: FormatError for a token that the model's vocabulary does not have.
+    Errors: FormatError for a token that the model's vocabulary does not have; ConflictError for a batch on another device.
     """
     in_vocabulary(model, batch["input_ids"])
+    here, there = batch["input_ids"].device, next(model.parameters()).device
+    if here != there:
+        raise ConflictError(
+            "a batch and its model lie on different devices",
+            where=type(model).__name__,
+            got=f"tokens on {here}, the model on {there}",
+            want="one device; evidence and scores are taken on the CPU",
+            fix="model.cpu(), and back afterwards",
+        )
     out = model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
     return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
 

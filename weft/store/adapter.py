@@ -23,8 +23,9 @@ from weft.error import (
     WeftError,
     raise_all,
 )
-from weft.expr import Expr, LowRank, tensors, terms_of, total
+from weft.expr import Expr, LowRank, terms_of, total
 from weft.model import Place, expressions, places, set_expressions
+from weft.model.devices import device_of
 from weft.store.audit import Entry, header
 from weft.store.checkpoint import read_object
 from weft.store.lora import (
@@ -73,7 +74,7 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     made: dict[str, Expr] = {}
     for path in pairs:
         site, expr = sites[path].name, now[sites[path].name]
-        device = next(iter(tensors(expr).values())).device
+        device = device_of(expr)
         term = _term(held[key(path, "B")].to(device), held[key(path, "A")].to(device), given.scale(path))
         made[site] = total({**terms_of(expr), role: term})
     wrong = {n: count for n, e in made.items() if (count := _overflows(e, places(model)[n].dtype))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from weft.error import FormatError, WeftError, raise_all
 from weft.model import take_apart
 from weft.store.audit import Entry
 from weft.store.checkpoint import nearest, read_object
+from weft.store.library import library, maker, remember
 
 _COUNT = re.compile(r"(num|n)_.*(layers?|heads|experts)|n_(layer|head|embd)|(hidden|intermediate|vocab)_size|d_model")
 _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
@@ -27,30 +28,15 @@ _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
 def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None) -> nn.Module:
     """The model's class on `meta`, from config.json and `changes` to it, for a checkpoint of `count` tensors.
 
-    Errors: FormatError for a class that is not transformers' own, for a configuration that makes no model, and for one
+    Errors: FormatError for a class that is not transformers' or diffusers' own, for a configuration that makes no model, and for one
     whose model would be far larger than the checkpoint.
     """
-    import transformers
-
     where = f"{folder.name}/config.json"
-    config_file = {**_numbered(read_object(folder / "config.json")), **(changes or {})}
-    listed = config_file.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
-        raise FormatError(
-            "unknown architecture",
-            where=where,
-            got=name,
-            want="a model class of transformers",
-            fix="weft runs no code from model folders",
-        )
-    raise_all(list(_numbers(config_file, where, count)))
-    config_file.pop("quantization_config", None)
-    config_file.pop("auto_map", None)
+    said = {**_numbered(read_object(folder / "config.json")), **(changes or {})}
+    name, make = maker(said, where)
+    raise_all(list(_numbers(said, where, count)))
     try:
-        config = cls.config_class.from_dict(config_file)
-        model = _empty(cls, config, count)
+        model = _empty(make, count)
     except Exception as e:
         raise FormatError(
             "a configuration makes no model",
@@ -59,7 +45,7 @@ def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None)
             want=f"a configuration of {name} that fits its checkpoint of {count} tensors",
             fix="copy the file again",
         ) from e
-    cast(Any, model.config)._name_or_path = str(folder)
+    remember(model, folder)
     take_apart(model)
     return model
 
@@ -75,12 +61,12 @@ def _numbered(value: Any) -> Any:
     return {k: _numbered(v) for k, v in value.items()}
 
 
-def _empty(cls: type[Any], config: Any, count: int) -> nn.Module:
+def _empty(make: Callable[[], nn.Module], count: int) -> nn.Module:
     """The model without memory: first all on `meta`, to see that it is no larger than it may be, then with its buffers."""
     from accelerate import init_empty_weights
 
     with _bounded(count), init_empty_weights(include_buffers=True):
-        trial = cls(config)
+        trial = make()
     size = sum(b.numel() * b.element_size() for b in trial.buffers())
     if size > _BUFFERS:
         raise FormatError(
@@ -91,7 +77,7 @@ def _empty(cls: type[Any], config: Any, count: int) -> nn.Module:
             fix="copy the file again",
         )
     with init_empty_weights(include_buffers=False):
-        return cls(config)
+        return make()
 
 
 @contextmanager
@@ -141,6 +127,8 @@ def _numbers(value: Any, where: str, count: int, at: str = "") -> Generator[Weft
 def names(model: nn.Module, entries: Iterable[str], where: str) -> dict[str, str]:
     """A checkpoint's names to the model's, by transformers' own table: older names, and the base model's prefix.
 
+    A model of diffusers has one name for each.
+
     Errors: FormatError for two names of one tensor.
     """
     from transformers.core_model_loading import rename_source_key
@@ -164,6 +152,8 @@ def names_on_disk(model: nn.Module, named: Iterable[str]) -> dict[str, str]:
 
 
 def _renamings(model: nn.Module, *, old: bool = True) -> list[Any]:
+    if library(model) != "transformers":
+        return []
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 

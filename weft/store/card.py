@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from weft.model import expressions
+from weft.store.library import library
 
 _LICENCE = re.compile(r"license: ([A-Za-z0-9.-]{1,64})")
 
@@ -17,7 +18,8 @@ _LICENCE = re.compile(r"license: ([A-Za-z0-9.-]{1,64})")
 def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"]) -> str:
     """The card of a folder of this kind."""
     name, name_of_base = type(model).__name__, _base(model)
-    head = ["---", "library_name: " + ("weft" if kind == "weft" else "transformers")]
+    home = "weft" if kind == "weft" else library(model)
+    head = ["---", f"library_name: {home}"]
     if licence := _licence(model):
         head.append(f"license: {licence}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name_of_base):
@@ -33,7 +35,7 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
         )
         lines += [f"{bits:.2f} bits per weight, scales and all.", "", "| weights | stored as |", "| ---: | --- |"]
         lines += [f"| {n} | {form} |" for form, n in Counter(e.describe() for e in exprs.values()).most_common(20)]
-    load = 'weft.load("FOLDER")' if kind == "weft" else f'transformers.{name}.from_pretrained("FOLDER")'
+    load = 'weft.load("FOLDER")' if kind == "weft" else f'{home}.{name}.from_pretrained("FOLDER")'
     use = [f"import {load.partition('.')[0]}", "", f"model = {load}"]
     return "\n".join([*lines, "", "```python", *use, "```", ""])
 

@@ -15,7 +15,8 @@ from weft.expr import Dense, Expr, Quantized, Sum, valueless
 from weft.grid import pack, packed_bytes
 from weft.model import Place, expressions, places, plain_tensors
 from weft.store.card import card
-from weft.store.save import config_of, later, may_write, narrow, travel, write_shards
+from weft.store.library import config_of, library
+from weft.store.save import later, may_write, narrow, travel, write_shards
 from weft.store.swap import staged
 from weft.store.tensors import Later, size_of
 
@@ -56,6 +57,11 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     because readers keep them so, and what transformers 5 makes of zero points.
     Errors: ConflictError naming every site that the format has no place for, and why, or if nothing is packed.
     """
+    if library(model) != "transformers":
+        got, fix = f"a model of {library(model)}", 'export with to="hf"'
+        raise ConflictError(
+            "only transformers reads this format", where=type(model).__name__, got=got, want="its own", fix=fix
+        )
     exprs, where = expressions(model), places(model)
     raise_all(valueless(exprs) or [p for n, e in exprs.items() if (p := _refusal(where[n], e))])
     packed = {n: e for n, e in exprs.items() if where[n].kind == "linear" and isinstance(e, Quantized)}
@@ -73,7 +79,7 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
         stage.text("README.md", card(model, "compressed-tensors"))
         config = config_of(model)
         said = quantization_config(schemes, _ignored(model, schemes))
-        stage.json("config.json", {**config, "architectures": [type(model).__name__], "quantization_config": said})
+        stage.json("config.json", {**config, "quantization_config": said})
         write_shards(stage, content, "model", {n for n, _ in model.named_buffers()})
     return notes
 

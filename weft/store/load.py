@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.model import Place, places, plain_tensors, set_expressions, weave
+from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
 from weft.store.checkpoint import Checkpoint, audit, checkpoint
 from weft.store.files import must_be_text, read_json
+from weft.store.library import stem_in
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import Step, examine, seal
 from weft.store.trees import broken, expressions_of
 
 WANTED = [
-    "*.json", "model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*", "*.jinja", "README.md",
+    "*.json", "model*.safetensors", "diffusion_pytorch_model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*",
+    "*.jinja", "README.md",
 ]  # fmt: skip
 
 
@@ -40,21 +42,30 @@ class _Opened:
     compute: torch.dtype
 
 
-def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> nn.Module:
+def load(
+    where: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
     """A woven model, in evaluation mode, frozen, from a folder or a hub id.
 
-    Matrices stay mapped from disk in the file's dtype; everything is computed in `dtype` (default: float32 on the CPU).
+    Matrices stay mapped from disk in the file's dtype; everything is computed in `dtype` (default: float32), on
+    the CPU or where `device_map` says: `auto`, a device, or devices by module path.
     No code from the folder runs. Every byte is read once: weights must be finite, and where weft wrote the folder, what it wrote.
     Errors: PathError; FormatError with every problem at once, from headers and configuration before a tensor is mapped
     (missing, unexpected or ill-shaped tensors, two checkpoints in one folder, names that leave the folder);
-    NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise.
+    NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise;
+    those of `device_map`, after loading.
     """
     folder = find(where)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     woven = manifest is not None and manifest.get("kind") == "weft"
-    found, problems = audit(folder, "weft" if woven else "model")
-    if woven and found.tensors and audit(folder, "model")[0].tensors:
-        got, want = "model.safetensors beside weft.safetensors", "one of them"
+    stem = stem_in(folder)
+    found, problems = audit(folder, "weft" if woven else stem)
+    if woven and found.tensors and audit(folder, stem)[0].tensors:
+        got, want = f"{stem}.safetensors beside weft.safetensors", "one of them"
         fix = "remove the stale one"
         problems.append(FormatError("two checkpoints in one folder", where=str(folder), got=got, want=want, fix=fix))
     try:
@@ -64,7 +75,8 @@ def load(where: str | Path, *, dtype: torch.dtype | None = None, progress: Progr
         raise
     opened = _Opened(folder, manifest or {}, found, model, problems, dtype or torch.float32)
     with (progress or Silent()).bar("load", max(1, len(found.tensors))) as step:
-        return _load_weft(opened, step) if woven else _load_plain(opened, step)
+        made = _load_weft(opened, step) if woven else _load_plain(opened, step)
+    return made if device_map is None else dispatch(made, device_map)
 
 
 def _load_plain(o: _Opened, step: Step) -> nn.Module:
@@ -135,8 +147,14 @@ def find(where: str | Path, wanted: Sequence[str] = WANTED) -> Path:
         ) from e
 
 
+def _tie(model: nn.Module) -> None:
+    """Tie what the model's class ties, where it can tie at all."""
+    if hasattr(model, "tie_weights"):
+        cast(Any, model).tie_weights()
+
+
 def _ready(model: nn.Module, folder: Path, compute: torch.dtype) -> None:
-    cast(Any, model).tie_weights()
+    _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if left:
         raise FormatError(
@@ -179,7 +197,7 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
     content = found.read()
     sums, problems = examine(content, {n for n, _ in model.named_buffers()}, step)
     raise_all(_changed(sums, found, manifest) + problems)
-    cast(Any, model).tie_weights()
+    _tie(model)
     weave(model)
     sites = manifest["sites"]
     known = places(model)
@@ -234,7 +252,7 @@ def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Cal
                 want=base[kind],
                 fix="restore the base model",
             )
-        held = checkpoint(folder, "model")
+        held = checkpoint(folder, stem_in(folder))
         known = {n.replace("LayerNorm.gamma", "LayerNorm.weight"): n for n in held.tensors}
         near = next((k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}")), name)
         if (found := known.get(name) or known.get(near)) is None:
@@ -247,7 +265,7 @@ def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Cal
 
 def _identity(folder: Path, kind: str) -> str:
     """Identity of a checkpoint: its tensors' seal, or (`hash`, in older folders) the hash of its files' hashes."""
-    paths = sorted(folder.glob("model*.safetensors"))
+    paths = sorted(folder.glob(f"{stem_in(folder)}*.safetensors"))
     return _read_identity(
         folder, kind, tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()])
     )
@@ -256,7 +274,7 @@ def _identity(folder: Path, kind: str) -> str:
 @functools.cache
 def _read_identity(folder: Path, kind: str, files: tuple[tuple[str, int, int, int], ...]) -> str:
     if kind == "seal":
-        return seal(checkpoint(folder, "model").read())
+        return seal(checkpoint(folder, stem_in(folder)).read())
     word = hashlib.blake2b(digest_size=16)
     for path, *_ in files:
         word.update(str(digest(Path(path))["blake2b"]).encode())

@@ -21,6 +21,7 @@ from weft.store.assign import misfits, names, skeleton, tied
 from weft.store.audit import Entry, header
 from weft.store.checkpoint import Checkpoint, audit, nearest, read_object
 from weft.store.files import safe_name, told, unique
+from weft.store.library import stem_in
 from weft.store.load import WANTED, find, plain
 from weft.store.save import save
 from weft.store.swap import inside, may_replace, room
@@ -78,7 +79,7 @@ def _opened(folder: Path, out: Path, bars: Progress) -> Generator[tuple[Checkpoi
     """A folder's checkpoint; pickles are converted beside `out` first, and removed at the end."""
     pickles = [] if any(folder.glob("*.safetensors")) else _pickles(folder)
     if not pickles:
-        yield audit(folder, "model")
+        yield audit(folder, stem_in(folder))
         return
     room(out, 2 * sum(p.stat().st_size for p in pickles))
     scratch = out.with_name(unique())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
 from weft.store.card import card
 from weft.store.files import must_be_text
+from weft.store.library import config_of, stem_of
 from weft.store.swap import Stage, may_replace, room, staged
 from weft.store.tensors import Content, Later, size_of
 
@@ -43,8 +43,8 @@ def save(
 ) -> None:
     """Write a model folder, whole or not at all, with one tensor in memory at a time.
 
-    If every expression is a plain matrix, or with `dense`, the folder is an ordinary Hugging Face checkpoint. Otherwise
-    `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
+    If every expression is a plain matrix, or with `dense`, the folder is an ordinary checkpoint of the model's library.
+    Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
     `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be
     replaced or, `dense`, for a weight whose value depends on the input; NumericError for one that is not finite;
@@ -77,15 +77,8 @@ def save(
         config = config_of(model)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}
-        stage.json("config.json", {**config, "architectures": [type(model).__name__]})
-        write_shards(stage, content, "model" if plain else "weft", {n for n, _ in model.named_buffers()})
-
-
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as its file holds it."""
-    made: dict[str, Any] = json.loads(cast(Any, model).config.to_json_string(use_diff=False))
-    made.pop("_name_or_path", None)
-    return made
+        stage.json("config.json", config)
+        write_shards(stage, content, stem_of(model) if plain else "weft", {n for n, _ in model.named_buffers()})
 
 
 def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, keep: bool = False) -> None:

@@ -1,0 +1,149 @@
+"""torch.compile of woven models: few graphs, few recompilations, equal outputs and gradients, nothing dense kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny
+from functorch.compile import min_cut_rematerialization_partition
+from laws.cases import EXPRS, nodes_in, randn, rng
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+from weft.engine.run import Step, apply
+from weft.expr import NODES
+from weft.model import expressions, places, weave
+
+from .processes import IDS
+
+MODELS: dict[str, tuple[list[Step], str, bool]] = {
+    "dense": ([], "*", False),
+    "int4 + lora": ([Step.of("rtn", group=8)], "*", True),
+    "nf4": ([Step.of("nf4", group=8)], "*", False),
+    "2:4": ([Step.of("magnitude", pattern="2:4")], "*", False),
+    "2:4 of int4 + lora": ([Step.of("magnitude", pattern="2:4"), Step.of("rtn", group=8)], "all-linear", True),
+}
+LENGTHS = (9, 7, 5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Nothing compiled before or after, and nothing counted."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def made(name: str, layers: int = 2) -> nn.Module:
+    """A woven Llama of this kind."""
+    steps, at, lora = MODELS[name]
+    model = weave(build_tiny(layers=layers))
+    apply(model, steps, at=at)
+    if lora:
+        apply(model, [Step.of("lora", rank=2)], at="all-linear")
+    return model
+
+
+def logits(model: Any, length: int = 9) -> Tensor:
+    """The model's logits of the first tokens."""
+    return model(input_ids=IDS[:, :length], use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", ["dense", "int4 + lora", "nf4", "2:4"])
+def test_a_model_is_one_graph(name: str) -> None:
+    """Two compilations serve all lengths; only a packed embedding, which is looked up outside, splits the graph in three."""
+    model = made(name, layers=1)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for length in LENGTHS:
+            assert torch.equal(logits(compiled, length), logits(model, length))
+    parts = 1 if name == "dense" else 3
+    assert counters["stats"]["unique_graphs"] == 2 * parts
+    assert len(counters["graph_break"]) == (parts > 1)
+
+
+@pytest.mark.parametrize("name", ["int4 + lora", "2:4 of int4 + lora"])
+def test_layers_share_what_is_compiled(name: str) -> None:
+    """Compiled one by one, four layers and three lengths take at most three graphs: static, dynamic, without a mask."""
+    model = made(name, layers=4)
+    want = [logits(model, length) for length in LENGTHS]
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert all(torch.equal(logits(model, n), w) for n, w in zip(LENGTHS, want, strict=True))
+    assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+
+
+def test_a_rewrite_is_seen() -> None:
+    """Tensors of the same shapes that mean something else: the compiled model knows."""
+    model = made("dense")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for steps in ([Step.of("rtn", group=8)], [Step.of("nf4", group=8)], [Step.of("mx", format="mxfp4")]):
+            apply(model, steps, at="all-linear")
+            assert torch.equal(logits(compiled), logits(model))
+
+
+@pytest.mark.parametrize("name", ["int4 + lora", "2:4 of int4 + lora"])
+def test_training_keeps_nothing_dense(name: str) -> None:
+    """Gradients are those of eager mode; what the compiled forward hands to its backward has no weight's shape."""
+    kept: list[tuple[int, ...]] = []
+
+    def look(graph: Any, _: Any) -> Any:
+        values = [v for v in next(n for n in graph.graph.nodes if n.op == "output").args[0] if v is not None]
+        kept.extend(
+            tuple(v.meta["val"].shape) for v in values if v.op != "placeholder" and hasattr(v.meta["val"], "shape")
+        )
+        return graph
+
+    model = made(name)
+    compiled = torch.compile(
+        model,
+        backend=aot_autograd(
+            fw_compiler=look, bw_compiler=lambda g, _: g, partition_fn=min_cut_rematerialization_partition
+        ),
+    )
+    grads: list[dict[str, Tensor]] = []
+    for one in (model, compiled):
+        model.zero_grad()
+        one(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
+    for n, g in grads[0].items():
+        torch.testing.assert_close(grads[1][n], g, rtol=1e-4, atol=1e-6)
+    packed = {e.shape for e in expressions(model).values()}
+    shapes = {s for m, n in packed for s in ((m, n), (n, m))}
+    assert kept and not shapes & set(kept)
+
+
+def test_every_node_compiles_right() -> None:
+    """The product of every kind of expression in one graph; those that are generated on the CPU in several, but right."""
+    seen: set[str] = set()
+    for name, make in EXPRS.items():
+        torch._dynamo.reset()
+        counters.clear()
+        expr = make(16, 8, rng("compile", name))
+        x = randn(rng("x"), 3, expr.shape[1])
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(expr, backend="eager")(x), expr(x), rtol=1e-5, atol=1e-5)
+        assert not counters["graph_break"] or "Basis" in nodes_in(expr), (name, dict(counters["graph_break"]))
+        seen |= nodes_in(expr)
+    assert seen == set(NODES)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, and there is no g++")
+def test_inductor_gives_the_same() -> None:
+    """A packed layer with an adapter, compiled to machine code: outputs of two lengths."""
+    model = made("2:4 of int4 + lora")
+    layer = model.get_submodule(places(model)["model.layers.0.mlp.up_proj.weight"].modules[0])
+    compiled = torch.compile(layer, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 6):
+            x = randn(rng("x", rows), rows, 32)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)

@@ -75,6 +75,8 @@ def facts(method: Method) -> str:
         made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
     if method.per == "input":
         made.append("solves the weights that read one input together")
+    if method.on:
+        made.append(f"goes to axes of kind {', '.join(method.on)}")
     if method.kind == "rewrite":
         made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
     return "; ".join(made) + "."

@@ -12,11 +12,11 @@ from torch import nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import get
+from weft.engine import get, transports
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merged
-from weft.engine.recipe import Recipe, read
+from weft.engine.recipe import KINDS, Recipe, read
 from weft.engine.run import Change, Step
 from weft.error import OptionError, whole
 from weft.lab import models
@@ -94,30 +94,34 @@ def apply(
     progress: Progress | None = None,
     **options: Any,
 ) -> Changes:
-    """Rewrite the sites that `at` matches by one method, in place.
+    """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches.
 
-    `at` is a glob, several, or `all-linear`; by default adapters go to `all-linear`, every other rewrite to all sites.
+    `at` is a glob, several, or `all-linear`; by default adapters go to `all-linear`, every other rewrite to all sites, a
+    transport to all of its axes.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
-    keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite, and for a
-    pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
+    keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite or
+    transport, and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
     """
     whole(0, seed=seed)
     chosen = get(method)
-    if chosen.kind != "rewrite":
+    if chosen.kind not in KINDS:
         raise OptionError(
             "this method does not rewrite weights",
             where=method,
             got=f"a {chosen.kind} method",
-            want="a rewrite",
+            want="a rewrite or a transport",
             fix="weft methods shows kinds",
         )
-    step = Step.of(method, **options)
+    step, bars = Step.of(method, **options), progress or Silent()
+    if chosen.kind == "transport":
+        count = transports.reach(model, method, at)
+        stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
+        with bars.bar(method, count) as done:
+            return Changes(*transports.run(model, step, at=at, stats=stats, seed=seed, done=done))
     sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" else "*")
-    bars = progress or Silent()
     stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
     with bars.bar(method, len(sites)) as done:
-        changes, notes = engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done)
-    return Changes(changes, notes)
+        return Changes(*engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done))
 
 
 def run(

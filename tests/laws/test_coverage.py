@@ -9,8 +9,8 @@ import pytest
 from weft.engine import get, names
 from weft.expr import NODES
 
-from . import test_nodes, test_rewrites, test_routed, test_searches
-from .cases import KINDS, REWRITES, SEARCHES, instances
+from . import test_nodes, test_rewrites, test_routed, test_searches, test_transports
+from .cases import KINDS, REWRITES, instances
 
 LEAST = 3
 """Kinds of expression, at least, in which every node occurs."""
@@ -27,10 +27,13 @@ def test_every_node_is_covered(node: str, cases: Counter[str]) -> None:
 @pytest.mark.parametrize("method", names())
 def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
     """Each method belongs to a kind that has a suite, and every law of it runs: for a rewrite every pair too."""
-    assert method in {*REWRITES, *SEARCHES}, f"kind {get(method).kind} has no suite of laws"
-    pairs = 2 * len(REWRITES) - 1 if method in REWRITES else 0
-    laws = test_rewrites.LAWS if method in REWRITES else test_searches.LAWS
-    assert cases[method] >= len(laws) + pairs
+    least = {
+        "rewrite": len(test_rewrites.LAWS) + 2 * len(REWRITES) - 1,
+        "search": len(test_searches.LAWS),
+        "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
+    }
+    assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"
+    assert cases[method] >= least[get(method).kind]
 
 
 @pytest.mark.parametrize("method", names())

@@ -69,6 +69,7 @@ def test_gram_is_the_plain_models(family: str, tiny: Any, batches: Any, held: An
         assert (e.gram.double() - want).abs().max() <= 1e-6 * want.abs().max(), name
         assert e.mean is not None and torch.allclose(e.mean.double(), x.mean(0), rtol=1e-5, atol=1e-6), name
         assert e.mean_abs is not None and torch.allclose(e.mean_abs.double(), x.abs().mean(0), rtol=1e-5), name
+        assert e.most is not None and torch.allclose(e.most.double(), x.abs().amax(0), rtol=1e-5), name
         checked += 1
     assert checked == len(seen) > 10
 

@@ -2,6 +2,9 @@
 
 from weft.engine.method import METHODS, Beats, Method, method
 from weft.engine.registry import get, names
-from weft.model import Evidence, Group, Site
+from weft.engine.transports import Span
+from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site
 
-__all__ = ["METHODS", "Beats", "Evidence", "Group", "Method", "Site", "get", "method", "names"]
+__all__ = [
+    "METHODS", "Beats", "Evidence", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Span", "get", "method", "names",
+]  # fmt: skip

@@ -20,7 +20,7 @@ from weft.expr import Expr, Quantized, tensors
 from weft.model import Group, Site
 
 Kind = Literal[
-    "rewrite", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
+    "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
@@ -54,6 +54,9 @@ class Method:
     rowwise: bool
     drops: tuple[str, ...]
     beats: Beats | None
+    on: tuple[str, ...]
+    moves: str
+    """The kind of transform that a transport gives: scale, permute, rotate, select."""
     options: type[BaseModel]
     proof: Callable[..., Any] | None = None
     claims: str = ""
@@ -158,12 +161,14 @@ def method(
     rowwise: bool = False,
     drops: tuple[str, ...] = (),
     beats: Beats | None = None,
+    on: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
     rows: rows of the catalogue it implements. needs: evidence. per: what a group holds. whole: whether it folds all terms of
     a weight (True) or rewrites the base term and leaves adapters standing (False). rowwise: each row's result depends on that
-    row alone, so that a very large weight may be rewritten in slices. drops: promises it does not keep.
+    row alone, so that a very large weight may be rewritten in slices. drops: promises it does not keep. on: the kinds of axes
+    that a transport goes to.
     """
 
     def wrap(fn: Callable[..., Any]) -> Method:
@@ -172,8 +177,9 @@ def method(
         given: dict[str, Any] = {p.name: (hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
+        moves = str(hints["return"].kind) if kind == "transport" else ""
         made = Method(
-            fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, options
+            fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, on, moves, options
         )
         METHODS[made.name] = made
         return made

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.engine import get
+from weft.engine import get, transports
 from weft.engine.run import Chain, Step, apply, chain_key, group_of, run
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -165,10 +166,20 @@ class Trial:
         def make() -> metrics.Scores:
             model = fork(self.subject.model)
             for chain, names in chosen().items():
-                apply(model, chain, at=names, stats=self.stats, seed=self.seed)
+                self._apply(model, chain, names)
             return self.distance.documents(model)
 
         return self.arm("distance", [self.data, what], make, (self.goal.name, self.goal.unit))
+
+    def _apply(self, model: nn.Module, chain: Chain, names: Sequence[str]) -> None:
+        """Run a chain; behind a change of coordinates evidence is collected anew."""
+        stats = self.stats
+        for moves, steps in groupby(chain, lambda s: get(s.method).kind == "transport"):
+            for step in steps if moves else ():
+                transports.run(model, step, stats=stats, seed=self.seed)
+                stats = collect(model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)
+            if not moves:
+                apply(model, tuple(steps), at=names, stats=stats, seed=self.seed)
 
     def _prepare(self) -> tuple[list[str], Distance]:
         """Collect what all arms share, so that none of them is charged for it."""

@@ -1,7 +1,10 @@
 """Models: sites, weave, unweave."""
 
+from weft.model.axes import Axis, axes
 from weft.model.experts import take_apart
 from weft.model.site import Evidence, Group, Kind, Site, finite
+from weft.model.transforms import Part, Permute, Rotate, Scale, Select, Transform
+from weft.model.transport import rotation, transport, untie
 from weft.model.weave import (
     Place,
     expression,
@@ -20,6 +23,7 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "Evidence", "Group", "Kind", "Place", "Site", "expression", "expressions", "fingerprint", "finite", "fork", "is_woven",
-    "match", "output_sites", "places", "plain_tensors", "set_expressions", "site", "take_apart", "unweave", "weave",
+    "Axis", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Rotate", "Scale", "Select", "Site", "Transform", "axes",
+    "expression", "expressions", "fingerprint", "finite", "fork", "is_woven", "match", "output_sites", "places", "plain_tensors",
+    "rotation", "set_expressions", "site", "take_apart", "transport", "untie", "unweave", "weave",
 ]  # fmt: skip

@@ -33,6 +33,8 @@ class Evidence:
     """E[x], where inputs were seen."""
     mean_abs: Float[Tensor, "n"] | None = None
     """E[|x|]."""
+    most: Float[Tensor, "n"] | None = None
+    """The largest |x|."""
 
 
 @dataclass(frozen=True)

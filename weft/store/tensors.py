@@ -116,8 +116,6 @@ def stream(
             if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
                 got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
                 raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
-            if hashed and name not in loose:
-                check_finite(value, name)
             raw = octets(value)
             hashing = other.submit(word.update, raw) if hashed else None
             for at in range(0, len(raw), _CHUNK):
@@ -128,6 +126,8 @@ def stream(
                 if step:
                     step(len(raw[at : at + _CHUNK]))
             if hashing:
+                if name not in loose:
+                    check_finite(value, name)
                 sums[name] = word_sum(value)
                 hashing.result()
         f.flush()

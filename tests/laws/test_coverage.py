@@ -20,7 +20,7 @@ LEAST = 3
 def test_every_node_is_covered(node: str, cases: Counter[str]) -> None:
     """Each node class is at the root of some expression, and every law runs on at least three kinds that hold it."""
     found = [e for kind in KINDS for e in instances(kind) if type(e).__name__ == node]
-    laws = test_nodes.LAWS if found[0].is_matrix() else test_routed.LAWS
+    laws = test_nodes.LAWS if found[0].is_matrix else test_routed.LAWS
     assert cases[node] >= LEAST * len(laws)
 
 

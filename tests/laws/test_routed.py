@@ -94,13 +94,13 @@ def gradients_are_the_loops(e: Expr) -> None:
 
 def it_has_no_value(e: Expr) -> None:
     """What asks for one is told which term is to blame; nothing is promised of it."""
-    assert not e.is_matrix() and e.mask() is None and e.promises() == Promises()
+    assert not e.is_matrix and e.mask() is None and e.promises() == Promises()
     for ask in (e.dense, lambda: e.rows(torch.tensor([0]))):
         with pytest.raises(ConflictError, match="depends on the input"):
             ask()
     (problem,) = valueless({"site": e, "other": dense(2, 3, rng())})
     assert problem.where == "site"
-    assert [r for r, t in terms_of(e).items() if not t.is_matrix()] == [
+    assert [r for r, t in terms_of(e).items() if not t.is_matrix] == [
         s.split(" is ")[0] for s in str(problem.got).split("; ")
     ]
 

@@ -190,7 +190,7 @@ def change(before: Site, after: Expr) -> Change:
 
 def relative_error(before: Site, after: Expr) -> float | None:
     """sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)) for E = value - pretrained W, with the site's first evidence; None without, or without a value."""
-    if not before.evidence or not after.is_matrix():
+    if not before.evidence or not after.is_matrix:
         return None
     gram, missed, whole = before.evidence[0].gram, 0.0, 0.0
     for part, expr in zip(before.slices(), after.slices(), strict=True):

@@ -51,12 +51,17 @@ class Expr(nn.Module):
 
     __annotations__: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     shape: tuple[int, int]
+    is_matrix: bool
+    """Whether it has a value; False if what it does depends on the input, and then `dense` and `rows` are refused."""
+    routes: ClassVar[bool] = False
+    """Whether what the node does with its children depends on the input."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if NODES.setdefault(cls.__name__, cls) is not cls:
-            got, want, fix = NODES[cls.__name__].__module__, "a name of its own", "rename one"
+        if (got := NODES.get(cls.__name__, cls).__module__) != cls.__module__:
+            want, fix = "a name of its own", "rename one"
             raise ShapeError("two nodes share a name", where=cls.__name__, got=got, want=want, fix=fix)
+        NODES[cls.__name__] = cls
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__()
@@ -66,6 +71,7 @@ class Expr(nn.Module):
         raise_all([p for f in spec if (p := misfit(type(self).__name__, f, values[f.name], dims))])
         for f in spec:
             self._store(f, values[f.name])
+        self.is_matrix = not self.routes and all(kid.is_matrix for kid in self.kids())
         self.shape = self.size(dims)
         self.check()
 
@@ -203,10 +209,6 @@ class Expr(nn.Module):
                 yield value
             elif f.kind == "children":
                 yield from value.values() if isinstance(value, dict) else value
-
-    def is_matrix(self) -> bool:
-        """Whether it has a value at all: False if what it does depends on the input. Then `dense` and `rows` are refused."""
-        return all(kid.is_matrix() for kid in self.kids())
 
     def describe(self) -> str:
         """One line for people, such as `int4[g64]` or `LowRank(16)`."""

@@ -22,6 +22,8 @@ class Routed(Expr):
     equal ones the lower number is taken. There is no one value: `dense` and `rows` are refused, and so is what asks for them.
     """
 
+    routes = True
+
     router: Float[Tensor, "e n"]
     experts: Sequence[Expr]
     top: int
@@ -39,9 +41,6 @@ class Routed(Expr):
         if not 1 <= self.top <= count:
             want, fix = f"1 to {count}", "choose another"
             raise ShapeError("Routed.top does not fit", where="Routed.top", got=self.top, want=want, fix=fix)
-
-    def is_matrix(self) -> bool:
-        return False
 
     def dense(self) -> Float[Tensor, "m n"]:
         self._refuse()
@@ -65,7 +64,7 @@ class Routed(Expr):
         flat = x.reshape(-1, x.shape[-1])
         share, chosen = self.route(flat)
         y = x.new_zeros(len(flat), self.shape[0])
-        for i, expert in enumerate(self.kids()):
+        for i, expert in enumerate(self.experts):
             row, place = (chosen == i).nonzero(as_tuple=True)
             part = expert(flat[row]) * share[row, place].unsqueeze(1).to(x.dtype)
             y = y.index_add(0, row, part.to(y.dtype))

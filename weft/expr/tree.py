@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,11 @@ class Sum(Expr):
         """The terms by role, in order."""
         return dict(self.terms.items())
 
+    def kids(self) -> Iterator[Expr]:
+        yield from self.terms.values()
+
     def dense(self) -> Float[Tensor, "m n"]:
-        if not self.is_matrix():
+        if not self.is_matrix:
             problem = no_value("Sum", self.named())
             raise problem
         first, *rest = self.kids()
@@ -97,6 +100,9 @@ class Product(Expr):
                 want="the columns of each factor equal the rows of the next",
                 fix="reorder or reshape the factors",
             )
+
+    def kids(self) -> Iterator[Expr]:
+        yield from self.factors
 
     def dense(self) -> Float[Tensor, "m n"]:
         *rest, value = (f.dense() for f in self.kids())
@@ -174,7 +180,7 @@ def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:
         "a weight has no single value",
         where=where,
         got="; ".join(
-            f"{r} is {t.describe()}, which depends on the input" for r, t in terms.items() if not t.is_matrix()
+            f"{r} is {t.describe()}, which depends on the input" for r, t in terms.items() if not t.is_matrix
         ),
         want="a matrix",
         fix="leave it as it is (it runs, trains and is saved), or take that term away first",
@@ -183,7 +189,7 @@ def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:
 
 def valueless(exprs: Mapping[str, Expr]) -> list[WeftError]:
     """Of these weights by name, why some are no matrices."""
-    return [no_value(name, terms_of(e)) for name, e in exprs.items() if not e.is_matrix()]
+    return [no_value(name, terms_of(e)) for name, e in exprs.items() if not e.is_matrix]
 
 
 def fork(expr: Expr) -> Expr:

@@ -305,7 +305,7 @@ def _unsound(name: str, t: Tensor) -> WeftError:
 
 def _overflows(expr: Expr, dtype: torch.dtype) -> int:
     """How many values are NaN or infinite in this dtype, of the terms that have values."""
-    fixed = total({r: t for r, t in terms_of(expr).items() if t.is_matrix()})
+    fixed = total({r: t for r, t in terms_of(expr).items() if t.is_matrix})
     with torch.no_grad():
         return sum(int((~(part.dense().abs() <= torch.finfo(dtype).max)).sum()) for part in fixed.slices())
 

@@ -19,6 +19,8 @@ from weft.expr.fields import Field, defaults, each, fields, misfit
 CHUNK = 1 << 24
 """Elements of a weight that are made dense at a time where a product can go row by row (64 MiB in float32)."""
 
+_AGAIN: Any = checkpoint
+
 
 @dataclass(frozen=True)
 class Promises:
@@ -118,7 +120,7 @@ class Expr(nn.Module):
         if not self.frozen():
             return self._plain_product(x)
         if torch.compiler.is_compiling():  # a compiler sees every step of `dense`, and makes it again in the backward
-            return cast(Tensor, cast(Any, checkpoint)(self._plain_product, x, use_reentrant=False))
+            return cast(Tensor, _AGAIN(self._plain_product, x, use_reentrant=False))
         return _FrozenProduct.apply(x, self)
 
     def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:

@@ -150,7 +150,7 @@ def _unchanged(expr: Expr, original: Any) -> bool:
     base = rest.get("base")
     if list(rest) != ["base"] or not isinstance(base, Dense):
         return False
-    was = original()
+    was = original().to(base.w.device)
     return base.w is was or (base.w.dtype == was.dtype and torch.equal(base.w, was))
 
 

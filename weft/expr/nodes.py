@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -172,13 +173,22 @@ class Quantized(Expr):
         if spec.levels is not None:
             value = spec.value(codes)
         else:
-            zeros = self.zeros()
-            value = codes.float().sub_(self.spread(zeros) if isinstance(zeros, Tensor) else zeros)
-        return value.mul_(self.spread(self.scales()))
+            value, zeros = codes.float(), self.zeros()
+            if isinstance(zeros, Tensor):
+                self._each(value, zeros, torch.Tensor.sub_)
+            else:
+                value.sub_(zeros)
+        self._each(value, self.scales(), torch.Tensor.mul_)
+        return value
 
-    def spread(self, per_group: Float[Tensor, "m g"]) -> Float[Tensor, "m n"]:
-        """One value a group, repeated over the group's columns."""
-        return spread(per_group, self.group, self.n)
+    def _each(
+        self, value: Float[Tensor, "m n"], per_group: Float[Tensor, "m g"], act: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Act in place on every group's columns with the group's number; the last group may be shorter."""
+        group = self.group or self.n
+        full = self.n // group
+        act(value[:, : full * group].unflatten(1, (full, group)), per_group[:, :full].unsqueeze(2))
+        act(value[:, full * group :], per_group[:, full:])
 
     def promises(self) -> Promises:
         return Promises(levels=len(_grid(self.grid).ascending[0]) or _grid(self.grid).count)

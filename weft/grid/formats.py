@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from weft.error import OptionError, ShapeError
-from weft.grid.bits import pack, packed_bytes, unpack
+from weft.grid.bits import digits, pack, packed_bytes, unpack
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,15 @@ class Grid:
         """Inverse of `pack` for rows of `n` codes."""
         if not self.per_byte:
             return unpack(data, self.bits, n)
-        return (data.unsqueeze(-1) // self._weights(data) % self.count).flatten(1)[:, :n]
+        return digits(data, self.count, self.per_byte, n)
 
     def _weights(self, like: Tensor) -> UInt8[Tensor, "k"]:
         return torch.tensor([self.count**i for i in range(self.per_byte)], dtype=torch.uint8, device=like.device)
 
     def value(self, codes: Tensor) -> Float[Tensor, "..."]:
         """What the codes of a table grid mean."""
-        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+        levels = torch.tensor(self.levels, device=codes.device)
+        return levels.index_select(0, codes.int().view(-1)).view(codes.shape)
 
     def nearest(self, x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         """The code of a table grid's nearest level; beyond the ends, that of the end."""

@@ -141,7 +141,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         on(N.bytes_are_counted, "masked"),
     ),
     "input gradient scaled": (
-        lambda: after_it(N.Expr.forward.__globals__["_FrozenProduct"], "backward", lambda g, *_: (g[0] * 1.001, None)),
+        lambda: after_it(N.Expr.forward.__globals__["FrozenProduct"], "backward", lambda g, *_: (g[0] * 1.001, None)),
         on(N.inputs_get_the_dense_gradient, "masked"),
     ),
     "trainable leaves detached": (

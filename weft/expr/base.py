@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.error import ShapeError, WeftError, raise_all
+from weft.expr.derived import Derived
+from weft.expr.products import FrozenProduct, product
 
 CHUNK = 1 << 24
 """Elements of a weight that are made dense at a time where a product can go row by row (64 MiB in float32)."""
@@ -157,8 +159,12 @@ class Expr(nn.Module):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         """x times the transposed value, in x's dtype. Frozen: nothing dense is kept for the backward."""
         if self.frozen():
-            return _FrozenProduct.apply(x, self)
+            return FrozenProduct.apply(x, self)
         return F.linear(x, self.dense().to(x.dtype))
+
+    def times(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        """x times the transposed value of a frozen expression, outside of any graph."""
+        return product(x, self)
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         """The rows with these indices (an embedding look-up)."""
@@ -190,20 +196,46 @@ class Expr(nn.Module):
                 changed[f.name] = torch.cat([t.detach() for t in held])
         return parts[0].rebuild(**changed)
 
-    def row_slices(self) -> Iterator[slice]:
-        """Consecutive ranges of rows, none of more than `CHUNK` entries."""
+    def row_slices(self, most: int | None = None) -> Iterator[slice]:
+        """Consecutive ranges of rows, none of more than `CHUNK` entries, nor than `most`."""
         m, n = self.shape
-        step = max(1, CHUNK // max(1, n))
+        step = max(1, min(CHUNK, most or CHUNK) // max(1, n))
         return (slice(i, min(i + step, m)) for i in range(0, m, step))
 
-    def slices(self) -> Iterator[Expr]:
-        """The expression in slices of rows, none of more than `CHUNK` dense entries."""
-        for s in self.row_slices():
+    def slices(self, most: int | None = None) -> Iterator[Expr]:
+        """The expression in slices of rows, none of more than `CHUNK` dense entries, nor than `most`."""
+        for s in self.row_slices(most):
             yield self if s == slice(0, self.shape[0]) else self.take(s)
 
     def rebuild(self, **changed: Any) -> Self:
         """The same node with some fields replaced; the others are shared."""
         return type(self)(**{f.name: changed.get(f.name, getattr(self, f.name)) for f in fields(type(self))})
+
+    def derive(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What `make` gives, kept here under a name until a tensor that it was made of is replaced, written or trainable."""
+        held: dict[str, Derived] = self.__dict__.setdefault("_derived", {})
+        kept = held.get(name)
+        if kept is None or not kept.good():
+            with torch.inference_mode(False), torch.no_grad():
+                kept = held[name] = make()
+        return kept
+
+    def derived(self) -> Iterator[Tensor]:
+        """Every tensor that is kept here."""
+        held: dict[str, Derived] = self.__dict__.get("_derived", {})
+        return (t for kept in held.values() for t in kept.value)
+
+    def drop_derived(self) -> None:
+        """Forget what is kept here and in the children."""
+        for node in self.modules():
+            node.__dict__.pop("_derived", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_derived"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.__dict__.pop("_derived", None)
+        return super()._apply(fn, recurse)
 
     def promises(self) -> Promises:
         """What is known of the value by construction."""
@@ -242,31 +274,3 @@ class Expr(nn.Module):
 def tensors(expr: Expr) -> dict[str, Tensor]:
     """Every tensor of the tree by its path, as they are stored."""
     return {**dict(expr.named_parameters(remove_duplicate=False)), **dict(expr.named_buffers(remove_duplicate=False))}
-
-
-def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:
-    """x times the transposed value, at most `CHUNK` dense entries at a time."""
-    parts = [F.linear(x, part.dense().to(x.dtype)) for part in expr.slices()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def product_transposed(g: Float[Tensor, "*b m"], expr: Expr) -> Float[Tensor, "*b n"]:
-    """g times the value, at most `CHUNK` dense entries at a time."""
-    x: Tensor | None = None
-    for rows, part in zip(expr.row_slices(), expr.slices(), strict=True):
-        y = g[..., rows] @ part.dense().to(g.dtype)
-        x = y if x is None else x.add_(y)
-    return x if x is not None else g.new_zeros(*g.shape[:-1], expr.shape[1])
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A product with a frozen weight whose backward makes the weight dense again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, expr: Expr) -> Tensor:
-        ctx.expr = expr
-        return product(x, expr)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return product_transposed(grads[0], ctx.expr), None

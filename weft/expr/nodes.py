@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weft.error import ShapeError
 from weft.expr.base import CHUNK, Expr, Promises
+from weft.expr.kernels import packed_product
 from weft.grid import grid as _grid
 from weft.grid import pack, packed_bytes, scale_format, unpack
 
@@ -180,6 +181,14 @@ class Quantized(Expr):
                 value.sub_(zeros)
         self._each(value, self.scales(), torch.Tensor.mul_)
         return value
+
+    def spread(self, per_group: Float[Tensor, "m g"]) -> Float[Tensor, "m n"]:
+        """One value a group, repeated over the group's columns."""
+        return spread(per_group, self.group, self.n)
+
+    def times(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        y = packed_product(x, self)
+        return super().times(x) if y is None else y
 
     def _each(
         self, value: Float[Tensor, "m n"], per_group: Float[Tensor, "m g"], act: Callable[[Tensor, Tensor], Tensor]

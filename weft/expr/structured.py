@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.error import ShapeError
 from weft.expr.base import Expr, Promises
 from weft.expr.nodes import Dense
+from weft.expr.products import FrozenProduct
 from weft.expr.sparse import Masked
 from weft.grid import pack, packed_bytes, unpack
 
@@ -218,7 +219,9 @@ class Blocks(Expr):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         size, width = self.kept.shape[0] // self.count, self.kept.shape[1]
         parts = (
-            self.kept.take(slice(i * size, (i + 1) * size))(x[..., i * width : (i + 1) * width])
+            FrozenProduct.apply(
+                x[..., i * width : (i + 1) * width], self.kept.take(slice(i * size, (i + 1) * size)), True
+            )
             if self.frozen()
             else F.linear(x[..., i * width : (i + 1) * width], self.kept.dense()[i * size : (i + 1) * size].to(x.dtype))
             for i in range(self.count)

@@ -13,9 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.error import FormatError, ShapeError
-from weft.expr.base import NODES, Expr, Promises, fields
+from weft.expr.base import NODES, Expr, Promises, fields, tensors
+from weft.expr.derived import Derived
 from weft.expr.generated import Hadamard, Permutation
-from weft.expr.nodes import Diagonal
+from weft.expr.nodes import Dense, Diagonal
+from weft.expr.products import CACHED
 
 SIDES = (Diagonal, Permutation, Hadamard)
 """What the normal form has at its sides: cheap on activations, and invertible where no entry is zero."""
@@ -171,6 +173,26 @@ def total(terms: Mapping[str, Expr]) -> Expr:
     """The expression of these terms: flat, and no sum around a lone base."""
     flat = terms_of(Sum(terms)) if "base" in terms else dict(terms)
     return flat["base"] if list(flat) == ["base"] else Sum(flat)
+
+
+def dense_copy(expr: Expr, dtype: torch.dtype) -> tuple[Tensor | None, list[Expr]]:
+    """The sum of the frozen terms, dense, in this dtype and kept with the expression (None: there are none), and the others."""
+    kept = expr.derive(f"dense {dtype}", lambda: _copy(expr, dtype))
+    live = [t for t in terms_of(expr).values() if not any(t is tree for tree in kept.trees)]
+    return (kept.value[0] if kept.value else None), live
+
+
+def _copy(expr: Expr, dtype: torch.dtype) -> Derived:
+    frozen = {r: t for r, t in terms_of(expr).items() if t.frozen()}
+    if not frozen:
+        return Derived((), ())
+    whole = next(iter(frozen.values())) if len(frozen) == 1 else Sum(frozen)
+    if isinstance(whole, Dense) and whole.w.dtype == dtype:
+        return Derived(frozen.values(), (whole.w.detach(),))
+    out = torch.empty(whole.shape, dtype=dtype, device=next(iter(tensors(whole).values())).device)
+    for rows, part in zip(whole.row_slices(CACHED), whole.slices(CACHED), strict=True):
+        out[rows] = part.dense()
+    return Derived(frozen.values(), (out,))
 
 
 def fork(expr: Expr) -> Expr:

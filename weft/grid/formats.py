@@ -46,6 +46,20 @@ class Grid:
         """The largest level of a table grid."""
         return float(self.ascending[0][-1])
 
+    @functools.cached_property
+    def steps(self) -> tuple[float, float, tuple[int, ...]] | None:
+        """Evenly spaced levels, before a zero point, as least + step k: the step, the least, and every code's whole k below 256.
+
+        None where the levels are not evenly spaced.
+        """
+        if self.levels is None:
+            return 1.0, 0.0, tuple(range(self.count))
+        order = self.ascending[0].double()
+        step, least = float(order.diff().min()), float(order[0])
+        numbers = [(v - least) / step for v in self.levels]
+        good = all(k == k // 1 and k < 256 for k in numbers)
+        return (step, least, tuple(int(k) for k in numbers)) if good else None
+
     def row_bytes(self, n: int) -> int:
         """Bytes that `n` codes take."""
         return -(-n // self.per_byte) if self.per_byte else packed_bytes(n, self.bits)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import weft
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, OptionError
-from weft.expr import Dense, Expr, tensors
+from weft.expr import Dense, tensors
 from weft.model import expressions, fingerprint, fork, is_woven, mode, set_expressions, unweave, weave
 
 CHAINS = {"plain": (), "int4": ("rtn",), "nf4 of half": ("magnitude", "nf4"), "with adapter": ("rtn", "lora")}
@@ -35,7 +35,7 @@ def woven(tiny: Any, family: str = "llama-tied", chain: str = "int4") -> Any:
 
 def copies(model: Any) -> list[torch.Tensor]:
     """Every derived tensor."""
-    return [t for node in model.modules() if isinstance(node, Expr) for t in node.derived()]
+    return [t for e in expressions(model).values() for t in e.derived()]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -221,9 +221,10 @@ class Expr(nn.Module):
         return kept
 
     def derived(self) -> Iterator[Tensor]:
-        """Every tensor that is kept here."""
-        held: dict[str, Derived] = self.__dict__.get("_derived", {})
-        return (t for kept in held.values() for t in kept.value)
+        """Every tensor that is kept here and in the children."""
+        for node in self.modules():
+            held: dict[str, Derived] = node.__dict__.get("_derived", {})
+            yield from (t for kept in held.values() for t in kept.value)
 
     def drop_derived(self) -> None:
         """Forget what is kept here and in the children."""

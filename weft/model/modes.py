@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weft.error import OptionError
 from weft.expr import Expr, dense_copy
-from weft.model.weave import places
+from weft.model.weave import expressions, places
 
 Mode = Literal["memory", "speed"]
 
@@ -50,7 +50,7 @@ def mode(model: nn.Module, to: Mode | None = None) -> Resident:
         dense_copy(module.expr, module.compute)
     now: Mode = "speed" if any(module.speed for module in modules) else "memory"
     stored = _bytes((*model.parameters(), *model.buffers()))
-    kept = (t for node in model.modules() if isinstance(node, Expr) for t in node.derived())
+    kept = (t for expr in expressions(model).values() for t in expr.derived())
     return Resident(now, sum(stored.values()), sum(size for at, size in _bytes(kept).items() if at not in stored))
 
 

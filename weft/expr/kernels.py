@@ -32,20 +32,19 @@ _BAG = 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """A packed product: what it takes, how that is laid out, and x [t n] times the transposed value."""
+    """A packed product: how a leaf is laid out for it, and x [t n] times the transposed value."""
 
     name: str
     dtypes: tuple[torch.dtype, ...]
-    rows: int
-    """It is used up to so many rows of inputs."""
-    takes: Callable[[Quantized], bool]
+    rows: Callable[[Quantized], int]
+    """Up to how many rows of inputs it is used; 0 where it does not take the leaf."""
     lay_out: Callable[[Quantized], Layout]
     multiply: Callable[[Float[Tensor, "t n"], Quantized, Layout], Float[Tensor, "t m"]]
 
 
 def kernel(leaf: Quantized, dtype: torch.dtype, rows: int) -> Kernel | None:
     """The kernel for so many rows of inputs of this dtype; None where the product is dense."""
-    return next((k for k in KERNELS if dtype in k.dtypes and 0 < rows <= k.rows and k.takes(leaf)), None)
+    return next((k for k in KERNELS if dtype in k.dtypes and 0 < rows <= k.rows(leaf)), None)
 
 
 def packed_product(x: Float[Tensor, "*b n"], leaf: Quantized) -> Float[Tensor, "*b m"] | None:
@@ -87,8 +86,8 @@ def _short_scales(leaf: Quantized) -> bool:
 # ------------------------------------------------------------------------------------------------------------ four bits
 
 
-def _takes_int4(leaf: Quantized) -> bool:
-    return _even(leaf, 15) and _short_scales(leaf) and leaf.group % _SIZES[-1] == 0
+def _rows_int4(leaf: Quantized) -> int:
+    return 16 if _even(leaf, 15) and _short_scales(leaf) and leaf.group % _SIZES[-1] == 0 else 0
 
 
 def _size(leaf: Quantized) -> int:
@@ -132,9 +131,9 @@ def _multiply_int4(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> 
 # ----------------------------------------------------------------------------------------------- eight bits, a scale a row
 
 
-def _takes_int8(leaf: Quantized) -> bool:
+def _rows_int8(leaf: Quantized) -> int:
     good = _even(leaf, 255) and _short_scales(leaf) and leaf.groups == 1 and leaf.symmetric
-    return good and leaf.grid != "sign"  # which has no zero to count from
+    return 16 if good and leaf.grid != "sign" else 0  # sign has no zero to count from
 
 
 def _lay_out_int8(leaf: Quantized) -> Layout:
@@ -151,10 +150,11 @@ def _multiply_int8(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> 
 # ---------------------------------------------------------------------------------------- any group, exact up to float32
 
 
-def _takes_bag(leaf: Quantized) -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines and (
-        _even(leaf, 255 if leaf.symmetric else 127) and (leaf.group == 0 or leaf.group >= 16)
-    )
+def _rows_bag(leaf: Quantized) -> int:
+    good = _even(leaf, 255 if leaf.symmetric else 127) and (leaf.group == 0 or leaf.group >= 16)
+    if not good or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return 0
+    return 8 if grid(leaf.grid).bits == 8 else 16  # whole bytes are made dense sooner
 
 
 def _lay_out_bag(leaf: Quantized) -> Layout:
@@ -178,8 +178,8 @@ def _multiply_bag(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> F
 
 
 KERNELS = (
-    Kernel("int4pack", (torch.bfloat16,), 16, _takes_int4, _lay_out_int4, _multiply_int4),
-    Kernel("int8pack", (torch.bfloat16,), 16, _takes_int8, _lay_out_int8, _multiply_int8),
-    Kernel("bag", (torch.float32, torch.bfloat16, torch.float16), 8, _takes_bag, _lay_out_bag, _multiply_bag),
+    Kernel("int4pack", (torch.bfloat16,), _rows_int4, _lay_out_int4, _multiply_int4),
+    Kernel("int8pack", (torch.bfloat16,), _rows_int8, _lay_out_int8, _multiply_int8),
+    Kernel("bag", (torch.float32, torch.bfloat16, torch.float16), _rows_bag, _lay_out_bag, _multiply_bag),
 )
 """In order of preference; `rows` as measured by benchmarks/kernels.py."""

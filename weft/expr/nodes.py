@@ -170,11 +170,11 @@ class Quantized(Expr):
         return unpack(self.data[:, -packed_bytes(self.groups, bits) :], bits, self.groups).float()
 
     def dense(self) -> Float[Tensor, "m n"]:
-        spec, codes = _grid(self.grid), self.codes()
+        spec = _grid(self.grid)
         if spec.levels is not None:
-            value = spec.value(codes)
+            value = spec.decode(self.data[:, : spec.row_bytes(self.n)], self.n)
         else:
-            value, zeros = codes.float(), self.zeros()
+            value, zeros = self.codes().float(), self.zeros()
             if isinstance(zeros, Tensor):
                 self._each(value, zeros, torch.Tensor.sub_)
             else:

@@ -88,6 +88,19 @@ class Grid:
         levels = torch.tensor(self.levels, device=codes.device)
         return levels.index_select(0, codes.int().view(-1)).view(codes.shape)
 
+    def decode(self, data: UInt8[Tensor, "m bytes"], n: int) -> Float[Tensor, "m n"]:
+        """What packed codes of a table grid mean; of four bits, both values of a byte in one look-up."""
+        if self.bits != 4:
+            return self.value(self.unpack(data, n))
+        made = self._pairs.to(data.device).index_select(0, data.int().view(-1)).view(torch.float32)
+        return made.view(len(data), 2 * data.shape[1])[:, :n].contiguous()
+
+    @functools.cached_property
+    def _pairs(self) -> Tensor:
+        """For every byte the values of its two codes, as one word."""
+        levels = torch.tensor(self.levels)
+        return torch.stack([levels.repeat(16), levels.repeat_interleave(16)], 1).view(torch.int64).view(-1)
+
     def nearest(self, x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         """The code of a table grid's nearest level; beyond the ends, that of the end."""
         levels, codes = (t.to(x.device) for t in self.ascending)

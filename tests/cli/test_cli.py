@@ -190,6 +190,22 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert said.exit_code == 0
 
 
+def test_both_modes_run_and_tell_their_bytes(model: Path, texts: Path, tmp_path: Path) -> None:
+    small = str(tmp_path / "small")
+    weft_("rtn", str(model), "--group", "16", "--out", small, "-q")
+    rows, said = {}, {}
+    for name in ("memory", "speed"):
+        how = ["--data", str(texts), "--limit", "6", "--mode", name, "--json"]
+        rows[name] = json.loads(weft_("eval", small, *how).stdout)[0]
+        said[name] = weft_("generate", small, "the cat", "--max-new-tokens", "4", "--mode", name)
+        assert rows[name]["mode"] == name and said[name].exit_code == 0
+        assert re.search(rf"{name} mode: \d+ resident bytes", said[name].stderr) and "bytes" not in said[name].stdout
+    assert rows["memory"]["resident_bytes"] < rows["speed"]["resident_bytes"]
+    assert rows["memory"]["mean"] == pytest.approx(rows["speed"]["mean"], rel=1e-4)
+    assert said["memory"].stdout == said["speed"].stdout
+    assert weft_("generate", small, "the cat", "--mode", "fast").exit_code == 2
+
+
 def test_recorded_fallbacks_are_3(model: Path, tmp_path: Path) -> None:
     small = str(tmp_path / "small")
     weft_("rtn", str(model), "--group", "16", "--out", small, "-q")

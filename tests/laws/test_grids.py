@@ -68,6 +68,17 @@ def test_grids_are_found_by_name(name: str) -> None:
         grid(f"{name}x")
 
 
+@pytest.mark.parametrize("n", [0, 1, 5, 8])
+@pytest.mark.parametrize("name", [name for name, g in GRIDS.items() if g.levels is not None])
+def test_packed_codes_are_decoded_to_their_levels(name: str, n: int) -> None:
+    """Every code at every place, to the bit."""
+    spec = grid(name)
+    codes = torch.arange(3 * spec.count * n).view(-1, n).remainder(spec.count) if n else torch.zeros(2, 0)
+    want = torch.tensor([[spec.levels[c] for c in row] for row in codes.int().tolist()]).view(len(codes), n)
+    made = spec.decode(spec.pack(codes.to(torch.uint8)), n)
+    assert torch.equal(made.view(torch.int32), want.view(torch.int32)) and made.is_contiguous()
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_scale_formats_are_found_by_name(name: str) -> None:
     """As grids are."""

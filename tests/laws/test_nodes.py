@@ -321,7 +321,7 @@ def leaves_get_the_dense_gradient(e: Expr) -> None:
 def frozen_keeps_nothing_dense(e: Expr) -> None:
     """Between forward and backward a frozen expression holds no tensor of m n entries but its own."""
     m, n = e.shape
-    if m == 1 and nodes_in(e) & {"SparseDelta", "Hadamard"}:
+    if m == 1 and nodes_in(e) & {"Hadamard"}:
         return  # what they make of one row of inputs is as large as the weight
     own = {t.untyped_storage().data_ptr() for t in tensors(e).values()}
     kept: list[tuple[int, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.engine import Group, get
-from weft.expr import Codebook, Dense, Expr, Hadamard, Masked, Quantized, SparseDelta, Sum, generated, tensors
+from weft.expr import Codebook, Dense, Expr, Hadamard, Masked, Quantized, SparseDelta, Sum, generated, kernels, tensors
+from weft.expr.derived import Derived
 from weft.grid import Grid, ScaleFormat, bits
 from weft.linalg import grids
 from weft.linalg.grids import minmax
 from weft.linalg.lowrank import truncate
 
-from . import test_grids, test_nodes, test_rewrites, test_searches
+from . import test_grids, test_kernels, test_nodes, test_rewrites, test_searches
 from .cases import EXPRS, randn, rng, weight
 
 Bug = AbstractContextManager[Any]
@@ -37,7 +39,7 @@ def swapped(data: Tensor, codes: Tensor, width: int) -> Tensor:
     return PACK(codes[:, [1, 0, *range(2, codes.shape[1])]] if codes.shape[1] > 1 else codes, width)
 
 
-PACK = bits.pack
+PACK, INT4 = bits.pack, kernels.KERNELS[0]
 
 
 def unpushed(w: Tensor, upper: Tensor, settle: Callable[..., Tensor], start: Any = None) -> Tensor:
@@ -75,10 +77,22 @@ def codes() -> Tensor:
 
 
 RTN = get("rtn").fn
-N, G, R, S = test_nodes, test_grids, test_rewrites, test_searches
+K, N, G, R, S = test_kernels, test_nodes, test_grids, test_rewrites, test_searches
 ULP: Callable[..., Tensor] = lambda t, *_: torch.nextafter(t, t + 1)  # noqa: E731
 
 BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
+    "a layout that stays": (
+        lambda: swap(Derived, "good", lambda _: True),
+        lambda: K.test_no_layout_is_stale(K.change_written, torch.float32),
+    ),
+    "a layout that is copied": (
+        lambda: swap(Expr, "__getstate__", lambda e: dict(e.__dict__)),
+        lambda: K.test_a_layout_is_made_once_and_never_copied(torch.bfloat16),
+    ),
+    "an offset's rest forgotten": (
+        lambda: swap(kernels, "KERNELS", (dataclasses.replace(INT4, lay_out=lambda e: INT4.lay_out(e)[:2]),)),
+        lambda: K.test_inputs_of_one_sign_lose_nothing(torch.bfloat16, False, 1),
+    ),
     "scales one ulp off": (lambda: after_it(Quantized, "scales", ULP), on(N.value_is_the_definition, "int4-g5")),
     "mask one column off": (
         lambda: after_it(Masked, "mask", lambda t, *_: t.roll(1, 1)),
@@ -141,7 +155,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         on(N.bytes_are_counted, "masked"),
     ),
     "input gradient scaled": (
-        lambda: after_it(N.Expr.forward.__globals__["_FrozenProduct"], "backward", lambda g, *_: (g[0] * 1.001, None)),
+        lambda: after_it(N.Expr.forward.__globals__["FrozenProduct"], "backward", lambda g, *_: (g[0] * 1.001, None)),
         on(N.inputs_get_the_dense_gradient, "masked"),
     ),
     "trainable leaves detached": (

@@ -28,6 +28,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace a result that is there.")]
 CacheFolder = Annotated[Path | None, typer.Option(help="Where intermediate results are kept ($WEFT_CACHE).")]
+Mode = Annotated[
+    str, typer.Option(help="memory: weights stay packed. speed: a dense copy of each.", metavar="memory|speed")
+]
 DataName = Annotated[str | None, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.")]
 
 
@@ -139,6 +142,7 @@ def eval_(
         str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
     ],
     limit: Annotated[int | None, typer.Option(help="The first documents only.", min=1)] = None,
+    mode: Mode = "memory",
     as_json: AsJson = False,
 ) -> None:
     """Score a model: the mean with its 95 % interval over documents; lower is better."""
@@ -146,18 +150,27 @@ def eval_(
     from weft.score import examples
 
     documents = examples(data, "test")  # bad data shows before the model is loaded
-    emit([{"model": model, **weft.evaluate(load(model), documents, limit=limit), "task": data}], as_json=as_json)
+    woven = load(model)
+    weft.mode(woven, cast(Literal["memory", "speed"], mode))
+    scored = {"model": model, **weft.evaluate(woven, documents, limit=limit), "task": data}
+    ran = weft.mode(woven)
+    emit([{**scored, "mode": ran.mode, "resident_bytes": ran.total}], as_json=as_json)
 
 
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    mode: Mode = "memory",
 ) -> None:
     """Let a language model go on from a prompt, greedily."""
     import weft
 
-    typer.echo(weft.generate(load(model), prompt, max_new_tokens))
+    woven = load(model)
+    weft.mode(woven, cast(Literal["memory", "speed"], mode))
+    typer.echo(weft.generate(woven, prompt, max_new_tokens))
+    ran = weft.mode(woven)
+    say(f"{ran.mode} mode: {ran.total} resident bytes, {ran.derived} of them derived")
 
 
 def train(

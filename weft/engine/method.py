@@ -179,7 +179,19 @@ def method(
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
         moves = str(hints["return"].kind) if kind == "transport" else ""
         made = Method(
-            fn, kind, tuple(rows.split()), paper, frozenset(needs), per, whole, rowwise, drops, beats, on, moves, options
+            fn,
+            kind,
+            tuple(rows.split()),
+            paper,
+            frozenset(needs),
+            per,
+            whole,
+            rowwise,
+            drops,
+            beats,
+            on,
+            moves,
+            options,
         )
         METHODS[made.name] = made
         return made

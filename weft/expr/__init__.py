@@ -6,19 +6,34 @@ The folder is the list of nodes: every class of Expr in a file of it is one, by 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from weft.expr.base import CHUNK, NODES, Expr, Promises, identity, product, tensors
+from weft.expr.base import CHUNK, NODES, Expr, Promises, identity, tensors
 from weft.expr.fields import Field, fields
 from weft.expr.generated import Basis, Hadamard, Permutation, hadamard
 from weft.expr.nodes import Dense, Diagonal, LowRank, Quantized, spread
+from weft.expr.products import product
 from weft.expr.routed import Routed
 from weft.expr.sparse import NM, Masked
 from weft.expr.structured import Blocks, Codebook, Kronecker, SparseDelta
-from weft.expr.tree import SIDES, Normal, Product, Sum, build, fork, normal, spec, stack, terms_of, total, valueless
+from weft.expr.tree import (
+    SIDES,
+    Normal,
+    Product,
+    Sum,
+    build,
+    dense_copy,
+    fork,
+    normal,
+    spec,
+    stack,
+    terms_of,
+    total,
+    valueless,
+)
 
 __all__ = [
     "CHUNK", "NM", "NODES", "SIDES", "Basis", "Blocks", "Codebook", "Dense", "Diagonal", "Expr", "Field", "Hadamard", "Kronecker",
     "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "SparseDelta", "Sum", "build",
-    "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of", "total",
+    "dense_copy", "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of", "total",
     "valueless",
 ]  # fmt: skip
 

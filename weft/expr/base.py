@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, ClassVar, Self, cast
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from weft.error import ShapeError, raise_all
+from weft.expr.derived import Derived
 from weft.expr.fields import Field, defaults, each, fields, misfit
+from weft.expr.products import FrozenProduct, product
 
 CHUNK = 1 << 24
 """Elements of a weight that are made dense at a time where a product can go row by row (64 MiB in float32)."""
@@ -121,10 +123,14 @@ class Expr(nn.Module):
             return self._plain_product(x)
         if torch.compiler.is_compiling():  # a compiler sees every step of `dense`, and makes it again in the backward
             return cast(Tensor, _AGAIN(self._plain_product, x, use_reentrant=False))
-        return _FrozenProduct.apply(x, self)
+        return FrozenProduct.apply(x, self)
 
     def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         return F.linear(x, self.dense().to(x.dtype))
+
+    def times(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        """x times the transposed value of a frozen expression, outside of any graph."""
+        return product(x, self)
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         """The rows with these indices (an embedding look-up)."""
@@ -161,15 +167,15 @@ class Expr(nn.Module):
                 changed[f.name] = torch.cat([t.detach() for t in held])
         return parts[0].rebuild(**changed)
 
-    def row_slices(self) -> Iterator[slice]:
-        """Consecutive ranges of rows, none of more than `CHUNK` entries."""
+    def row_slices(self, most: int | None = None) -> Iterator[slice]:
+        """Consecutive ranges of rows, none of more than `CHUNK` entries, nor than `most`."""
         m, n = self.shape
-        step = max(1, CHUNK // max(1, n))
+        step = max(1, min(CHUNK, most or CHUNK) // max(1, n))
         return (slice(i, min(i + step, m)) for i in range(0, m, step))
 
-    def slices(self) -> Iterator[Expr]:
-        """The expression in slices of rows, none of more than `CHUNK` dense entries."""
-        for s in self.row_slices():
+    def slices(self, most: int | None = None) -> Iterator[Expr]:
+        """The expression in slices of rows, none of more than `CHUNK` dense entries, nor than `most`."""
+        for s in self.row_slices(most):
             yield self if s == slice(0, self.shape[0]) else self.take(s)
 
     def rebuild(self, **changed: Any) -> Self:
@@ -182,6 +188,33 @@ class Expr(nn.Module):
         if f.kind == "children":
             return dict(held.items()) if f.named else tuple(held)
         return held
+
+    def derive(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What `make` gives, kept here under a name until a tensor that it was made of is replaced, written or trainable."""
+        held: dict[str, Derived] = self.__dict__.setdefault("_derived", {})
+        kept = held.get(name)
+        if kept is None or not kept.good():
+            with torch.inference_mode(False), torch.no_grad():
+                kept = held[name] = make()
+        return kept
+
+    def derived(self) -> Iterator[Tensor]:
+        """Every tensor that is kept here and in the children."""
+        for node in self.modules():
+            held: dict[str, Derived] = node.__dict__.get("_derived", {})
+            yield from (t for kept in held.values() for t in kept.value)
+
+    def drop_derived(self) -> None:
+        """Forget what is kept here and in the children."""
+        for node in self.modules():
+            node.__dict__.pop("_derived", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_derived"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.__dict__.pop("_derived", None)
+        return super()._apply(fn, recurse)
 
     def promises(self) -> Promises:
         """What is known of the value by construction."""
@@ -234,31 +267,3 @@ def identity(t: Tensor) -> object:
 
 def _joined(*parts: Expr) -> Expr:
     return type(parts[0]).join(parts)
-
-
-def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:
-    """x times the transposed value, at most `CHUNK` dense entries at a time."""
-    parts = [F.linear(x, part.dense().to(x.dtype)) for part in expr.slices()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def product_transposed(g: Float[Tensor, "*b m"], expr: Expr) -> Float[Tensor, "*b n"]:
-    """g times the value, at most `CHUNK` dense entries at a time."""
-    x: Tensor | None = None
-    for rows, part in zip(expr.row_slices(), expr.slices(), strict=True):
-        y = g[..., rows] @ part.dense().to(g.dtype)
-        x = y if x is None else x.add_(y)
-    return x if x is not None else g.new_zeros(*g.shape[:-1], expr.shape[1])
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A product with a frozen weight whose backward makes the weight dense again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, expr: Expr) -> Tensor:
-        ctx.expr = expr
-        return product(x, expr)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return product_transposed(grads[0], ctx.expr), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from weft.error import ShapeError
 from weft.expr.base import CHUNK, Expr, Promises
+from weft.expr.kernels import packed_product
 from weft.grid import grid as _grid
 from weft.grid import pack, packed_bytes, scale_format, unpack
 
@@ -168,17 +170,34 @@ class Quantized(Expr):
         return unpack(self.data[:, -packed_bytes(self.groups, bits) :], bits, self.groups).float()
 
     def dense(self) -> Float[Tensor, "m n"]:
-        spec, codes = _grid(self.grid), self.codes()
+        spec = _grid(self.grid)
         if spec.levels is not None:
-            value = spec.value(codes)
+            value = spec.decode(self.data[:, : spec.row_bytes(self.n)], self.n)
         else:
-            zeros = self.zeros()
-            value = codes.float().sub_(self.spread(zeros) if isinstance(zeros, Tensor) else zeros)
-        return value.mul_(self.spread(self.scales()))
+            value, zeros = self.codes().float(), self.zeros()
+            if isinstance(zeros, Tensor):
+                self._each(value, zeros, torch.Tensor.sub_)
+            else:
+                value.sub_(zeros)
+        self._each(value, self.scales(), torch.Tensor.mul_)
+        return value
 
     def spread(self, per_group: Float[Tensor, "m g"]) -> Float[Tensor, "m n"]:
         """One value a group, repeated over the group's columns."""
         return spread(per_group, self.group, self.n)
+
+    def times(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        y = packed_product(x, self)
+        return super().times(x) if y is None else y
+
+    def _each(
+        self, value: Float[Tensor, "m n"], per_group: Float[Tensor, "m g"], act: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Act in place on every group's columns with the group's number; the last group may be shorter."""
+        group = self.group or self.n
+        full = self.n // group
+        act(value[:, : full * group].unflatten(1, (full, group)), per_group[:, :full].unsqueeze(2))
+        act(value[:, full * group :], per_group[:, full:])
 
     def promises(self) -> Promises:
         return Promises(levels=len(_grid(self.grid).ascending[0]) or _grid(self.grid).count)

@@ -122,7 +122,8 @@ class NM(Expr):
 
     def mask(self) -> Bool[Tensor, "m n"]:
         codes = unpack(self.patterns, _pattern_bits(self.keep, self.of_every), self.shape[1] // self.of_every)
-        return _patterns(self.keep, self.of_every).to(codes.device)[codes.int()].flatten(1)
+        chosen = _patterns(self.keep, self.of_every).to(codes.device).index_select(0, codes.int().view(-1))
+        return chosen.view(self.shape)
 
     def dense(self) -> Float[Tensor, "m n"]:
         return _scatter(self.kept, self.mask())

@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.error import ShapeError
 from weft.expr.base import Expr, Promises
 from weft.expr.nodes import Dense
+from weft.expr.products import FrozenProduct
 from weft.expr.sparse import Masked
 from weft.grid import pack, packed_bytes, unpack
 
@@ -125,8 +126,13 @@ class SparseDelta(Expr):
         return value.new_zeros(self.shape).index_put((self._at(), self.columns.long()), value)
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        picked = x.index_select(-1, self.columns) * self.values.to(x.dtype)
-        return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, self._at(), picked)
+        inner = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        starts = (self.counts.cumsum(0) - self.counts).int()
+        y = F.embedding_bag(  # row i sums the inputs at its columns, each times its value
+            self.columns, inner.T.to(wide), starts, mode="sum", per_sample_weights=self.values.to(wide)
+        )
+        return y.T.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         ends = self.counts.cumsum(0)
@@ -219,7 +225,9 @@ class Blocks(Expr):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         size, width = self.kept.shape[0] // self.count, self.kept.shape[1]
         parts = (
-            self.kept.take(slice(i * size, (i + 1) * size))(x[..., i * width : (i + 1) * width])
+            FrozenProduct.apply(
+                x[..., i * width : (i + 1) * width], self.kept.take(slice(i * size, (i + 1) * size)), True
+            )
             if self.frozen() and not torch.compiler.is_compiling()
             else F.linear(x[..., i * width : (i + 1) * width], self.kept.dense()[i * size : (i + 1) * size].to(x.dtype))
             for i in range(self.count)

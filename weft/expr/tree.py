@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, ShapeError, WeftError
 from weft.expr.base import NODES, Expr, Promises, identity, tensors
+from weft.expr.derived import Derived
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
-from weft.expr.nodes import Diagonal
+from weft.expr.nodes import Dense, Diagonal
+from weft.expr.products import CACHED
 
 SIDES = (Diagonal, Permutation, Hadamard)
 """What the normal form has at its sides: cheap on activations, and invertible where no entry is zero."""
@@ -190,6 +192,26 @@ def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:
 def valueless(exprs: Mapping[str, Expr]) -> list[WeftError]:
     """Of these weights by name, why some are no matrices."""
     return [no_value(name, terms_of(e)) for name, e in exprs.items() if not e.is_matrix]
+
+
+def dense_copy(expr: Expr, dtype: torch.dtype) -> tuple[Tensor | None, list[Expr]]:
+    """The sum of the frozen terms, dense, in this dtype and kept with the expression (None: there are none), and the others."""
+    kept = expr.derive(f"dense {dtype}", lambda: _copy(expr, dtype))
+    live = [t for t in terms_of(expr).values() if not any(t is tree for tree in kept.trees)]
+    return (kept.value[0] if kept.value else None), live
+
+
+def _copy(expr: Expr, dtype: torch.dtype) -> Derived:
+    frozen = {r: t for r, t in terms_of(expr).items() if t.frozen() and t.is_matrix}
+    if not frozen:
+        return Derived((), ())
+    whole = next(iter(frozen.values())) if len(frozen) == 1 else Sum(frozen)
+    if isinstance(whole, Dense) and whole.w.dtype == dtype:
+        return Derived(frozen.values(), (whole.w.detach(),))
+    out = torch.empty(whole.shape, dtype=dtype, device=next(iter(tensors(whole).values())).device)
+    for rows, part in zip(whole.row_slices(CACHED), whole.slices(CACHED), strict=True):
+        out[rows] = part.dense()
+    return Derived(frozen.values(), (out,))
 
 
 def fork(expr: Expr) -> Expr:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -51,12 +53,30 @@ def unpack(data: UInt8[Tensor, "m bytes"], bits: int, n: int) -> UInt8[Tensor, "
         return data[:, :n]
     m, mask = data.shape[0], (1 << bits) - 1
     if 8 % bits == 0:
-        per = 8 // bits
-        out = torch.stack([(data >> (bits * i)) & mask for i in range(per)], -1)  # [m bytes per]
-        return out.flatten(1)[:, :n]
+        return digits(data, 1 << bits, 8 // bits, n)
     words = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).view(m, -1, bits)  # [m words bits]
     word = words[..., 0].long()
     for k in range(1, bits):
         word |= words[..., k].long() << (8 * k)
     out = torch.stack([((word >> (bits * i)) & mask).to(torch.uint8) for i in range(8)], -1)  # [m words 8]
     return out.flatten(1)[:, :n]
+
+
+def digits(data: UInt8[Tensor, "m bytes"], base: int, per: int, n: int) -> UInt8[Tensor, "m n"]:
+    """The `per` lowest digits of every byte to this base, lowest first, as rows of `n`. All of a byte in one look-up."""
+    words = _words(base, per).to(data.device)
+    out = words.index_select(0, data.int().view(-1)).view(torch.uint8).view(*data.shape, words.element_size())
+    return out[..., :per].flatten(1)[:, :n]
+
+
+@functools.cache
+def _words(base: int, per: int) -> Tensor:
+    """For every byte a word that holds its digits in its own bytes."""
+    bytes_, word = next((k, t) for k, t in _WORDS.items() if k >= per)
+    out = torch.zeros(256, bytes_, dtype=torch.uint8)
+    for i in range(per):
+        out[:, i] = torch.arange(256) // base**i % base
+    return out.view(word).view(-1)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

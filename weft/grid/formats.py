@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from weft.error import OptionError, ShapeError
-from weft.grid.bits import pack, packed_bytes, unpack
+from weft.grid.bits import digits, pack, packed_bytes, unpack
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,20 @@ class Grid:
         """The largest level of a table grid."""
         return float(self.ascending[0][-1])
 
+    @functools.cached_property
+    def steps(self) -> tuple[float, float, tuple[int, ...]] | None:
+        """Evenly spaced levels, before a zero point, as least + step k: the step, the least, and every code's whole k below 256.
+
+        None where the levels are not evenly spaced.
+        """
+        if self.levels is None:
+            return 1.0, 0.0, tuple(range(self.count))
+        order = self.ascending[0].double()
+        step, least = float(order.diff().min()), float(order[0])
+        numbers = [(v - least) / step for v in self.levels]
+        good = all(k == k // 1 and k < 256 for k in numbers)
+        return (step, least, tuple(int(k) for k in numbers)) if good else None
+
     def row_bytes(self, n: int) -> int:
         """Bytes that `n` codes take."""
         return -(-n // self.per_byte) if self.per_byte else packed_bytes(n, self.bits)
@@ -64,14 +78,28 @@ class Grid:
         """Inverse of `pack` for rows of `n` codes."""
         if not self.per_byte:
             return unpack(data, self.bits, n)
-        return (data.unsqueeze(-1) // self._weights(data) % self.count).flatten(1)[:, :n]
+        return digits(data, self.count, self.per_byte, n)
 
     def _weights(self, like: Tensor) -> UInt8[Tensor, "k"]:
         return torch.tensor([self.count**i for i in range(self.per_byte)], dtype=torch.uint8, device=like.device)
 
     def value(self, codes: Tensor) -> Float[Tensor, "..."]:
         """What the codes of a table grid mean."""
-        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+        levels = torch.tensor(self.levels, device=codes.device)
+        return levels.index_select(0, codes.int().view(-1)).view(codes.shape)
+
+    def decode(self, data: UInt8[Tensor, "m bytes"], n: int) -> Float[Tensor, "m n"]:
+        """What packed codes of a table grid mean; of four bits, both values of a byte in one look-up."""
+        if self.bits != 4:
+            return self.value(self.unpack(data, n))
+        made = self._pairs.to(data.device).index_select(0, data.int().view(-1)).view(torch.float32)
+        return made.view(len(data), 2 * data.shape[1])[:, :n].contiguous()
+
+    @functools.cached_property
+    def _pairs(self) -> Tensor:
+        """For every byte the values of its two codes, as one word."""
+        levels = torch.tensor(self.levels)
+        return torch.stack([levels.repeat(16), levels.repeat_interleave(16)], 1).view(torch.int64).view(-1)
 
     def nearest(self, x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         """The code of a table grid's nearest level; beyond the ends, that of the end."""

@@ -4,6 +4,7 @@ from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.devices import DeviceMap, dispatch
 from weft.model.experts import take_apart
+from weft.model.modes import Resident, mode
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
@@ -26,8 +27,8 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Rotate", "Scale", "Select", "Site", "Transform",
-    "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven", "match", "must_be_whole",
-    "output_sites", "places", "plain_tensors", "rotation", "set_expressions", "site", "take_apart", "transport", "untie", "unweave",
-    "weave",
+    "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate", "Scale", "Select", "Site",
+    "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven", "match", "mode",
+    "must_be_whole", "output_sites", "places", "plain_tensors", "rotation", "set_expressions", "site", "take_apart", "transport", "untie",
+    "unweave", "weave",
 ]  # fmt: skip

@@ -135,6 +135,7 @@ def unweave(model: Model, *, original: bool = False) -> Model:
             module = model.get_submodule(path)
             module.__class__ = PLAIN[type(module)]
             del module.expr, module.compute, module.stored
+            module.__dict__.pop("speed", None)
             module.register_parameter("weight", weight)
     put_together(model)
     del model._weft

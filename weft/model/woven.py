@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError
-from weft.expr import CHUNK, Dense, Expr, terms_of
+from weft.expr import CHUNK, Dense, Expr, dense_copy, terms_of
 from weft.model.standin import StandIn
 
 
@@ -26,11 +26,34 @@ class _Woven(nn.Module):
     """The dimension of its output that has the weight's rows."""
     tap: Callable[[Tensor, Tensor], Tensor] | None = None
     """Sees an embedding's ids and rows, before what a subclass makes of them."""
+    speed: bool = False
+    """Whether it runs on a dense copy of what is frozen, which is kept with the expression."""
 
     @property
     def weight(self) -> Tensor:
         """A read-only stand-in: free metadata; any operation on it makes the value dense."""
         return StandIn.of(self.expr, self.compute, self.stored)
+
+    def resident(self, x: Tensor) -> tuple[Tensor | None, list[Expr]]:
+        """The dense copy that inputs like x are multiplied with, and the terms that it leaves out; None where there is no such copy."""
+        if (
+            not self.speed
+            or torch.compiler.is_compiling()
+            or not (x.dtype == self.compute or torch.is_autocast_enabled(x.device.type))
+        ):
+            return None, []
+        return dense_copy(self.expr, self.compute)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times the transposed value, and the bias."""
+        copy, live = self.resident(x)
+        if copy is None:
+            y = self.expr(x)
+            return y if bias is None else y + bias.to(y.dtype)
+        y = F.linear(x, copy, bias if bias is None else bias.to(copy.dtype))
+        for term in live:
+            y = y + term(x)
+        return y
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, features last."""
@@ -62,16 +85,14 @@ class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVaria
             and (self.expr.w.dtype == input.dtype or self.expr.w.numel() <= CHUNK // 16)
         ):
             return F.linear(input, self.expr.w.to(input.dtype), self.bias.to(input.dtype))
-        y = self.expr(input)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # pyright: ignore[reportUnnecessaryComparison]
+        return self.product(input, self.bias)
 
 
 class WovenConv1D(_Woven, Conv1D):  # pyright: ignore[reportIncompatibleVariableOverride]
     """GPT-2's linear layer, whose weight is stored as [inputs outputs]; its expression is [outputs inputs] like any other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.expr(x)
-        return y + self.bias.to(y.dtype)
+        return self.product(x, self.bias)
 
 
 class _WovenConv(_Woven):
@@ -82,10 +103,15 @@ class _WovenConv(_Woven):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        terms = list(terms_of(self.expr).values())
-        y = _FrozenConv.apply(input, self, [t for t in terms if t.frozen()])
-        for term in terms:
-            y = y if term.frozen() else y + self.run(input, term.dense())
+        copy, live = self.resident(input)
+        if copy is None:
+            terms = list(terms_of(self.expr).values())
+            live = [t for t in terms if not t.frozen()]
+            y = _FrozenConv.apply(input, self, [t for t in terms if t.frozen()])
+        else:
+            y = self.run(input, copy)
+        for term in live:
+            y = y + self.run(input, term.dense())
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * len(self.kernel_size))
 
     def run(self, input: Tensor, value: Tensor) -> Tensor:
@@ -143,5 +169,15 @@ class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibl
     """An embedding whose table is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.expr.rows(input).to(self.compute)
+        rows = self.look_up(input).to(self.compute)
         return rows if self.tap is None else self.tap(input, rows)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The value's rows."""
+        copy, live = self.resident(ids.new_empty(0, dtype=self.compute))
+        if copy is None:
+            return self.expr.rows(ids)
+        rows = F.embedding(ids, copy)
+        for term in live:
+            rows = rows + term.rows(ids)
+        return rows

@@ -1,0 +1,185 @@
+"""Packed products: which of torch's kernels multiply a quantized leaf as it is, and how its codes are laid out for them.
+
+A kernel has the rows of inputs up to which it beats making the leaf dense; beyond them, and where no kernel takes a leaf, the
+product is dense, as it is on other devices than the CPU, under autocast and in what torch.compile traces. The levels before
+scales must be evenly spaced, as those of integers, sign, ternary, fp4 and fp6_e2m3 are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from weft.expr.derived import Derived
+from weft.grid import grid
+
+if TYPE_CHECKING:
+    from weft.expr.nodes import Quantized
+
+Layout = tuple[Tensor, ...]
+_SIZES = (256, 128, 64, 32)
+"""The groups that torch's 4-bit product knows."""
+_BAG = 256
+"""Columns in a partial sum where a row has one scale."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A packed product: how a leaf is laid out for it, and x [t n] times the transposed value."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    rows: Callable[[Quantized], int]
+    """Up to how many rows of inputs it is used; 0 where it does not take the leaf."""
+    lay_out: Callable[[Quantized], Layout]
+    multiply: Callable[[Float[Tensor, "t n"], Quantized, Layout], Float[Tensor, "t m"]]
+
+
+def kernel(leaf: Quantized, dtype: torch.dtype, rows: int) -> Kernel | None:
+    """The kernel for so many rows of inputs of this dtype; None where the product is dense."""
+    return next((k for k in KERNELS if dtype in k.dtypes and 0 < rows <= k.rows(leaf)), None)
+
+
+def packed_product(x: Float[Tensor, "*b n"], leaf: Quantized) -> Float[Tensor, "*b m"] | None:
+    """x times the transposed value by a kernel, in x's dtype; None where there is no kernel for it."""
+    here = x.device.type == leaf.data.device.type == "cpu"
+    here = here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    found = kernel(leaf, x.dtype, math.prod(x.shape[:-1])) if here and leaf.data.numel() else None
+    if found is None:
+        return None
+    layout = leaf.derive(found.name, lambda: Derived((leaf,), found.lay_out(leaf)))
+    return found.multiply(x.reshape(-1, x.shape[-1]), leaf, layout.value).reshape(*x.shape[:-1], leaf.shape[0])
+
+
+def _numbers(leaf: Quantized) -> tuple[UInt8[Tensor, "m n"], float, float]:
+    """Every code as a whole number k, with the step and the least such that value = (least + step k) scale."""
+    spec, codes = grid(leaf.grid), leaf.codes()
+    step, least, numbers = cast(tuple[float, float, tuple[int, ...]], spec.steps)
+    if spec.levels is not None:
+        table = torch.tensor(numbers, dtype=torch.uint8)
+        return table.index_select(0, codes.int().view(-1)).view(codes.shape), step, least
+    zeros = leaf.zeros()
+    if not isinstance(zeros, Tensor):
+        return codes, step, -zeros
+    top = spec.count - 1  # code - zero lies between -top and top
+    return (codes + (top - leaf.spread(zeros).to(torch.uint8))), step, -float(top)
+
+
+def _even(leaf: Quantized, most: int) -> bool:
+    """Whether the grid's levels are evenly spaced, `most` steps from least to largest at most."""
+    steps = grid(leaf.grid).steps
+    return steps is not None and max(steps[2]) <= most
+
+
+def _short_scales(leaf: Quantized) -> bool:
+    """Whether bfloat16 holds the scales exactly."""
+    return leaf.scale in ("bf16", "e8m0")
+
+
+# ------------------------------------------------------------------------------------------------------------ four bits
+
+
+def _rows_int4(leaf: Quantized) -> int:
+    return 16 if _even(leaf, 15) and _short_scales(leaf) and leaf.group % _SIZES[-1] == 0 else 0
+
+
+def _size(leaf: Quantized) -> int:
+    """The largest group of the kernel that a group, or a row, is made of; a row of no such size is padded."""
+    return next((s for s in _SIZES if (leaf.group or leaf.n) % s == 0), _SIZES[-1])
+
+
+def _lay_out_int4(leaf: Quantized) -> Layout:
+    """Codes u in blocks, and (s, z) [groups m 2] such that value = (u - 8) s + z; what bfloat16 leaves out of z."""
+    (m, n), size = leaf.shape, _size(leaf)
+    scales, groups = leaf.scales(), -(-n // size)
+    if leaf.symmetric:
+        numbers, step, least = _numbers(leaf)
+        shift = round(-least / step)
+        codes, offset = numbers + (8 - shift), (least + shift * step) * scales
+    else:
+        codes, step, offset = leaf.codes(), 1.0, (8 - cast(Tensor, leaf.zeros())) * scales
+    pairs = torch.stack([scales * step, offset], -1)
+    pairs = (
+        pairs.expand(-1, groups, -1) if leaf.groups == 1 else pairs.repeat_interleave(leaf.group // size, 1)[:, :groups]
+    )
+    pairs = F.pad(pairs, (0, 0, 0, 0, 0, -m % 16)).transpose(0, 1)
+    short = pairs.bfloat16().contiguous()
+    rest = (pairs - short)[:, :m, 1]  # [groups m]
+    codes = F.pad(codes.int(), (0, -n % size, 0, -m % 16))
+    packed = cast(Tensor, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+    return (packed, short, rest.bfloat16().contiguous()) if bool(rest.any()) else (packed, short)
+
+
+def _multiply_int4(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
+    packed, pairs, *rest = layout
+    size = _size(leaf)
+    x = F.pad(x, (0, -leaf.n % size))
+    y = cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, size, pairs))[:, : leaf.shape[0]]
+    if not rest:
+        return y
+    sums = x.float().unflatten(1, (-1, size)).sum(-1)
+    return torch.addmm(y.float(), sums, rest[0].float()).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------- eight bits, a scale a row
+
+
+def _rows_int8(leaf: Quantized) -> int:
+    good = _even(leaf, 255) and _short_scales(leaf) and leaf.groups == 1 and leaf.symmetric
+    return 16 if good and leaf.grid != "sign" else 0  # sign has no zero to count from
+
+
+def _lay_out_int8(leaf: Quantized) -> Layout:
+    """Signed codes [m n], columns padded to whole sixteens, and scales [m]."""
+    numbers, step, least = _numbers(leaf)
+    signed = (numbers.short() + round(least / step)).to(torch.int8)
+    return F.pad(signed, (0, -leaf.n % 16)), (leaf.scales().view(-1) * step).bfloat16()
+
+
+def _multiply_int8(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
+    return cast(Tensor, torch.ops.aten._weight_int8pack_mm(F.pad(x, (0, -leaf.n % 16)).contiguous(), *layout))
+
+
+# ---------------------------------------------------------------------------------------- any group, exact up to float32
+
+
+def _rows_bag(leaf: Quantized) -> int:
+    good = _even(leaf, 255 if leaf.symmetric else 127) and (leaf.group == 0 or leaf.group >= 16)
+    if not good or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return 0
+    return 8 if grid(leaf.grid).bits == 8 else 16  # whole bytes are made dense sooner
+
+
+def _lay_out_bag(leaf: Quantized) -> Layout:
+    """The transposed numbers as rows of an embedding table, (step, least) behind each; indices, groups' starts, scales [g m]."""
+    numbers, step, least = _numbers(leaf)
+    pair = torch.tensor([step, least]).view(torch.uint8)
+    table = torch.cat([numbers.T, pair.expand(leaf.n, -1)], 1)
+    starts = torch.tensor([*range(0, leaf.n, leaf.group or _BAG), leaf.n], dtype=torch.int32)
+    return table, torch.arange(leaf.n, dtype=torch.int32), starts, leaf.scales().T.contiguous()
+
+
+def _multiply_bag(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
+    """A group's columns, each times its input, are summed as an embedding bag sums rows; then the groups with their scales."""
+    table, every, starts, scales = layout
+    bag: Any = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    out = []
+    for row in x.float():
+        sums = bag(table, every, starts, False, 0, False, row, None, True)  # [g m]
+        out.append(sums.mul_(scales).sum(0) if leaf.group else sums.sum(0).mul_(scales[0]))
+    return torch.stack(out).to(x.dtype)
+
+
+KERNELS = (
+    Kernel("int4pack", (torch.bfloat16,), _rows_int4, _lay_out_int4, _multiply_int4),
+    Kernel("int8pack", (torch.bfloat16,), _rows_int8, _lay_out_int8, _multiply_int8),
+    Kernel("bag", (torch.float32, torch.bfloat16, torch.float16), _rows_bag, _lay_out_bag, _multiply_bag),
+)
+"""In order of preference; `rows` as measured by benchmarks/kernels.py."""

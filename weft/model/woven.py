@@ -12,29 +12,37 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError
 from weft.expr import CHUNK, Dense, Expr, terms_of
+from weft.model.integers import tapped
 from weft.model.standin import StandIn
+from weft.model.taps import Tap, folded
 
 
 class _Woven(nn.Module):
     """What woven modules share: an expression where the weight was."""
 
     expr: Expr
+    tap: Tap | None
+    """What the input goes through first; only linear layers have one."""
     compute: torch.dtype
     stored: Callable[[Tensor], Tensor]
     """The value [m n] as the module's weight."""
     features: ClassVar[int] = -1
     """The dimension of its output that has the weight's rows."""
-    tap: Callable[[Tensor, Tensor], Tensor] | None = None
+    lookup: Callable[[Tensor, Tensor], Tensor] | None = None
     """Sees an embedding's ids and rows, before what a subclass makes of them."""
 
     @property
     def weight(self) -> Tensor:
-        """A read-only stand-in: free metadata; any operation on it makes the value dense."""
-        return StandIn.of(self.expr, self.compute, self.stored)
+        """A read-only stand-in: free metadata; any operation on it makes the value dense, before the tap's turns."""
+        return StandIn.of(self.expr if self.tap is None else folded(self.expr, self.tap), self.compute, self.stored)
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, features last."""
-        return x
+        return x if self.tap is None else self.tap(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The weight times what the tap makes of x."""
+        return self.expr(x) if self.tap is None else tapped(self.expr, self.tap, x)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -57,12 +65,13 @@ class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVaria
 
     def forward(self, input: Tensor) -> Tensor:
         if (
-            self.bias is not None  # pyright: ignore[reportUnnecessaryComparison]
+            self.tap is None
+            and self.bias is not None  # pyright: ignore[reportUnnecessaryComparison]
             and isinstance(self.expr, Dense)
             and (self.expr.w.dtype == input.dtype or self.expr.w.numel() <= CHUNK // 16)
         ):
             return F.linear(input, self.expr.w.to(input.dtype), self.bias.to(input.dtype))
-        y = self.expr(input)
+        y = self.product(input)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # pyright: ignore[reportUnnecessaryComparison]
 
 
@@ -70,7 +79,7 @@ class WovenConv1D(_Woven, Conv1D):  # pyright: ignore[reportIncompatibleVariable
     """GPT-2's linear layer, whose weight is stored as [inputs outputs]; its expression is [outputs inputs] like any other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.expr(x)
+        y = self.product(x)
         return y + self.bias.to(y.dtype)
 
 
@@ -144,4 +153,4 @@ class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibl
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.expr.rows(input).to(self.compute)
-        return rows if self.tap is None else self.tap(input, rows)
+        return rows if self.lookup is None else self.lookup(input, rows)

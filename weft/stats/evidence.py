@@ -22,7 +22,7 @@ from weft.stats.walker import Batch, Edges, Walker, forward, in_vocabulary
 from weft.store.files import read_json, write_json
 from weft.store.tensors import read_tensors, write_tensors
 
-VERSION = 3
+VERSION = 4
 GRADIENT_TOKENS = 8192
 """The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
 
@@ -50,9 +50,10 @@ class Stats:
             uses: list[Evidence] = []
             if f"{name}:edge" in self.files:
                 edge = self.files[f"{name}:edge"]
-                sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs")})
+                sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs", "reach")})
                 count = self.counts[edge]
-                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], count, sums["mean"], sums["mean_abs"]))
+                known = (sums["mean"], sums["mean_abs"], sums["reach"])
+                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], count, *known))
             if f"{name}:rows.gram" in held:
                 uses.append(Evidence(held[f"{name}:rows.gram"], held[f"{name}:rows.weight"], self.tokens))
             made[name] = tuple(uses)
@@ -222,6 +223,7 @@ class _Writer:
                 f"{name}:gram": torch.zeros(n, n),
                 f"{name}:mean": zero,
                 f"{name}:mean_abs": zero.clone(),
+                f"{name}:reach": zero.clone(),
                 f"{name}:weight": torch.zeros(m),
             }
             write_tensors(self.place / file, out)
@@ -250,4 +252,4 @@ def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
 def _means(edge: str, sums: InputSums) -> dict[str, Tensor]:
     count = max(1, sums.tokens)
     made = {"gram": sums.gram / count, "mean": sums.total / count, "mean_abs": sums.total_abs / count}
-    return {k: finite(t, f"{edge}.{k}").float() for k, t in made.items()}
+    return {k: finite(t, f"{edge}.{k}").float() for k, t in (made | {"reach": sums.reach}).items()}

@@ -17,6 +17,8 @@ class InputSums:
     gram: Float[Tensor, "n n"]
     total: Float[Tensor, "n"]
     total_abs: Float[Tensor, "n"]
+    reach: Float[Tensor, "n"]
+    """The largest |x|, in float32."""
 
     @classmethod
     def zero(cls, n: int, device: torch.device) -> InputSums:
@@ -25,7 +27,9 @@ class InputSums:
         return cls(
             0,
             torch.zeros(n, n, dtype=wide, device=device),
-            *(torch.zeros(n, dtype=wide, device=device) for _ in range(2)),
+            torch.zeros(n, dtype=wide, device=device),
+            torch.zeros(n, dtype=wide, device=device),
+            torch.zeros(n, device=device),
         )
 
     def add(self, x: Float[Tensor, "t n"]) -> bool:
@@ -38,6 +42,8 @@ class InputSums:
         self.gram += gram
         self.total += x.sum(0)
         self.total_abs += x.abs().sum(0)
+        if len(x):
+            self.reach = torch.maximum(self.reach, x.abs().amax(0))
         return True
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, Quantized, Sum
 from weft.grid import pack, packed_bytes
-from weft.model import Place, expressions, places, plain_tensors
+from weft.model import Place, Tap, expressions, places, plain_tensors, taps
 from weft.store.card import card
 from weft.store.save import config_of, later, may_write, narrow, travel, write_shards
 from weft.store.swap import staged
@@ -57,6 +57,7 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
     Errors: ConflictError naming every site that the format has no place for, and why, or if nothing is packed.
     """
     exprs, where = expressions(model), places(model)
+    raise_all([_tapped(n, tap) for n, tap in taps(model).items()])
     raise_all([p for n, e in exprs.items() if (p := _refusal(where[n], e))])
     packed = {n: e for n, e in exprs.items() if where[n].kind == "linear" and isinstance(e, Quantized)}
     if not packed:
@@ -156,6 +157,12 @@ def _ignored(model: nn.Module, packed: dict[str, Scheme]) -> list[str]:
         p for place in places(model).values() for p in place.modules if isinstance(model.get_submodule(p), nn.Linear)
     ]
     return [p for p in linear if p not in packed]
+
+
+def _tapped(name: str, tap: Tap) -> WeftError:
+    fix = "take the taps off with weft.untap(model), or save the model with weft.save"
+    got = f"an input through {tap.describe()}"
+    return ConflictError("weights alone are written", where=name, got=got, want="plain inputs", fix=fix)
 
 
 def _refusal(place: Place, expr: Expr) -> WeftError | None:

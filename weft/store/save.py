@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError
 from weft.expr import Dense, Expr, spec, tensors
-from weft.model import Place, expressions, places, plain_tensors
+from weft.model import Place, Tap, expressions, places, plain_tensors, taps
+from weft.model.taps import refuse_roundings, tap_spec, tap_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
 from weft.store.card import card
@@ -46,10 +47,13 @@ def save(
     If every expression is a plain matrix, or with `dense`, the folder is an ordinary Hugging Face checkpoint. Otherwise
     `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced;
-    NumericError for a weight that is not finite; ResourceError for a full disk; PathError.
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced, or if
+    `dense` is to hold what rounds activations; NumericError for a weight that is not finite; ResourceError for a full disk;
+    PathError.
     """
-    plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
+    if dense:
+        refuse_roundings(taps(model), "a plain checkpoint")
+    plain = dense or _plain(model)
     content: Content = _dense(model) if dense else stored(model)
     if plain:
         known = names_on_disk(model, content)
@@ -59,7 +63,7 @@ def save(
         "format": FORMAT,
         "kind": "plain" if plain else "weft",
         "class": type(model).__name__,
-        "sites": {} if plain else {name: spec(e) for name, e in expressions(model).items()},
+        **({"sites": {}} if plain else trees(model)),
         "bytes": total,
         "base": base(model),
         **(manifest or {}),
@@ -110,25 +114,49 @@ def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that `save` writes, by its name in the file: what a budget counts."""
     exprs = expressions(model)
-    plain = all(isinstance(e, Dense) for e in exprs.values())
+    plain = _plain(model)
     made: dict[str, Tensor] = {}
     for name, expr in exprs.items():
         held = {path: t.detach() for path, t in tensors(expr).items()}
         made |= {name: places(model)[name].stored(held["w"])} if plain else {f"{name}:{p}": t for p, t in held.items()}
+    made |= {f"{edge}:tap.{path}": t for edge, tap in edges(model).items() for path, t in tap_tensors(tap).items()}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
+
+
+def _plain(model: nn.Module) -> bool:
+    """Whether an ordinary checkpoint holds the model as it is."""
+    return all(isinstance(e, Dense) for e in expressions(model).values()) and not taps(model)
+
+
+def edges(model: nn.Module) -> dict[str, Tap]:
+    """Every tap once, by the first site that reads through it."""
+    first = {id(tap): name for name, tap in reversed(taps(model).items())}
+    return {name: tap for name, tap in taps(model).items() if first[id(tap)] == name}
+
+
+def trees(model: nn.Module) -> dict[str, Any]:
+    """What a manifest says of sites and taps, without their tensors."""
+    first = {id(tap): name for name, tap in edges(model).items()}
+    made = {name: spec(e) for name, e in expressions(model).items()}
+    for name, tap in taps(model).items():
+        made[name] = {"node": "Tapped", "tap": first[id(tap)], "expr": made[name]}
+    on = {name: tap_spec(tap) for name, tap in edges(model).items()}
+    return {"sites": made, "taps": on} if on else {"sites": made}
 
 
 def _dense(model: nn.Module) -> Content:
     """An ordinary checkpoint's tensors, weights in their checkpoint's dtype."""
-    made = {n: later(e, places(model)[n]) for n, e in expressions(model).items()}
+    on = taps(model)
+    made = {n: later(e, places(model)[n], on.get(n)) for n, e in expressions(model).items()}
     return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
 
 
-def later(expr: Expr, place: Place) -> Later:
-    """An expression's value as its checkpoint holds it, made slice by slice when it is written."""
+def later(expr: Expr, place: Place, tap: Tap | None = None) -> Later:
+    """An expression's value as its checkpoint holds it, turns folded in, made slice by slice when it is written."""
+    back = (tap or Tap()).back
 
     def make() -> Tensor:
-        return place.stored(torch.cat([p.dense().detach().to(place.dtype) for p in expr.slices()]))
+        return place.stored(torch.cat([back(p.dense().detach()).to(place.dtype) for p in expr.slices()]))
 
     return Later(place.dtype, place.shape, make)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from weft.error import FormatError, NumericError, WeftError
 from weft.expr import Expr, Quantized, build
 from weft.grid import grid
+from weft.model import Tap
+from weft.model.taps import build_tap
 from weft.store.tensors import check_finite
 
 
@@ -38,27 +40,53 @@ def expressions_of(
             problems.append(e)
             continue
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-            problems.append(
-                FormatError(
-                    "an expression cannot be read",
-                    where=f"{where}: {name}",
-                    got=f"{type(e).__name__}: {e}",
-                    want="an expression",
-                    fix="copy the folder again",
-                )
-            )
+            problems.append(_unread("an expression cannot be read", f"{where}: {name}", e, "an expression"))
             continue
         if terms[name]:
-            problems.append(
-                FormatError(
-                    "unexpected tensors",
-                    where=f"{where}: {name}",
-                    got=sorted(terms[name]),
-                    want="those of its expression",
-                    fix="copy the folder again",
-                )
-            )
+            problems.append(_left("unexpected tensors", f"{where}: {name}", terms[name], "those of its expression"))
     return exprs, plain, problems
+
+
+def _unread(what: str, where: str, e: Exception, want: str) -> FormatError:
+    return FormatError(what, where=where, got=f"{type(e).__name__}: {e}", want=want, fix="copy the folder again")
+
+
+def _left(what: str, where: str, held: Mapping[str, Tensor], want: str) -> FormatError:
+    return FormatError(what, where=where, got=sorted(held), want=want, fix="copy the folder again")
+
+
+def taps_of(
+    manifest: Mapping[str, Any], content: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Any], dict[str, Tap], dict[str, Tensor], list[WeftError]]:
+    """Every site's tree without its tap; the taps by site, one object an edge; the other tensors; and what cannot be read."""
+    sites: dict[str, Any] = dict(manifest["sites"])
+    on: Any = manifest.get("taps", {})
+    readers = {n: t.get("tap") for n, t in sites.items() if isinstance(t, dict) and t.get("node") == "Tapped"}
+    named = isinstance(on, dict) and all(isinstance(e, str) for e in readers.values())
+    if not named or set(on) != set(readers.values()):
+        got = f"taps of {_few(on)}; readers of {_few(readers.values())}"
+        want, fix = "a tap for every edge that sites read, and no other", "copy the folder again"
+        return {}, {}, {}, [FormatError("taps and their readers differ", where=where, got=got, want=want, fix=fix)]
+    made: dict[str, Tap] = {}
+    problems: list[WeftError] = []
+    rest = dict(content)
+    for edge, tree in cast(dict[str, Any], on).items():
+        held = {p: rest.pop(k) for k in content if (p := k.removeprefix(f"{edge}:tap.")) != k}
+        try:
+            made[edge] = build_tap(tree, lambda p, held=held, edge=edge: _take(held, p, f"{where}: {edge}"))
+        except WeftError as e:
+            problems.append(e)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+            problems.append(_unread("a tap cannot be read", f"{where}: {edge}", e, "a tap"))
+        if held and edge in made:
+            problems.append(_left("unexpected tensors", f"{where}: {edge}", held, "those of its tap"))
+    bare = {n: t.get("expr") if n in readers else t for n, t in sites.items()}
+    return bare, {n: made[e] for n, e in readers.items() if e in made}, rest, problems
+
+
+def _few(names: Any) -> str:
+    """The first of some names, for people."""
+    return ", ".join(sorted(map(str, names))[:3]) or "nothing" if isinstance(names, Iterable) else type(names).__name__
 
 
 def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:

@@ -1,0 +1,67 @@
+"""Products of whole numbers: int8 codes of activations and of weights, summed exactly in int32, then scaled."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+
+from weft.expr import Expr, Quantized, Sum
+from weft.expr.base import product_transposed
+from weft.grid import grid
+from weft.model.taps import Tap
+
+LONGEST = 1 << 17
+"""Columns under which no sum of products of two int8 leaves int32."""
+
+
+def tapped(expr: Expr, tap: Tap, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+    """expr(tap(x)). The base term's product is one of int8 codes where both sides are such; other terms read the rounded floats."""
+    seen = tap.seen(x)
+    base, rest = _split(expr)
+    if base is None or seen.codes is None or x.device.type not in ("cpu", "cuda"):
+        return expr(seen.value)
+    y = cast(Tensor, _IntegerProduct.apply(seen.turned, *seen.codes, base))
+    for term in rest:
+        y = y + term(seen.value)
+    return y
+
+
+def _split(expr: Expr) -> tuple[Quantized | None, list[Expr]]:
+    """The base term as a weight that multiplies in whole numbers (None: it does not), and the other terms."""
+    terms = expr.named() if isinstance(expr, Sum) else {"base": expr}
+    base, rest = terms.get("base"), [t for role, t in terms.items() if role != "base"]
+    if not isinstance(base, Quantized) or grid(base.grid).levels is not None:
+        return None, rest
+    return (base if base.symmetric and base.groups == 1 and base.n < LONGEST else None), rest
+
+
+class _IntegerProduct(torch.autograd.Function):
+    """x times the transposed weight by their codes. The gradient is that of the float product: straight through the rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, base: Quantized) -> Tensor:
+        ctx.base = base
+        parts = [_scaled(codes, scales, cast(Quantized, part)) for part in base.slices()]
+        return torch.cat(parts, -1).view(*x.shape[:-1], base.shape[0]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return product_transposed(grads[0], ctx.base), None, None, None
+
+
+def _scaled(codes: Int8[Tensor, "t n"], scales: Float[Tensor, "#t 1"], weight: Quantized) -> Float[Tensor, "t m"]:
+    whole = (weight.codes().short() - 2 ** (grid(weight.grid).bits - 1)).to(torch.int8)
+    return integer_product(codes, whole).float() * scales * weight.scales().T
+
+
+def integer_product(x: Int8[Tensor, "t n"], w: Int8[Tensor, "m n"]) -> Int32[Tensor, "t m"]:
+    """x wᵀ, exact. On CUDA, whose kernel wants more than 16 rows and multiples of 8, both are filled up with zeros."""
+    t, m = len(x), len(w)
+    if x.device.type == "cuda":
+        x = F.pad(x, (0, -x.shape[1] % 8, 0, max(17, t) - t + -max(17, t) % 8))
+        w = F.pad(w, (0, -w.shape[1] % 8, 0, -m % 8))
+    return torch.ops.aten._int_mm(x, w.T)[:t, :m]

@@ -70,7 +70,9 @@ def facts(method: Method) -> str:
         made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
     if method.per == "input":
         made.append("solves the weights that read one input together")
-    if method.kind == "rewrite":
+    if method.taps:
+        made.append("changes what weights read" + (", and every term of them with it" if method.whole else ""))
+    elif method.kind == "rewrite":
         made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
     return "; ".join(made) + "."
 

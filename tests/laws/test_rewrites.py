@@ -118,14 +118,14 @@ def no_evidence_is_declared(name: str) -> None:
     """A method that needs inputs and gets none says what it did instead."""
     g = group(gram=torch.zeros(32, 32))
     after(g, (name, small(name)))
-    assert g.notes or not get(name).needs & {"gram", "reach"}
+    assert g.notes or not get(name).needs & {"gram", "most"}
 
 
 def broken_evidence_is_refused(name: str) -> None:
     """Not a number in what a method needs stops with the site's name; no evidence at all does too."""
-    needed = {f for n in get(name).needs for f in {"gram": ("gram", "weight"), "reach": ("reach",)}[n]}
+    needed = {f for n in get(name).needs for f in {"gram": ("gram", "weight"), "most": ("most",)}[n]}
     for bad in (float("nan"), float("inf")):
-        for field in ("gram", "weight", "reach"):
+        for field in ("gram", "weight", "most"):
             g = group()
             held = getattr(g.sites[1].evidence[0], field).clone()
             held.view(-1)[0] = bad

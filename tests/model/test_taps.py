@@ -282,7 +282,7 @@ def test_evidence_is_that_of_what_is_read(tiny: Any, batches: Any, tmp_path: Pat
     stats = collect(model, batches(), tmp_path)
     e, x = stats.evidence([name])[name][0], torch.cat(seen).double()
     torch.testing.assert_close(e.gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
-    assert e.reach is not None and torch.equal(e.reach.double(), x.abs().amax(0))
+    assert e.most is not None and torch.equal(e.most.double(), x.abs().amax(0))
     assert any({"gate_proj", "up_proj"} == {n.split(".")[-2] for n in g} for g in stats.groups)
     assert stats.folder != collect(weave(tiny()), batches(), tmp_path).folder
     edges = Edges()
@@ -296,7 +296,7 @@ def test_a_measured_scale_covers_the_calibration_data(tiny: Any, batches: Any, r
     stats = collect(model, data, tmp_path)
     apply(model, [Step.of("act_quant_static")], at="all-linear", stats=stats)
     for name, tap in taps(model).items():
-        reach = stats.evidence([name])[name][0].reach
+        reach = stats.evidence([name])[name][0].most
         assert tap.round is not None and reach is not None
         assert float(tap.round._static()) == pytest.approx(float(reach.max()) / 127, rel=2**-8)
     first = model.get_submodule(next(iter(taps(model))).removesuffix(".weight"))
@@ -356,7 +356,7 @@ def test_an_adapter_trains_behind_taps(kind: str, tiny: Any, batches: Any, tmp_p
     losses = []
     for _ in range(8):
         loss = model(**batch, labels=batch["input_ids"]).loss
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,7 +24,7 @@ Kind = Literal[
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient", "reach"]
+Need = Literal["gram", "gradient", "most"]
 
 
 @dataclass(frozen=True)

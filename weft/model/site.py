@@ -35,7 +35,7 @@ class Evidence:
     """E[x], where inputs were seen."""
     mean_abs: Float[Tensor, "n"] | None = None
     """E[|x|]."""
-    reach: Float[Tensor, "n"] | None = None
+    most: Float[Tensor, "n"] | None = None
     """The largest |x|."""
 
     def turned(self, by: Hadamard) -> Evidence:
@@ -188,9 +188,9 @@ class Group:
         word = hashlib.blake2b(f"{self.sites[0].seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(word, "little"))
 
-    def reach(self) -> Float[Tensor, "n"]:
+    def most(self) -> Float[Tensor, "n"]:
         """The largest |x| of each input feature. Errors: NumericError; OptionError where it was not measured."""
-        known = [finite(e.reach, f"{s.name}.reach") for s in self.sites for e in s.evidence if e.reach is not None]
+        known = [finite(e.most, f"{s.name}.most") for s in self.sites for e in s.evidence if e.most is not None]
         if not known:
             want, fix = "evidence of inputs", "pass data; behind a new turn, apply one method after the other"
             raise OptionError(

@@ -143,7 +143,7 @@ def build_tap(tree: Mapping[str, Any], get: Callable[[str], Tensor]) -> Tap:
     fields = {"grid", "per", "group", "scale"}
     if set(tree) - {"turn", "round"} or not isinstance(turn, list) or ("round" in tree and set(how or ()) != fields):
         got, want = sorted(tree), f"turn, a list, and round with {', '.join(sorted(fields))}"
-        raise FormatError("a tap has other fields", where="taps", got=got, want=want, fix="use the weft that wrote it")
+        raise FormatError("a tap has other fields", where="tap", got=got, want=want, fix="use the weft that wrote it")
     turns = [build(t, get, f"turn.{i}.") for i, t in enumerate(turn)]
     data = get("round.data") if how and how["per"] == "static" else None
     return Tap(turns, Rounding(**how, data=data) if how else None)

@@ -25,6 +25,7 @@ from weft.store.tensors import read_tensors, write_tensors
 VERSION = 4
 GRADIENT_TOKENS = 8192
 """The backward pass sees at most about this many tokens: second moments a row need fewer than Grams."""
+_SUMS = ("gram", "mean", "mean_abs", "most")
 
 
 class Stats:
@@ -50,10 +51,9 @@ class Stats:
             uses: list[Evidence] = []
             if f"{name}:edge" in self.files:
                 edge = self.files[f"{name}:edge"]
-                sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in ("gram", "mean", "mean_abs", "reach")})
-                count = self.counts[edge]
-                known = (sums["mean"], sums["mean_abs"], sums["reach"])
-                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], count, *known))
+                sums = edges.setdefault(edge, {k: held[f"{edge}:{k}"] for k in _SUMS})
+                of_x = {k: sums[k] for k in ("mean", "mean_abs", "most")}
+                uses.append(Evidence(sums["gram"], held[f"{name}:weight"], self.counts[edge], **of_x))
             if f"{name}:rows.gram" in held:
                 uses.append(Evidence(held[f"{name}:rows.gram"], held[f"{name}:rows.weight"], self.tokens))
             made[name] = tuple(uses)
@@ -223,7 +223,7 @@ class _Writer:
                 f"{name}:gram": torch.zeros(n, n),
                 f"{name}:mean": zero,
                 f"{name}:mean_abs": zero.clone(),
-                f"{name}:reach": zero.clone(),
+                f"{name}:most": zero.clone(),
                 f"{name}:weight": torch.zeros(m),
             }
             write_tensors(self.place / file, out)
@@ -251,5 +251,10 @@ def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 def _means(edge: str, sums: InputSums) -> dict[str, Tensor]:
     count = max(1, sums.tokens)
-    made = {"gram": sums.gram / count, "mean": sums.total / count, "mean_abs": sums.total_abs / count}
-    return {k: finite(t, f"{edge}.{k}").float() for k, t in (made | {"reach": sums.reach}).items()}
+    made = {
+        "gram": sums.gram / count,
+        "mean": sums.total / count,
+        "mean_abs": sums.total_abs / count,
+        "most": sums.most,
+    }
+    return {k: finite(t, f"{edge}.{k}").float() for k, t in made.items()}

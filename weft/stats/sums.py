@@ -1,4 +1,4 @@
-"""Plain sums over tokens: they merge by addition, over batches, data sets and resumes."""
+"""Plain sums over tokens, and the largest size: they merge over batches, data sets and resumes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class InputSums:
     gram: Float[Tensor, "n n"]
     total: Float[Tensor, "n"]
     total_abs: Float[Tensor, "n"]
-    reach: Float[Tensor, "n"]
-    """The largest |x|, in float32."""
+    most: Float[Tensor, "n"]
+    """The largest |x|."""
 
     @classmethod
     def zero(cls, n: int, device: torch.device) -> InputSums:
@@ -27,9 +27,7 @@ class InputSums:
         return cls(
             0,
             torch.zeros(n, n, dtype=wide, device=device),
-            torch.zeros(n, dtype=wide, device=device),
-            torch.zeros(n, dtype=wide, device=device),
-            torch.zeros(n, device=device),
+            *(torch.zeros(n, dtype=wide, device=device) for _ in range(3)),
         )
 
     def add(self, x: Float[Tensor, "t n"]) -> bool:
@@ -42,8 +40,7 @@ class InputSums:
         self.gram += gram
         self.total += x.sum(0)
         self.total_abs += x.abs().sum(0)
-        if len(x):
-            self.reach = torch.maximum(self.reach, x.abs().amax(0))
+        self.most = torch.maximum(self.most, x.abs().amax(0).to(self.most)) if len(x) else self.most
         return True
 
 

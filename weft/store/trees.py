@@ -67,19 +67,23 @@ def taps_of(
         got = f"taps of {_few(on)}; readers of {_few(readers.values())}"
         want, fix = "a tap for every edge that sites read, and no other", "copy the folder again"
         return {}, {}, {}, [FormatError("taps and their readers differ", where=where, got=got, want=want, fix=fix)]
+    held: dict[str, dict[str, Tensor]] = {edge: {} for edge in on}
+    rest: dict[str, Tensor] = {}
+    for key, t in content.items():
+        edge, _, path = key.partition(":tap.")
+        (held[edge] if path and edge in held else rest)[path if path and edge in held else key] = t
     made: dict[str, Tap] = {}
     problems: list[WeftError] = []
-    rest = dict(content)
     for edge, tree in cast(dict[str, Any], on).items():
-        held = {p: rest.pop(k) for k in content if (p := k.removeprefix(f"{edge}:tap.")) != k}
+        at = f"{where}: {edge}"
         try:
-            made[edge] = build_tap(tree, lambda p, held=held, edge=edge: _take(held, p, f"{where}: {edge}"))
+            made[edge] = build_tap(tree, lambda p, edge=edge: _take(held[edge], p, "its tensors"))
         except WeftError as e:
-            problems.append(e)
+            problems.append(type(e)(e.what, where=f"{at}: {e.where}", got=e.got, want=e.want, fix=e.fix))
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-            problems.append(_unread("a tap cannot be read", f"{where}: {edge}", e, "a tap"))
-        if held and edge in made:
-            problems.append(_left("unexpected tensors", f"{where}: {edge}", held, "those of its tap"))
+            problems.append(_unread("a tap cannot be read", at, e, "a tap"))
+        if held[edge] and edge in made:
+            problems.append(_left("unexpected tensors", at, held[edge], "those of its tap"))
     bare = {n: t.get("expr") if n in readers else t for n, t in sites.items()}
     return bare, {n: made[e] for n, e in readers.items() if e in made}, rest, problems
 

@@ -17,7 +17,7 @@ GridName = Literal[
 ]
 
 
-@method(kind="rewrite", paper="2004.09602", needs={"reach"}, per="input", taps=True)
+@method(kind="rewrite", paper="2004.09602", needs={"most"}, per="input", taps=True)
 def act_quant_static(
     g: Group, *, grid: Annotated[GridName, Field(description="number format of activations")] = "int8"
 ) -> Group:
@@ -25,7 +25,7 @@ def act_quant_static(
 
     Nothing is measured when the model runs. The gradient passes straight through, also where x is cut off.
     """
-    reach = float(g.reach().max())
+    reach = float(g.most().max())
     if not reach > 0:
         g.fallback("no input was seen: the scale is that of inputs up to 1")
     return g.rounded(Rounding.static(grid, reach or 1.0))

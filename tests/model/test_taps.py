@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.engine.run import Step, apply
+from weft.engine.propagate import propagate
+from weft.engine.run import Step, apply, group_of, relative_error
+from weft.engine.run import run as run_chain
 from weft.error import ConflictError, NumericError, OptionError, ShapeError
 from weft.expr import Dense, Hadamard, LowRank, Quantized, Sum, terms_of
 from weft.grid import GRIDS
@@ -27,6 +29,7 @@ from weft.model import (
     match,
     places,
     set_taps,
+    site,
     taps,
     untap,
     unweave,
@@ -450,6 +453,26 @@ def test_methods_after_a_turn_see_turned_weights(tiny: Any, batches: Any, tmp_pa
     second, _ = apply(two, chain, at="all-linear", stats=collect(two, batches(), tmp_path))
     for a, b in zip(first, second, strict=True):
         assert a.name == b.name and a.after == b.after and a.error == pytest.approx(b.error, rel=0.05) and a.error < 0.5
+
+
+def test_a_tapped_model_is_compressed_block_by_block(tiny: Any, batches: Any, tmp_path: Path) -> None:
+    """Behind its own errors, from what its sites read; the taps stay."""
+    model = tapped("turned tokens", tiny)
+    stats, before = collect(model, batches(), tmp_path), taps(model)
+    chain = (Step.of("gptq", bits=4, group=16),)
+    propagate(model, dict.fromkeys(match(model, "all-linear"), chain), stats, batches())
+    assert taps(model) == before
+    for name in taps(model):
+        assert expressions(model)[name].describe() == "int4[g16]"
+        now = site(model, name, evidence=stats.evidence([name])[name])
+        assert (relative_error(now, now.now) or 1) < 0.3
+
+
+def test_chains_for_weights_alone_refuse_taps(tiny: Any) -> None:
+    """What would drop the taps that a chain makes says so."""
+    model = weave(tiny())
+    with pytest.raises(OptionError, match="act_quant"):
+        run_chain(group_of(model, match(model, "*.0.*.q_proj"), None), CHAINS["w8a8"])
 
 
 def test_a_second_rounding_takes_the_place_of_the_first(tiny: Any) -> None:

@@ -424,8 +424,9 @@ def test_plain_formats_refuse_roundings_by_name(kind: str, tiny: Any, tmp_path: 
     for act in (lambda: unweave(model), lambda: weft.export(model, tmp_path / "hf")):
         with pytest.raises(ConflictError, match=r"rounds activations(.|\n)*layers.0.self_attn.q_proj"):
             act()
-    with pytest.raises(ConflictError, match=r"q_proj"):
-        weft.export(model, tmp_path / "ct", to="compressed-tensors")
+    if kind != "w8a8":  # which it has a place for
+        with pytest.raises(ConflictError, match=r"q_proj"):
+            weft.export(model, tmp_path / "ct", to="compressed-tensors")
     apply(model, [Step.of("lora", rank=1)], at="*.q_proj")
     with pytest.raises(ConflictError, match=r"PEFT knows no taps"):
         weft.export(model, tmp_path / "peft", to="peft")

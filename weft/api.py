@@ -210,7 +210,8 @@ def export(
     """Write the model for other tools; returns what had to be written otherwise than it was.
 
     hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapters as a PEFT LoRA folder;
-    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed.
+    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed, and int8
+    weights that read int8 tokens.
     Errors: OptionError; ConflictError naming what the format cannot hold, or if a folder exists.
     """
     if base is not None and to != "peft":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weft.expr import Dense, Expr, Hadamard, LowRank, Masked, Product, Quantized, Sum
 from weft.linalg.grids import minmax, nearest
 from weft.model import Rounding, Tap, integers, set_expressions, set_taps, weave
-from weft.model.integers import integer_product, tapped
+from weft.model.integers import integer_product, padded, tapped
 
 SHAPES = [(1, 1, 1), (1, 5, 7), (3, 8, 16), (17, 30, 100), (4, 129, 33), (64, 3, 255)]
 """Tokens, rows and columns: one token, odd sizes, one of everything."""
@@ -41,15 +41,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize("size", SHAPES)
-def test_sums_are_exact(size: tuple[int, int, int]) -> None:
-    """Also of the largest codes."""
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("size", [*SHAPES, (2, 3, 5000)])
+def test_sums_are_exact(size: tuple[int, int, int], kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the largest codes, and of as many of them as float32 cannot hold; by kernels and without."""
+    monkeypatch.setattr(integers, "has_kernel", lambda _: kernel)
     t, m, n = size
     rng = torch.Generator().manual_seed(n)
     x, w = (torch.randint(-128, 128, (k, n), generator=rng).to(torch.int8) for k in (t, m))
     x[0], w[0] = -128, -128
     made = integer_product(x, w)
     assert made.dtype == torch.int32 and torch.equal(made.long(), x.long() @ w.long().T)
+    assert integers.SHORT * 2**14 == 2**24
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_zeros_change_no_sum(size: tuple[int, int, int]) -> None:
+    """What is filled up for a kernel with larger units has its sizes and the same sums."""
+    t, m, n = size
+    x, w = (torch.randint(-128, 128, (k, n)).to(torch.int8) for k in (t, m))
+    a, b = padded(x, w)
+    assert len(a) > 16 and not (len(a) % 8 or a.shape[1] % 8 or len(b) % 8) and a.shape[1] == b.shape[1]
+    assert a.numel() <= (t + 24) * (n + 7) and torch.equal(integer_product(a, b)[:t, :m], integer_product(x, w))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def tapped(kind: str, tiny: Any, family: str = "llama") -> Any:
 
 
 @pytest.mark.parametrize("scale", ["bf16", "e8m0", "e4m3", "uint8"])
-@pytest.mark.parametrize("group", [0, 5, 16, 32])
+@pytest.mark.parametrize("group", [0, 5, 16, 32, 100])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_tokens_are_rounded_as_the_rows_of_a_weight(grid: str, group: int, scale: str) -> None:
     """Bit for bit what the node of the same grid holds, whatever the shape of the batch."""

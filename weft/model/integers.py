@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from weft.expr.base import product_transposed
 from weft.grid import grid
 from weft.model.taps import Tap
 
+SHORT = 1 << 10
+"""Columns up to which every sum of products of two int8 is a whole number in float32."""
 LONGEST = 1 << 17
 """Columns under which no sum of products of two int8 leaves int32."""
 
@@ -59,9 +62,24 @@ def _scaled(codes: Int8[Tensor, "t n"], scales: Float[Tensor, "#t 1"], weight: Q
 
 
 def integer_product(x: Int8[Tensor, "t n"], w: Int8[Tensor, "m n"]) -> Int32[Tensor, "t m"]:
-    """x wᵀ, exact. On CUDA, whose kernel wants more than 16 rows and multiples of 8, both are filled up with zeros."""
-    t, m = len(x), len(w)
-    if x.device.type == "cuda":
-        x = F.pad(x, (0, -x.shape[1] % 8, 0, max(17, t) - t + -max(17, t) % 8))
-        w = F.pad(w, (0, -w.shape[1] % 8, 0, -m % 8))
-    return torch.ops.aten._int_mm(x, w.T)[:t, :m]
+    """x wᵀ, exact: by int8 kernels where the processor is made for them, else in float32, whose sums of so few columns are whole."""
+    if has_kernel(x.device):
+        a, b = padded(x, w) if x.device.type == "cuda" else (x, w)
+        return torch.ops.aten._int_mm(a, b.T)[: len(x), : len(w)]
+    made = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
+    for at in range(0, x.shape[1], SHORT):
+        a, b = (t[:, at : at + SHORT].float() for t in (x, w))
+        made += (a @ b.T).int()
+    return made
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether int8 products are faster than float32 there; without VNNI a CPU takes them one by one."""
+    vnni = cast("Callable[[], bool]", getattr(torch.cpu, "_is_vnni_supported", lambda: False))
+    return device.type == "cuda" or vnni()
+
+
+def padded(x: Int8[Tensor, "t n"], w: Int8[Tensor, "m n"]) -> tuple[Int8[Tensor, "r k"], Int8[Tensor, "s k"]]:
+    """Both with rows and columns of zeros, as the CUDA kernel wants them: multiples of 8, and more than 16 rows of x."""
+    wide, rows = -x.shape[1] % 8, max(24, len(x) + -len(x) % 8)
+    return F.pad(x, (0, wide, 0, rows - len(x))), F.pad(w, (0, wide, 0, -len(w) % 8))

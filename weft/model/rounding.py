@@ -79,7 +79,8 @@ class Rounding(nn.Module):
         """The grid as it lies on these rows."""
         if self.per == "static":
             return Fitted(self.grid, 0, self._static(), None)
-        return minmax(rows, self.grid, self.group, True, self.scale)
+        group = self.group if self.group < rows.shape[1] else 0  # a group that is wider is all of the row
+        return minmax(rows, self.grid, group, True, self.scale)
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         if not x.numel():

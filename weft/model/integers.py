@@ -27,7 +27,7 @@ def tapped(expr: Expr, tap: Tap, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b 
     base, rest = _split(expr)
     if base is None or seen.codes is None or x.device.type not in ("cpu", "cuda"):
         return expr(seen.value)
-    y = cast(Tensor, _IntegerProduct.apply(seen.turned, *seen.codes, base))
+    y = cast(Tensor, _IntegerProduct.apply(x, *seen.codes, base, tap))
     for term in rest:
         y = y + term(seen.value)
     return y
@@ -43,17 +43,18 @@ def _split(expr: Expr) -> tuple[Quantized | None, list[Expr]]:
 
 
 class _IntegerProduct(torch.autograd.Function):
-    """x times the transposed weight by their codes. The gradient is that of the float product: straight through the rounding."""
+    """x times the transposed weight by their codes. The gradient is that of the float product, as a tap gives it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, base: Quantized) -> Tensor:
-        ctx.base = base
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, base: Quantized, tap: Tap) -> Tensor:
+        ctx.of = (base, tap)
         parts = [_scaled(codes, scales, cast(Quantized, part)) for part in base.slices()]
         return torch.cat(parts, -1).view(*x.shape[:-1], base.shape[0]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return product_transposed(grads[0], ctx.base), None, None, None
+        base, tap = ctx.of
+        return tap.back(product_transposed(grads[0], base)), None, None, None, None
 
 
 def _scaled(codes: Int8[Tensor, "t n"], scales: Float[Tensor, "#t 1"], weight: Quantized) -> Float[Tensor, "t m"]:

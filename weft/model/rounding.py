@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -20,7 +20,7 @@ class Rounding(nn.Module):
 
     per token: one scale for every `group` columns of a token (0: all), from its largest entry, in the format `scale`.
     per tensor: one scale for all that is read at once. static: one scale for good, whose two bytes are `data` (empty
-    otherwise). Computed in float32, returned in the input's dtype. The gradient passes straight through.
+    otherwise). Computed in float32, returned in the input's dtype, without a gradient: a tap sees to that.
     """
 
     data: UInt8[Tensor, "bytes"]
@@ -86,7 +86,7 @@ class Rounding(nn.Module):
         if not x.numel():
             return x
         rows = self.rows(x)
-        return straight(x, rounded(rows, self.fit(rows)).view(x.shape))
+        return rounded(rows, self.fit(rows)).view(x.shape).to(x.dtype)
 
     @property
     def integers(self) -> bool:
@@ -107,20 +107,3 @@ class Rounding(nn.Module):
 
     def extra_repr(self) -> str:
         return self.describe()
-
-
-class _Straight(torch.autograd.Function):
-    """A rounded value whose gradient is that of the value before."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.to(x.dtype).view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def straight(x: Float[Tensor, "*b n"], value: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-    """`value` in x's dtype; its gradient goes to x as it is."""
-    return cast(Tensor, _Straight.apply(x, value))

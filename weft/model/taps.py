@@ -11,8 +11,22 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, ShapeError, WeftError, raise_all
-from weft.expr import Dense, Diagonal, Expr, Hadamard, LowRank, Product, build, hadamard, spec, tensors, terms_of, total
-from weft.model.rounding import Rounding, straight
+from weft.expr import (
+    CHUNK,
+    Dense,
+    Diagonal,
+    Expr,
+    Hadamard,
+    LowRank,
+    Product,
+    build,
+    hadamard,
+    spec,
+    tensors,
+    terms_of,
+    total,
+)  # fmt: skip
+from weft.model.rounding import Rounding
 
 
 class Tap(nn.Module):
@@ -42,11 +56,10 @@ class Tap(nn.Module):
         """What the tap makes of x: made once for all readers as long as x lives and is not written to."""
         if x.is_inference() or torch.compiler.is_compiling():
             return Seen(self, x, {})
-        mark = (x._version, torch.is_grad_enabled())
         last = _LAST.get(self)
-        if last is None or last[0]() is not x or last[1] != mark:
+        if last is None or last[0]() is not x or last[1] != x._version:
             tap: weakref.ref[Tap] = weakref.ref(self)
-            last = (weakref.ref(x, lambda gone: _forget(tap, gone)), mark, {})
+            last = (weakref.ref(x, lambda gone: _forget(tap, gone)), x._version, {})
             _LAST[self] = last
         return Seen(self, x, last[2])
 
@@ -71,21 +84,23 @@ class Tap(nn.Module):
 
 
 class Seen:
-    """What a tap makes of one tensor; each part is computed when it is asked for, and kept in `kept`."""
+    """What a tap makes of one tensor; each part is computed when it is asked for, and kept in `kept` without a graph."""
 
     def __init__(self, tap: Tap, x: Float[Tensor, "*b n"], kept: dict[str, Any]) -> None:
         self.tap, self.x, self.kept = tap, x, kept
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Never x itself, which `kept` must not keep alive."""
         if name not in self.kept:
-            self.kept[name] = make()
+            with torch.no_grad():
+                self.kept[name] = make()
         return self.kept[name]
 
-    @property
-    def turned(self) -> Float[Tensor, "*b n"]:
-        """The input behind the turns."""
-        return self._once("turned", lambda: self.tap.turned(self.x)) if len(self.tap.turn) else self.x
+    def _turned(self) -> Float[Tensor, "*b n"]:
+        """The input behind the turns, in float32 at least."""
+        x = self.x.detach()
+        if not len(self.tap.turn):
+            return x
+        return self._once("turned", lambda: self.tap.turned(x.to(torch.promote_types(x.dtype, torch.float32))))
 
     @property
     def codes(self) -> tuple[Int8[Tensor, "t n"], Float[Tensor, "#t 1"]] | None:
@@ -93,21 +108,42 @@ class Seen:
         rounding = self.tap.round
         if rounding is None or not rounding.integers or not self.x.numel():
             return None
-        return self._once("codes", lambda: rounding.codes(self.turned))
+        return self._once("codes", lambda: rounding.codes(self._turned()))
 
     @property
     def value(self) -> Float[Tensor, "*b n"]:
-        """The tapped input."""
-        rounding = self.tap.round
-        if rounding is None or not self.x.numel():
-            return self.turned
-        return self._once("value", lambda: rounding(self.turned) if self.codes is None else self._from(*self.codes))
+        """The tapped input, in the input's dtype."""
+        if not self.x.numel() or not (len(self.tap.turn) or self.tap.round):
+            return self.x
+        made = self._once("value", lambda: self._value().to(self.x.dtype))
+        if torch.is_grad_enabled() and self.x.requires_grad:
+            return cast(Tensor, _Through.apply(self.x, made, self.tap))
+        return made
 
-    def _from(self, codes: Int8[Tensor, "t n"], scales: Float[Tensor, "#t 1"]) -> Float[Tensor, "*b n"]:
-        return straight(self.turned, (codes.float() * scales).view(self.turned.shape))
+    def _value(self) -> Float[Tensor, "*b n"]:
+        rounding, turned = self.tap.round, self._turned()
+        if rounding is None:
+            return turned
+        if self.codes is None:
+            return rounding(turned)
+        codes, scales = self.codes
+        return (codes.float() * scales).view(turned.shape)
 
 
-_Last = tuple[weakref.ref[Tensor], tuple[int, bool], dict[str, Any]]
+class _Through(torch.autograd.Function):
+    """A tapped value. Its gradient goes straight through the rounding, and back through the turns."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, made: Tensor, tap: Tap) -> Tensor:
+        ctx.tap = tap
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.tap.back(grads[0]), None, None
+
+
+_Last = tuple[weakref.ref[Tensor], int, dict[str, Any]]
 _LAST: weakref.WeakKeyDictionary[Tap, _Last] = weakref.WeakKeyDictionary()
 """What each tap made of the tensor that it saw last. That is held weakly, and what was made of it goes when it does."""
 
@@ -182,8 +218,8 @@ def _term(term: Expr, rows: Callable[[Tensor], Tensor], sides: tuple[Expr, ...])
 
 
 def _like(t: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-    wide = t.detach().to(torch.promote_types(t.dtype, torch.float32))
-    made = rows(wide).to(t.dtype)
+    wide, step = torch.promote_types(t.dtype, torch.float32), max(1, CHUNK // max(1, t.shape[1]))
+    made = torch.cat([rows(part.to(wide)).to(t.dtype) for part in t.detach().split(step)])
     return nn.Parameter(made) if t.requires_grad else made
 
 

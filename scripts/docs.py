@@ -77,7 +77,9 @@ def facts(method: Method) -> str:
         made.append("solves the weights that read one input together")
     if method.on:
         made.append(f"goes to axes of kind {', '.join(method.on)}")
-    if method.kind == "rewrite":
+    if method.taps:
+        made.append("changes what weights read" + (", and every term of them with it" if method.whole else ""))
+    elif method.kind == "rewrite":
         made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
     return "; ".join(made) + "."
 

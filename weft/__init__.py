@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
     from weft.lab.prove import prove, stale
-    from weft.model import axes, expressions, fork, gathered, mode, transport, unweave, weave
+    from weft.model import axes, expressions, fork, gathered, mode, transport, untap, unweave, weave
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate, tokenizer
     from weft.store.mend import import_
@@ -35,7 +35,7 @@ _HOME = {
     "weft.fitting.fit": ("fit", "plan"),
     "weft.fitting.settings": ("Settings",),
     "weft.lab.prove": ("prove", "stale"),
-    "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "unweave", "weave"),
+    "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "untap", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
     "weft.score": ("evaluate", "generate", "tokenizer"),
@@ -45,7 +45,7 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "attach", "axes", "evaluate", "export", "expressions", "fit",
     "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "prove", "run", "save", "show",
-    "stale", "tokenizer", "train", "transport", "unweave", "verify", "weave",
+    "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

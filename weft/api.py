@@ -22,7 +22,7 @@ from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import DeviceMap, expressions, match
+from weft.model import DeviceMap, expressions, match, taps
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -40,13 +40,14 @@ class Changes(list[Change]):
 
 @dataclass(frozen=True)
 class Row:
-    """One weight as `show` lists it; `bits` are stored bits per weight, scales and all."""
+    """One weight as `show` lists it; `bits` are stored bits per weight, scales and all; `input` is the tap on what it reads."""
 
     name: str
     shape: tuple[int, int]
     expression: str
     bytes: int
     bits: float
+    input: str = ""
 
 
 def load(
@@ -102,8 +103,8 @@ def apply(
 ) -> Changes:
     """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches.
 
-    `at` is a glob, several, or `all-linear`; by default adapters go to `all-linear`, every other rewrite to all sites, a
-    transport to all of its axes.
+    `at` is a glob, several, or `all-linear`; by default adapters and taps go to `all-linear`, every other rewrite to all sites,
+    a transport to all of its axes.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite or
     transport, and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
@@ -124,7 +125,7 @@ def apply(
         stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
         with bars.bar(method, count) as done:
             return Changes(*transports.run(model, step, at=at, stats=stats, seed=seed, done=done))
-    sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" else "*")
+    sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" or chosen.taps else "*")
     stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
     with bars.bar(method, len(sites)) as done:
         return Changes(*engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done))
@@ -219,7 +220,8 @@ def export(
     """Write the model for other tools; returns what had to be written otherwise than it was.
 
     hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapters as a PEFT LoRA folder;
-    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed.
+    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed, and int8
+    weights that read int8 tokens.
     Errors: OptionError; ConflictError naming what the format cannot hold, or if a folder exists.
     """
     if base is not None and to != "peft":
@@ -257,8 +259,12 @@ def verify(folder: str | Path, progress: Progress | None = None) -> list[str]:
 
 
 def show(model: nn.Module) -> list[Row]:
-    """Every weight: its name, shape, expression, bytes and bits per weight."""
-    return [Row(n, e.shape, e.describe(), e.nbytes(), e.bits_per_weight()) for n, e in expressions(model).items()]
+    """Every weight: its name, shape, expression, bytes and bits per weight, and what its input goes through first."""
+    on = {name: tap.describe() for name, tap in taps(model).items()}
+    return [
+        Row(n, e.shape, e.describe(), e.nbytes(), e.bits_per_weight(), on.get(n, ""))
+        for n, e in expressions(model).items()
+    ]
 
 
 def methods() -> list[Entry]:

@@ -81,6 +81,19 @@ def test_an_attached_adapter_is_exported_again(place: Path, tmp_path: Path) -> N
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_an_adapter_behind_turns_is_turned_with_them(place: Path, tmp_path: Path) -> None:
+    """It was made for inputs before the turns, and gives the same there."""
+    want = exported(place, tmp_path / "adapter", at="all-linear")
+    model = weft.load(place)
+    weft.apply(model, "online_hadamard")
+    before = logits(model)
+    assert len(attach(model, tmp_path / "adapter")) == LINEAR
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, want, atol=0.1)
+    weft.untap(model)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+
+
 def test_two_adapters_add_up(place: Path, tmp_path: Path) -> None:
     """Each under its own name; both at one site make one sum."""
     exported(place, tmp_path / "one", at="q_proj")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import weft
+from weft.error import ConflictError
 
 from .cases import logits
 
@@ -139,3 +141,57 @@ def test_scales_that_float16_cannot_hold_are_refused(folder: MODELS, tmp_path: P
     set_expressions(model, {"model.layers.0.mlp.up_proj.weight": tiny})
     with pytest.raises(weft.WeftError, match="scales do not fit"):
         weft.export(model, tmp_path / "bad", to="compressed-tensors")
+
+
+def test_int8_tokens_are_written_for_readers_that_round_them(folder: MODELS, tmp_path: Path) -> None:
+    """The codes and scales of the weight are weft's; a reader rounds each token under a scale of its own, which is noted."""
+    model = weft.load(folder("llama", dtype=torch.float32))
+    weft.apply(model, "rtn", at="all-linear", bits=8, group=0)
+    weft.apply(model, "act_quant", at="*.mlp.*")
+    notes = weft.export(model, tmp_path / "out", to="compressed-tensors")
+    assert len(notes) == 1 and "127.5" in notes[0] and weft.verify(tmp_path / "out") == []
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    assert {g["format"]: len(g["targets"]) for g in said["config_groups"].values()} == {
+        "int-quantized": 6,
+        "pack-quantized": 8,
+    }
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    logits(read)  # the first pass unpacks
+    for name, expr in weft.expressions(model).items():
+        if ".mlp." in name:
+            path = name.removesuffix(".weight")
+            codes, value = held[name], expr.dense()
+            assert codes.dtype == torch.int8 and torch.equal(codes.float() * held[f"{path}.weight_scale"], value)
+            x = torch.randn(1, 5, expr.shape[1]) * torch.tensor([[0.1], [1], [1], [10], [100]])
+            step = x.abs().amax(-1, keepdim=True) / 127.5
+            want = (x / step).round().clamp(-128, 127) * step @ value.T
+            with torch.no_grad():
+                torch.testing.assert_close(read.get_submodule(path)(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [("rtn", {"bits": 8, "group": 0}), ("act_quant", {"per": "tensor"})],
+        [("rtn", {"bits": 8, "group": 0}), ("act_quant", {"grid": "int4"})],
+        [("rtn", {"bits": 8, "group": 0}), ("act_quant", {"scale": "e8m0"})],
+        [("rtn", {"bits": 8, "group": 0, "symmetric": False}), ("act_quant", {})],
+        [("rtn", {"bits": 8, "group": 8}), ("act_quant", {})],
+        [("rtn", {"bits": 4, "group": 0}), ("act_quant", {})],
+        [("act_quant", {})],
+        [("online_hadamard", {}), ("rtn", {"bits": 8, "group": 0})],
+    ],
+)
+def test_other_taps_are_refused_by_name(
+    folder: MODELS, tmp_path: Path, chain: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Every site that reads through one."""
+    model = weft.load(folder("llama"))
+    weft.apply(model, "rtn", at="*.self_attn.*", bits=8, group=0)
+    for method, options in chain:
+        weft.apply(model, method, at="*.mlp.*", **options)
+    with pytest.raises(ConflictError, match="what this weight reads") as e:
+        weft.export(model, tmp_path / "out", to="compressed-tensors")
+    assert len(set(re.findall(r"model\.layers\.\d\.mlp\.\w+", str(e.value)))) == 6 and not (tmp_path / "out").exists()

@@ -269,6 +269,22 @@ def test_an_adapter_is_attached(model: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 4 and "base" in refused.stderr and not (tmp_path / "no").exists()
 
 
+def test_taps_are_put_on_and_shown(model: Path, tmp_path: Path) -> None:
+    """On linear layers by default; the table says what every weight reads."""
+    out = tmp_path / "out"
+    made = weft_(
+        "act_quant", str(model), "--grid", "fp4", "--group", "16", "--scale", "e4m3", "--out", str(out), "--json"
+    )
+    assert made.exit_code == 0
+    assert {row["after"] for row in json.loads(made.stdout)} == {"bfloat16 on fp4[token, g16, e4m3 scales]"}
+    rows = json.loads(weft_("show", str(out), "--json").stdout)
+    assert {r["input"] for r in rows if "_proj" in r["name"]} == {"fp4[token, g16, e4m3 scales]"}
+    assert {r["input"] for r in rows if "_proj" not in r["name"]} == {""}
+    assert "read their input through" in (out / "README.md").read_text()
+    refused = weft_("export", str(out), "--out", str(tmp_path / "no"))
+    assert refused.exit_code == 4 and "rounds activations" in refused.stderr and not (tmp_path / "no").exists()
+
+
 def test_the_cache_is_shown_limited_and_cleaned(tmp_path: Path) -> None:
     """What it holds by kind; a limit keeps the latest; clean keeps nothing."""
     from weft.store.cache import Cache

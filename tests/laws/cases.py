@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.engine import Evidence, Group, Method, Site, get, names
-from weft.engine.run import Step, run
+from weft.engine.run import Step, rewritten
 from weft.expr import (
     NM,
     NODES,
@@ -42,6 +42,7 @@ from weft.expr import (
 )  # fmt: skip
 from weft.grid import GRIDS, SCALES, grid
 from weft.linalg.grids import minmax, nearest
+from weft.model.taps import tap_spec, tap_tensors
 
 Rng = torch.Generator
 SHAPES = ((5, 7), (1, 9), (16, 8), (12, 40))
@@ -422,14 +423,33 @@ def group(
     for i, m in enumerate(rows):
         w, weights = weight(m, n, (salt, i)), torch.rand(m, generator=rng("rows", m, i)) + 0.5
         sites.append(
-            Site(f"site{i}", "linear", STARTS[start](w), lambda w=w: w.clone(), (Evidence(gram, weights, 256),), seed=3)
+            Site(f"site{i}", "linear", STARTS[start](w), lambda w=w: w.clone(), (evidence(gram, weights, x),), seed=3)
         )
     return Group(tuple(sites))
 
 
+def evidence(gram: Tensor, weights: Tensor, x: Tensor) -> Evidence:
+    """What inputs x and this Gram say."""
+    return Evidence(gram, weights, len(x), x.mean(0), x.abs().mean(0), x.abs().amax(0) * bool(gram.any()))
+
+
+def reached(g: Group, *steps: str | tuple[str, dict[str, Any]]) -> Group:
+    """The group after these steps, as the engine runs them, with its taps."""
+    return rewritten(g, [Step.of(s) if isinstance(s, str) else Step.of(s[0], **s[1]) for s in steps])
+
+
 def after(g: Group, *steps: str | tuple[str, dict[str, Any]]) -> list[Expr]:
-    """The group's expressions after these steps, as the engine runs them."""
-    return run(g, [Step.of(s) if isinstance(s, str) else Step.of(s[0], **s[1]) for s in steps])
+    """The group's expressions after these steps."""
+    return [s.now for s in reached(g, *steps)]
+
+
+def marks(g: Group) -> list[tuple[Any, ...]]:
+    """Every site's exact content, expression and tap."""
+    taps = [{} if s.tap is None else {"": tap_spec(s.tap), **tap_tensors(s.tap)} for s in g]
+    return [
+        (snapshot(s.now), {k: getattr(t, "tolist", lambda t=t: t)() for k, t in tap.items()})
+        for s, tap in zip(g, taps, strict=True)
+    ]
 
 
 def output_error(g: Group, made: Sequence[Expr]) -> float:

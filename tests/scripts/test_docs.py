@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from weft import __version__
+from weft.engine.run import Step, apply
 from weft.expr import (
     NM,
     Basis,
@@ -33,7 +34,7 @@ from weft.expr import (
     Sum,
 )  # fmt: skip
 from weft.grid import GRIDS, SCALES, grid
-from weft.model import expressions, set_expressions, weave
+from weft.model import expressions, set_expressions, taps, weave
 from weft.store import save
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,23 @@ def test_the_reader_in_the_document_reads_a_folder(tmp_path: Path) -> None:
     assert set(found) == set(model.state_dict()) - {k for k in model.state_dict() if ".expr." in k} | set(sites)
     for name, expr in expressions(model).items():
         torch.testing.assert_close(torch.tensor(found[name]).float(), expr.dense().float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reader_in_the_document_reads_tapped_weights(tmp_path: Path) -> None:
+    """As the matrices that multiply the inputs themselves."""
+    torch.manual_seed(0)
+    model = tiny()
+    apply(model, [Step.of("online_hadamard"), Step.of("act_quant")], at="all-linear")
+    apply(model, [Step.of("online_hadamard", block=8), Step.of("rtn", group=0)], at="*.mlp.*")
+    save(model, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text("utf8"), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(code, "files.md", "exec"), space)
+    found = space["read"](tmp_path / "out")
+    assert {len(t.turns()) for t in taps(model).values()} == {1, 2}
+    for name, tap in taps(model).items():
+        want = tap.back(expressions(model)[name].dense())
+        torch.testing.assert_close(torch.tensor(found[name]).float(), want, rtol=1e-4, atol=1e-5)
 
 
 def commands() -> list[tuple[str, str]]:

@@ -29,6 +29,12 @@ CHAINS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "asymmetric": (("rtn", {"bits": 3, "group": 8, "symmetric": False}),),
     "2:4": (("magnitude", {"pattern": "2:4"}),),
     "2:4 + gptq": (("wanda", {"pattern": "2:4"}), ("gptq", {"bits": 3})),
+    "turned + rounded": (
+        ("online_hadamard", {}),
+        ("gptq", {}),
+        ("act_quant", {"grid": "fp8_e4m3"}),
+        ("lora", {"rank": 2}),
+    ),
     "masked + nf4": (("sparsegpt", {}), ("nf4", {"group": 16})),
     "sum": (
         ("rtn", {"bits": 3}),
@@ -72,7 +78,8 @@ def test_every_methods_result_comes_back(
 ) -> None:
     """Saved and loaded: the same bytes, the same expressions, the same output, and a folder that is whole."""
     model, batch = weave(tiny(family)), batches(1)[0]
-    apply(model, chain(*CHAINS[kind]), stats=evidence(family))
+    at = "all-linear" if any(get(m).taps for m, _ in CHAINS[kind]) else "*"
+    apply(model, chain(*CHAINS[kind]), at=at, stats=evidence(family))
     stir(model)
     save(model, tmp_path / "out")
     back = load(tmp_path / "out")

@@ -49,7 +49,9 @@ def _shared(
     model: ModelName,
     at: Annotated[
         list[str] | None,
-        typer.Option(help="Sites: a glob, or all-linear; repeatable. All, if not given (adapters: all-linear)."),
+        typer.Option(
+            help="Sites: a glob, or all-linear; repeatable. All, if not given (adapters and taps: all-linear)."
+        ),
     ] = None,
     data: Annotated[
         str | None,

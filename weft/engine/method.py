@@ -24,7 +24,7 @@ Kind = Literal[
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient"]
+Need = Literal["gram", "gradient", "most"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Method:
     per: Per
     whole: bool
     rowwise: bool
+    taps: bool
     drops: tuple[str, ...]
     beats: Beats | None
     on: tuple[str, ...]
@@ -101,7 +102,8 @@ class Method:
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             problem = _broken(group.name, str(e))
             raise problem from e
-        for site, expr in zip(group, made if isinstance(made, list) else [made], strict=True):
+        exprs = [s.now for s in made] if isinstance(made, Group) else made if isinstance(made, list) else [made]
+        for site, expr in zip(group, exprs, strict=True):
             _finite(site, expr)
         return made
 
@@ -159,6 +161,7 @@ def method(
     per: Per = "site",
     whole: bool = False,
     rowwise: bool = False,
+    taps: bool = False,
     drops: tuple[str, ...] = (),
     beats: Beats | None = None,
     on: tuple[str, ...] = (),
@@ -167,7 +170,8 @@ def method(
 
     rows: rows of the catalogue it implements. needs: evidence. per: what a group holds. whole: whether it folds all terms of
     a weight (True) or rewrites the base term and leaves adapters standing (False). rowwise: each row's result depends on that
-    row alone, so that a very large weight may be rewritten in slices. drops: promises it does not keep. on: the kinds of axes
+    row alone, so that a very large weight may be rewritten in slices. taps: it works on what weights read, per="input", and
+    returns the group (`g.rounded`, `g.turned`) rather than expressions. drops: promises it does not keep. on: the kinds of axes
     that a transport goes to.
     """
 
@@ -187,6 +191,7 @@ def method(
             per,
             whole,
             rowwise,
+            taps,
             drops,
             beats,
             on,

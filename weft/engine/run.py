@@ -17,8 +17,8 @@ from weft.engine.registry import get
 from weft.error import ConflictError, OptionError, raise_all
 from weft.expr import Expr, stack, terms_of, total, valueless
 from weft.linalg.sparse import evened
-from weft.model import Group, Site, match, set_expressions, site
-from weft.stats import Stats
+from weft.model import Group, Site, match, refusals, set_expressions, set_taps, site
+from weft.stats import Stats, readers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,15 @@ Chain = tuple[Step, ...]
 
 
 def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
-    """The group's expressions after every step of the chain. The group itself is unchanged.
+    """The group's expressions after every step of the chain. Errors: OptionError for a chain that changes more than these."""
+    if tapping := [s.method for s in chain if get(s.method).taps]:
+        want, fix = "rewrites of weights alone", "put taps on with weft.apply, then go on"
+        raise OptionError("this chain puts taps on inputs", where="chain", got=", ".join(tapping), want=want, fix=fix)
+    return [s.now for s in rewritten(group, chain)]
+
+
+def rewritten(group: Group, chain: Sequence[Step]) -> Group:
+    """The group after every step of the chain, with its taps. The group itself is unchanged.
 
     A lone weight of more than `CHUNK` entries is rewritten in slices of rows if every method of the chain is rowwise.
     A base with zeros that holds no expression of what is kept, such as a sparse delta, becomes one that does.
@@ -57,14 +65,14 @@ def run(group: Group, chain: Sequence[Step]) -> list[Expr]:
         if group.site.evidence:
             group.gram()  # of the whole weight, before its slices share the cache
         if any(get(s.method).whole for s in chain):
-            return [stack([run(replace(group, sites=(part,)), chain)[0] for part in parts])]
+            return group.put([stack([run(replace(group, sites=(part,)), chain)[0] for part in parts])])
         terms = terms_of(group.site.now)  # all but the base stay as they are: a slice of a trainable leaf is frozen
         bare = group.put([terms.pop("base", group.site.now)])
         made = stack([run(replace(bare, sites=(part,)), chain)[0] for part in bare.site.slices()])
-        return [_with(made, terms, group.name)]
+        return group.put([_with(made, terms, group.name)])
     for step in chain:
-        group = group.put(_step(group, get(step.method), dict(step.options)))
-    return [s.now for s in group]
+        group = _step(group, get(step.method), dict(step.options))
+    return group
 
 
 def _evened(now: Expr) -> Expr:
@@ -74,7 +82,7 @@ def _evened(now: Expr) -> Expr:
     return total({**terms, "base": made})
 
 
-def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
+def _step(group: Group, method: Method, options: dict[str, Any]) -> Group:
     if method.kind != "rewrite":
         raise OptionError(
             "this method does not rewrite weights",
@@ -86,18 +94,19 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> list[Expr]:
     whole = {s.name: terms_of(s.now) for s in group}
     seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
     try:
-        made = (
-            list(method(seen, **options))
-            if method.per == "input"
-            else [method(replace(seen, sites=(s,)), **options) for s in seen]
-        )
+        if method.taps:
+            after: Group = method(seen, **options)
+        elif method.per == "input":
+            after = group.put(method(seen, **options))
+        else:
+            after = group.put([method(replace(seen, sites=(s,)), **options) for s in seen])
     except ConflictError:  # a term does not know its site
         raise_all(valueless({s.name: s.now for s in seen}))
         raise
     if method.whole:
-        return made
+        return after
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
-    return [_with(new, others, s.name) for new, others, s in zip(made, rest, group, strict=True)]
+    return after.put([_with(s.now, others, s.name) for s, others in zip(after, rest, strict=True)])
 
 
 def _with(new: Expr, others: Mapping[str, Expr], where: str) -> Expr:
@@ -172,20 +181,37 @@ def apply(
         )
     changes: list[Change] = []
     notes: list[tuple[str, str]] = []
-    for names in groups(model, match(model, at), stats):
+    chosen, taps = match(model, at), any(get(s.method).taps for s in chain)
+    if taps:
+        raise_all(refusals(model, chosen))
+    for names in _sharing(model, chosen, notes) if taps and stats is None else groups(model, chosen, stats):
         group = group_of(model, names, stats, seed=seed)
-        made = run(group, chain)
-        changes += [change(s, e) for s, e in zip(group, made, strict=True)]
-        set_expressions(model, dict(zip(names, made, strict=True)))
+        after = rewritten(group, chain)
+        changes += [change(s, made) for s, made in zip(group, after, strict=True)]
+        set_expressions(model, {s.name: s.now for s in after})
+        if taps:
+            set_taps(model, {s.name: s.tap for s in after})
         notes += group.notes
         if step:
             step(len(names))
     return changes, notes
 
 
-def change(before: Site, after: Expr) -> Change:
+def _sharing(model: nn.Module, names: Sequence[str], notes: list[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """These sites by the input they read, as one forward pass shows it; one by one, which is declared, where none does."""
+    found = readers(model)
+    if found is None:
+        notes.append((type(model).__name__, "which sites share an input is not known: each has a tap of its own"))
+        return [(n,) for n in names]
+    together = [g for group in found if (g := tuple(n for n in group if n in set(names)))]
+    seen = {n for g in together for n in g}
+    return together + [(n,) for n in names if n not in seen]
+
+
+def change(before: Site, after: Site) -> Change:
     """The record of one rewrite."""
-    return Change(before.name, before.now.describe(), after.describe(), after.nbytes(), relative_error(before, after))
+    error = relative_error(after, after.now)
+    return Change(before.name, before.describe(), after.describe(), after.now.nbytes(), error)
 
 
 def relative_error(before: Site, after: Expr) -> float | None:

@@ -156,3 +156,10 @@ def nearest(w: Float[Tensor, "m n"], fit: Fitted) -> UInt8[Tensor, "m n"]:
     scale, zero = fit.scales.unsqueeze(-1), fit.zero().unsqueeze(-1)
     codes = _codes(grouped(w.float(), fit.group) / scale, zero, fit.name)
     return codes.flatten(1)[:, : w.shape[1]].to(torch.uint8)
+
+
+def rounded(w: Float[Tensor, "m n"], fit: Fitted) -> Float[Tensor, "m n"]:
+    """The nearest value of every entry: bit for bit what the node of its codes holds, and NaN where w is."""
+    scale, zero = fit.scales.unsqueeze(-1), fit.zero().unsqueeze(-1)
+    made = value(_codes(grouped(w.float(), fit.group) / scale, zero, fit.name), zero, fit.name) * scale
+    return made.flatten(1)[:, : w.shape[1]]

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weft.error import NumericError, OptionError
-from weft.expr import Expr
+from weft.error import ConflictError, NumericError, OptionError
+from weft.expr import Expr, Hadamard
 from weft.linalg.columns import inverse_factor
+from weft.model.rounding import Rounding
+from weft.model.taps import Tap, moved
 
 Kind = Literal["linear", "conv1d", "conv", "embedding"]
 
@@ -36,6 +38,11 @@ class Evidence:
     most: Float[Tensor, "n"] | None = None
     """The largest |x|."""
 
+    def turned(self, by: Hadamard) -> Evidence:
+        """The same behind a turn of the input, where nothing is known of absolute values."""
+        mean = by(self.mean) if self.mean is not None else None
+        return Evidence(by(by(self.gram).T), self.weight, self.tokens, mean)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -47,11 +54,17 @@ class Site:
     source: Callable[[], Float[Tensor, "m n"]]
     evidence: tuple[Evidence, ...] = ()
     seed: int = 0
+    tap: Tap | None = None
+    """What its input goes through first; expression, pretrained value and evidence are those behind it."""
 
     @property
     def original(self) -> Float[Tensor, "m n"]:
         """The pretrained value in float32 on the CPU, read anew each time."""
         return self.source().cpu().float()
+
+    def describe(self) -> str:
+        """Its expression, and what its input goes through: `int8[channel] on int8[token]`."""
+        return self.now.describe() + (f" on {self.tap.describe()}" if self.tap is not None else "")
 
     def cost(self, new: Expr) -> float:
         """Predicted loss a unit of the new value: Σ over uses of 1/2 Σ_i weight_i e_i gram e_iᵀ, e = new - original."""
@@ -175,9 +188,56 @@ class Group:
         word = hashlib.blake2b(f"{self.sites[0].seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(word, "little"))
 
+    def most(self) -> Float[Tensor, "n"]:
+        """The largest |x| of each input feature. Errors: NumericError; OptionError where it was not measured."""
+        known = [finite(e.most, f"{s.name}.most") for s in self.sites for e in s.evidence if e.most is not None]
+        if not known:
+            want, fix = "evidence of inputs", "pass data; behind a new turn, apply one method after the other"
+            raise OptionError(
+                "the range of inputs is not known", where=self.name, got="no evidence", want=want, fix=fix
+            )
+        return torch.stack(known).amax(0)
+
+    def rounded(self, by: Rounding) -> Group:
+        """The same group with its input rounded, in place of a rounding that was there."""
+        made = {id(s.tap): Tap(s.tap.turns() if s.tap is not None else (), by) for s in self}
+        return replace(self, sites=tuple(replace(s, tap=made[id(s.tap)]) for s in self))
+
+    def turned(self, by: Hadamard) -> Group:
+        """The same group with one more turn of its input; weights, pretrained values and evidence follow.
+
+        Errors: ConflictError behind a static rounding, whose scale was measured without the turn.
+        """
+        taps = {id(s.tap): _turned(s, by) for s in self}
+        seen = {id(e.gram): e.turned(by) for s in self for e in s.evidence}
+        sites = [
+            replace(
+                s,
+                now=moved(s.now, by),
+                source=lambda s=s: by(s.original),
+                evidence=tuple(replace(seen[id(e.gram)], weight=e.weight) for e in s.evidence),
+                tap=taps[id(s.tap)],
+            )
+            for s in self
+        ]
+        return replace(self, sites=tuple(sites), cache={})
+
     def put(self, exprs: Sequence[Expr]) -> Group:
         """The same group after a rewrite; evidence and what was derived from it are shared."""
         return replace(self, sites=tuple(replace(s, now=e) for s, e in zip(self.sites, exprs, strict=True)))
+
+
+def _turned(site: Site, by: Hadamard) -> Tap:
+    """The tap of a site with one more turn, before its rounding."""
+    turns, rounding = (site.tap.turns(), site.tap.round) if site.tap is not None else ((), None)
+    if rounding is not None and rounding.per == "static":
+        got, want, fix = (
+            rounding.describe(),
+            "a rounding that fits its scale anew",
+            "turn first, then measure the scale",
+        )
+        raise ConflictError("a measured scale does not fit a turn", where=site.name, got=got, want=want, fix=fix)
+    return Tap((*turns, by), rounding)
 
 
 def finite(t: Tensor, where: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, OptionError, WeftError, raise_all
 from weft.model.axes import Axis, Norm, axes
 from weft.model.transforms import Part, Rotate, Scale, Select, Transform, carried, selectable
-from weft.model.weave import Original, Place, expression, expressions, places
+from weft.model.weave import Original, Place, expression, expressions, places, taps
 
 
 def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[str, str]]:
@@ -23,7 +23,8 @@ def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[
     seen in the new coordinates from then on. A rotation of the residual axis first folds norms into what reads them, which
     unties a tied head.
     Errors, all at once and before anything changes: OptionError for no such axis; ConflictError for what an axis does not
-    admit, with the reason; ShapeError for a transform of another size; NumericError for one that is not finite or has no inverse.
+    admit, with the reason, and for readers behind a tap; ShapeError for a transform of another size; NumericError for one
+    that is not finite or has no inverse.
     """
     known = axes(model)
     raise_all([p for name, by in changes.items() for p in _refusals(model, known, name, by, changes)])
@@ -92,8 +93,12 @@ def _refusals(
             fix="choose another axis",
         )
         return
+    read = [(p.name, tap) for p in axis.readers if (tap := taps(model).get(p.name)) is not None]
     if problem := by.problem(axis):
         yield problem
+    elif read:
+        (where, tap), fix = read[0], "change coordinates first, or take the tap off with weft.untap(model)"
+        yield ConflictError("an input has a tap", where=where, got=tap.describe(), want="plain inputs", fix=fix)
     elif isinstance(by, Select):
         exprs = expressions(model)
         for part in axis.readers:

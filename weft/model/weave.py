@@ -22,6 +22,7 @@ from weft.model.layers import PLAIN, layer
 from weft.model.overrides import METHODS
 from weft.model.sharded import must_be_whole
 from weft.model.site import Kind, Site
+from weft.model.taps import Tap, refuse_roundings, tap_spec, tap_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Callable[[], Tensor]
@@ -112,7 +113,7 @@ def weave(model: Model) -> Model:
         place, expr = shared[id(weight)]
         place.modules += (path,)
         slot = cast(Any, module)
-        slot.__class__, slot.compute, slot.expr, slot.stored = woven, weight.dtype, expr, place.stored
+        slot.__class__, slot.compute, slot.stored, slot.expr, slot.tap = woven, weight.dtype, place.stored, expr, None
     cast(Any, model)._weft = places
     for name, method in METHODS.items():
         if hasattr(model, name):
@@ -123,18 +124,21 @@ def weave(model: Model) -> Model:
 def unweave(model: Model, *, original: bool = False) -> Model:
     """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in.
 
-    Errors, before anything changes: ConflictError naming weights whose value depends on the input.
+    Turns of inputs are folded into the weights. Errors, before anything changes: ConflictError naming weights whose value depends
+    on the input, and those whose input is rounded; neither if `original`.
     """
-    raise_all([] if original else valueless(expressions(model)))
+    if not original:
+        raise_all(valueless(expressions(model)))
+        refuse_roundings(taps(model), "a plain model")
     for place in places(model).values():
-        value = (place.original() if original else expression(model, place).dense()).to(
-            cast(torch.dtype, model.get_submodule(place.modules[0]).compute)
-        )
+        tap = tap_at(model, place) or Tap()
+        value = place.original() if original else tap.back(expression(model, place).dense())
+        value = value.to(cast(torch.dtype, model.get_submodule(place.modules[0]).compute))
         weight = nn.Parameter(place.stored(value.detach()).contiguous(), requires_grad=value.is_floating_point())
         for path in place.modules:
             module = model.get_submodule(path)
             module.__class__ = PLAIN[type(module)]
-            del module.expr, module.compute, module.stored
+            del module.expr, module.tap, module.compute, module.stored
             module.__dict__.pop("speed", None)
             module.register_parameter("weight", weight)
     put_together(model)
@@ -172,6 +176,16 @@ def expression(model: nn.Module, place: Place) -> Expr:
 def expressions(model: nn.Module) -> dict[str, Expr]:
     """Site name to expression; a tied weight once, under its first name."""
     return {name: expression(model, place) for name, place in places(model).items()}
+
+
+def tap_at(model: nn.Module, place: Place) -> Tap | None:
+    """What the input of a place goes through first."""
+    return cast("Tap | None", model.get_submodule(place.modules[0]).tap)
+
+
+def taps(model: nn.Module) -> dict[str, Tap]:
+    """Site name to tap, of the sites that have one; sites that read one input have the same."""
+    return {name: tap for name, place in places(model).items() if (tap := tap_at(model, place)) is not None}
 
 
 def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
@@ -240,10 +254,12 @@ def output_sites(model: nn.Module) -> set[str]:
 
 
 def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: int = 0) -> Site:
-    """The site as a method sees it: on the CPU, where evidence is and float64 works, wherever the model is."""
+    """The site as a method sees it, behind its tap: on the CPU, where evidence is and float64 works, wherever the model is."""
     place = places(model)[name]
     now = on(expression(model, place), torch.device("cpu"))
-    return Site(name, place.kind, now, place.original, evidence, seed)
+    tap, source = tap_at(model, place), place.original
+    turned = source if tap is None or not tap.turns() else lambda: copy.deepcopy(tap).cpu().turned(source().float())
+    return Site(name, place.kind, now, turned, evidence, seed, tap)
 
 
 def fork(model: Model) -> Model:
@@ -255,12 +271,15 @@ def fork(model: Model) -> Model:
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach().clone() if p.requires_grad else p.detach(), requires_grad=p.requires_grad)
+    for tap in taps(model).values() if is_woven(model) else ():
+        for b in tap.buffers():
+            memo[id(b)] = b.detach()
     return copy.deepcopy(model, memo)
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers that belong to no expression: norms, biases, position tables."""
-    inside = {f"{path}.expr." for place in places(model).values() for path in place.modules}
+    inside = {f"{path}.{k}." for place in places(model).values() for path in place.modules for k in ("expr", "tap")}
     prefixes = tuple(inside)
     made = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(prefixes)}
     first = {id(v): k for k, v in reversed(made.items())}
@@ -274,6 +293,9 @@ def fingerprint(model: nn.Module) -> str:
     for name, expr in expressions(model).items():
         word.update(json.dumps([name, spec(expr)], sort_keys=True).encode())
         items |= {f"{name}:{k}": t for k, t in tensors(expr).items()}
+    for name, tap in taps(model).items():
+        word.update(json.dumps([name, tap_spec(tap)], sort_keys=True).encode())
+        items |= {f"{name}:tap.{k}": t for k, t in tap_tensors(tap).items()}
     for name, t in sorted(items.items()):
         word.update(f"{name} {t.dtype} {list(t.shape)}".encode())
         raw: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b""

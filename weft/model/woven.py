@@ -12,27 +12,31 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError
 from weft.expr import CHUNK, Dense, Expr, dense_copy, terms_of
+from weft.model.integers import tapped
 from weft.model.standin import StandIn
+from weft.model.taps import Tap, folded
 
 
 class _Woven(nn.Module):
     """What woven modules share: an expression where the weight was."""
 
     expr: Expr
+    tap: Tap | None
+    """What the input goes through first; only linear layers have one."""
     compute: torch.dtype
     stored: Callable[[Tensor], Tensor]
     """The value [m n] as the module's weight."""
     features: ClassVar[int] = -1
     """The dimension of its output that has the weight's rows."""
-    tap: Callable[[Tensor, Tensor], Tensor] | None = None
+    lookup: Callable[[Tensor, Tensor], Tensor] | None = None
     """Sees an embedding's ids and rows, before what a subclass makes of them."""
     speed: bool = False
     """Whether it runs on a dense copy of what is frozen, which is kept with the expression."""
 
     @property
     def weight(self) -> Tensor:
-        """A read-only stand-in: free metadata; any operation on it makes the value dense."""
-        return StandIn.of(self.expr, self.compute, self.stored)
+        """A read-only stand-in: free metadata; any operation on it makes the value dense, before the tap's turns."""
+        return StandIn.of(self.expr if self.tap is None else folded(self.expr, self.tap), self.compute, self.stored)
 
     def resident(self, x: Tensor) -> tuple[Tensor | None, list[Expr]]:
         """The dense copy that inputs like x are multiplied with, and the terms that it leaves out; None where there is no such copy."""
@@ -45,11 +49,12 @@ class _Woven(nn.Module):
         return dense_copy(self.expr, self.compute)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x times the transposed value, and the bias."""
+        """What the tap makes of x times the transposed value, and the bias."""
         copy, live = self.resident(x)
         if copy is None:
-            y = self.expr(x)
+            y = self.expr(x) if self.tap is None else tapped(self.expr, self.tap, x)
             return y if bias is None else y + bias.to(y.dtype)
+        x = self.inputs(x)
         y = F.linear(x, copy, bias if bias is None else bias.to(copy.dtype))
         for term in live:
             y = y + term(x)
@@ -57,7 +62,7 @@ class _Woven(nn.Module):
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, features last."""
-        return x
+        return x if self.tap is None else self.tap(x)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -80,7 +85,8 @@ class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVaria
 
     def forward(self, input: Tensor) -> Tensor:
         if (
-            self.bias is not None  # pyright: ignore[reportUnnecessaryComparison]
+            self.tap is None
+            and self.bias is not None  # pyright: ignore[reportUnnecessaryComparison]
             and isinstance(self.expr, Dense)
             and (self.expr.w.dtype == input.dtype or self.expr.w.numel() <= CHUNK // 16)
         ):
@@ -170,7 +176,7 @@ class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibl
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.look_up(input).to(self.compute)
-        return rows if self.tap is None else self.tap(input, rows)
+        return rows if self.lookup is None else self.lookup(input, rows)
 
     def look_up(self, ids: Tensor) -> Tensor:
         """The value's rows."""

@@ -2,6 +2,6 @@
 
 from weft.stats.evidence import Stats, collect
 from weft.stats.objective import Objective, objective
-from weft.stats.walker import Edges, Walker, forward
+from weft.stats.walker import Edges, Walker, forward, readers
 
-__all__ = ["Edges", "Objective", "Stats", "Walker", "collect", "forward", "objective"]
+__all__ = ["Edges", "Objective", "Stats", "Walker", "collect", "forward", "objective", "readers"]

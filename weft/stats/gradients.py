@@ -40,7 +40,7 @@ def gradients(
         return partial(checkpoint, plain, use_reentrant=False)
 
     lean = forwards(blocks(model)[1], light)
-    with torch.enable_grad(), lean, _tapped(model, sums):
+    with torch.enable_grad(), lean, _heard(model, sums):
         for b, batch in enumerate(batches):
             for i in range(len(next(iter(batch.values())))):
                 one = trim({k: v[i : i + 1] for k, v in batch.items()})
@@ -87,17 +87,17 @@ def _source(model: nn.Module, one: Batch, batch: int, sample: int) -> NumericErr
 
 
 @contextmanager
-def _tapped(model: nn.Module, sums: dict[str, OutputSums]) -> Generator[None]:
+def _heard(model: nn.Module, sums: dict[str, OutputSums]) -> Generator[None]:
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in sums}
     tables: dict[str, Any] = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding)}
     for path, m in tables.items():
-        m.tap = _lookup(m, sums[path])
-    hooks = [m.register_forward_hook(_tap(sums[path])) for path, m in modules.items() if path not in tables]
+        m.lookup = _lookup(m, sums[path])
+    hooks = [m.register_forward_hook(_hear(sums[path])) for path, m in modules.items() if path not in tables]
     try:
         yield
     finally:
         for m in tables.values():
-            del m.tap
+            del m.lookup
         for h in hooks:
             h.remove()
 
@@ -110,17 +110,17 @@ def _lookup(module: nn.Embedding, sums: OutputSums) -> Callable[[Tensor, Tensor]
         made = wide(flat.T @ flat)
         sums.gram = made if sums.gram is None else sums.gram + made
 
-    def tap(ids: Tensor, rows: Tensor) -> Tensor:
+    def see(ids: Tensor, rows: Tensor) -> Tensor:
         out = rows if rows.requires_grad else rows.detach().requires_grad_()
         counts = wide(torch.bincount(ids.flatten(), minlength=module.num_embeddings))
         sums.counts = counts if sums.counts is None else sums.counts + counts
         out.register_hook(gram)
         return out
 
-    return tap
+    return see
 
 
-def _tap(sums: OutputSums) -> Callable[..., Any]:
+def _hear(sums: OutputSums) -> Callable[..., Any]:
     """Sums the squared gradient at each output."""
 
     def hook(module: Any, _: tuple[Tensor, ...], out: Tensor) -> None:

@@ -214,17 +214,23 @@ class Edges:
         """
         if self.only is not None and name not in self.only:
             return
-        edge = next((e for t, e in self._alive if t is x), None)
-        if edge is None:
-            edge = self.of.setdefault(name, name)
-            self._alive.append((x, edge))
+        if self._first(name, x):
+            edge = self.of[name]
             sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
             kept = keep if keep is not None and x.shape[:-1] == keep.shape else None
             if not sums.add(x[kept] if kept is not None else x.reshape(-1, x.shape[-1])):
                 seen = x if kept is None else x.masked_fill(~kept.unsqueeze(-1), 0)
                 problem = not_finite(name, self.calls, seen)
                 raise problem
-        self.of.setdefault(name, edge)
+
+    def _first(self, name: str, x: Tensor) -> bool:
+        """Note that `name` reads x; whether nothing has read it before in this call."""
+        edge = next((e for t, e in self._alive if t is x), None)
+        if edge is not None:
+            self.of.setdefault(name, edge)
+            return False
+        self._alive.append((x, self.of.setdefault(name, name)))
+        return True
 
     def end(self) -> None:
         """A call is over: its tensors may go, and their addresses may be used again."""
@@ -233,7 +239,28 @@ class Edges:
 
     def groups(self) -> list[tuple[str, ...]]:
         """The sites of each edge, in the order they were first called."""
-        return [tuple(s for s, e in self.of.items() if e == edge) for edge in self.sums]
+        return [tuple(s for s, e in self.of.items() if e == edge) for edge in dict.fromkeys(self.of.values())]
+
+
+class _Readers(Edges):
+    """Which sites read the same tensor, and no sums."""
+
+    def see(self, name: str, x: Float[Tensor, "*b n"], keep: Tensor | None) -> None:
+        self._first(name, x)
+
+
+def readers(model: nn.Module) -> list[tuple[str, ...]] | None:
+    """Sites by the input they read, in the order of the computation, as one pass of transformers' dummy inputs shows it.
+
+    Sites that it does not reach are left out. None for a model that cannot run on them: it reads something else.
+    """
+    edges = _Readers()
+    try:
+        with torch.no_grad(), observing(model, "", edges, None):
+            model(**{k: v.to(cast(Any, model).device) for k, v in cast(Any, model).dummy_inputs.items()})
+    except Exception:  # whatever a model says to inputs that it is not made for
+        return None
+    return edges.groups()
 
 
 def not_finite(name: str, batch: int, x: Tensor, sample: int | None = None) -> NumericError:

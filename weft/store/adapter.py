@@ -24,7 +24,7 @@ from weft.error import (
     raise_all,
 )
 from weft.expr import Expr, LowRank, terms_of, total
-from weft.model import Place, expressions, places, set_expressions
+from weft.model import Place, expressions, places, set_expressions, taps
 from weft.model.devices import device_of
 from weft.store.audit import Entry, header
 from weft.store.checkpoint import read_object
@@ -70,12 +70,15 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     raise_all(problems + _unlike_targets(model, given, set(pairs)))
     held = read_tensors(place / TENSORS)
     raise_all(some([k for k, t in held.items() if _beyond(t, LIMIT)], lambda k: _unsound(k, held[k])))
-    now = expressions(model)
+    now, on = expressions(model), {n: tap for n, tap in taps(model).items() if tap.turns()}
     made: dict[str, Expr] = {}
     for path in pairs:
         site, expr = sites[path].name, now[sites[path].name]
         device = device_of(expr)
-        term = _term(held[key(path, "B")].to(device), held[key(path, "A")].to(device), given.scale(path))
+        down = held[key(path, "A")].to(device)
+        if site in on:  # what it was made for is read before the turns
+            down = on[site].turned(down.to(torch.promote_types(down.dtype, torch.float32)))
+        term = _term(held[key(path, "B")].to(device), down, given.scale(path))
         made[site] = total({**terms_of(expr), role: term})
     wrong = {n: count for n, e in made.items() if (count := _overflows(e, places(model)[n].dtype))}
     raise_all(some(list(wrong), lambda n: _overflow(n, f"{wrong[n]} of {math.prod(made[n].shape)} values")))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from weft.model import expressions
+from weft.model import expressions, taps
 from weft.store.library import library
 
 _LICENCE = re.compile(r"license: ([A-Za-z0-9.-]{1,64})")
@@ -35,6 +35,9 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
         )
         lines += [f"{bits:.2f} bits per weight, scales and all.", "", "| weights | stored as |", "| ---: | --- |"]
         lines += [f"| {n} | {form} |" for form, n in Counter(e.describe() for e in exprs.values()).most_common(20)]
+        if on := Counter(tap.describe() for tap in taps(model).values()):
+            lines += ["", "| weights | read their input through |", "| ---: | --- |"]
+            lines += [f"| {n} | {form} |" for form, n in on.most_common(20)]
     load = 'weft.load("FOLDER")' if kind == "weft" else f'{home}.{name}.from_pretrained("FOLDER")'
     use = [f"import {load.partition('.')[0]}", "", f"model = {load}"]
     return "\n".join([*lines, "", "```python", *use, "```", ""])

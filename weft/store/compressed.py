@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: 4- and 8-bit integers, `pack-quantized`, which transformers and vLLM load."""
+"""compressed-tensors checkpoints: 4- and 8-bit integers, packed, or int8 with int8 tokens, which transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, Quantized, Sum, valueless
 from weft.grid import pack, packed_bytes
-from weft.model import Place, expressions, places, plain_tensors
+from weft.model import Place, Rounding, Tap, expressions, places, plain_tensors, taps
 from weft.store.card import card
 from weft.store.library import config_of, library
 from weft.store.save import later, may_write, narrow, travel, write_shards
@@ -21,6 +21,7 @@ from weft.store.swap import staged
 from weft.store.tensors import Later, size_of
 
 BITS = {"int4": 4, "int8": 8}
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Scheme:
     bits: int
     group: int
     symmetric: bool
+    tokens: bool = False
+    """Whether inputs are rounded too: int8, one scale a token."""
+
+    @property
+    def format(self) -> str:
+        """How the weights are written."""
+        return "int-quantized" if self.tokens else "pack-quantized"
 
     def as_json(self, targets: list[str]) -> dict[str, Any]:
         """The entry for these modules."""
@@ -43,9 +51,9 @@ class Scheme:
         }
         return {
             "targets": targets,
-            "format": "pack-quantized",
+            "format": self.format,
             "weights": weights,
-            "input_activations": None,
+            "input_activations": _TOKENS if self.tokens else None,
             "output_activations": None,
         }
 
@@ -53,8 +61,9 @@ class Scheme:
 def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = False) -> list[str]:
     """Write a compressed-tensors checkpoint of the same values, rounded to the checkpoint's dtype as its readers do.
 
-    Quantized linear layers are packed, plain ones go to `ignore`. Returns notes: embeddings that are written plain
-    because readers keep them so, and what transformers 5 makes of zero points.
+    Quantized linear layers are packed, plain ones go to `ignore`. Inputs may be rounded to int8 a token where the weight is int8,
+    one scale a row. Returns notes: embeddings that are written plain because readers keep them so, what transformers 5 makes
+    of zero points, and how readers scale tokens.
     Errors: ConflictError naming every site that the format has no place for, and why, or if nothing is packed.
     """
     if library(model) != "transformers":
@@ -63,14 +72,17 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
             "only transformers reads this format", where=type(model).__name__, got=got, want="its own", fix=fix
         )
     exprs, where = expressions(model), places(model)
-    raise_all(valueless(exprs) or [p for n, e in exprs.items() if (p := _refusal(where[n], e))])
+    on = taps(model)
+    problems = [p for n, e in exprs.items() if (p := _refusal(where[n], e) or _tapped(n, e, on.get(n)))]
+    raise_all(valueless(exprs) or problems)
     packed = {n: e for n, e in exprs.items() if where[n].kind == "linear" and isinstance(e, Quantized)}
     if not packed:
         got, fix = "no int4 or int8 linear layer", 'export with to="hf"'
         raise ConflictError("nothing here can be packed", where=type(model).__name__, got=got, want="one", fix=fix)
-    schemes = {where[n].modules[0]: Scheme(BITS[e.grid], e.group, e.symmetric) for n, e in packed.items()}
+    schemes = {where[n].modules[0]: Scheme(BITS[e.grid], e.group, e.symmetric, n in on) for n, e in packed.items()}
     notes = [_plainly(where[n], e) for n, e in exprs.items() if n not in packed and not isinstance(e, Dense)]
     notes += _zero_points(list(schemes.values()))
+    notes += ["int8 tokens: their scale is max|x| / 127.5 in readers, max|x| / 127 in bfloat16 here"] * bool(on)
     body = {"format": 1, "kind": "compressed-tensors", "class": type(model).__name__, "notes": notes}
     content = _content(model, packed)
     may_write(model, out, replace=replace, nbytes=sum(size_of(t) for t in content.values()))
@@ -90,7 +102,8 @@ def _content(model: nn.Module, packed: dict[str, Quantized]) -> dict[str, Tensor
     for name, expr in expressions(model).items():
         place = places(model)[name]
         if name in packed:
-            made |= {f"{place.modules[0]}.{k}": t for k, t in _packed(packed[name], place.dtype).items()}
+            form = _whole if name in taps(model) else _packed
+            made |= {f"{place.modules[0]}.{k}": t for k, t in form(packed[name], place.dtype).items()}
         else:
             made[name] = later(expr, place)
     return made
@@ -116,10 +129,18 @@ def quantization_config(packed: dict[str, Scheme], ignore: list[str]) -> dict[st
     targets = {s: ["Linear"] if len(schemes) == 1 else [p for p, t in packed.items() if t == s] for s in schemes}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": schemes[0].format if len({s.format for s in schemes}) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignore,
         "config_groups": {f"group_{i}": s.as_json(targets[s]) for i, s in enumerate(schemes)},
+    }
+
+
+def _whole(expr: Quantized, dtype: torch.dtype) -> dict[str, Later]:
+    """A weight as int8 codes [m n] and scales [m 1], each when it is written."""
+    return {
+        "weight": Later(torch.int8, expr.shape, lambda: (expr.codes().short() - 128).to(torch.int8)),
+        "weight_scale": Later(dtype, (expr.shape[0], 1), lambda: expr.scales().to(dtype)),
     }
 
 
@@ -162,6 +183,22 @@ def _ignored(model: nn.Module, packed: dict[str, Scheme]) -> list[str]:
         p for place in places(model).values() for p in place.modules if isinstance(model.get_submodule(p), nn.Linear)
     ]
     return [p for p in linear if p not in packed]
+
+
+def _tapped(name: str, expr: Expr, tap: Tap | None) -> WeftError | None:
+    """Why the format has no place for this tap; None where it has."""
+    if tap is None:
+        return None
+    known = isinstance(expr, Quantized) and expr.grid == "int8" and expr.symmetric and not expr.group
+    if known and tap.describe() == Rounding("int8").describe():
+        return None
+    return ConflictError(
+        "compressed-tensors cannot hold what this weight reads",
+        where=name,
+        got=f"{expr.describe()} on {tap.describe()}",
+        want="plain inputs, or int8[channel] on int8[token]",
+        fix="take the tap off with weft.untap(model), or save the model with weft.save",
+    )
 
 
 def _refusal(place: Place, expr: Expr) -> WeftError | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, weave
+from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, set_taps, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
@@ -22,7 +22,7 @@ from weft.store.files import must_be_text, read_json
 from weft.store.library import stem_in
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import Step, examine, seal
-from weft.store.trees import broken, expressions_of
+from weft.store.trees import broken, expressions_of, taps_of
 
 WANTED = [
     "*.json", "model*.safetensors", "diffusion_pytorch_model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*",
@@ -209,10 +209,13 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             want="the model's matrices",
             fix="copy the folder again",
         )
+    sites, on, content, problems = taps_of(manifest, content, folder.name)
+    raise_all(problems)
     exprs, plain, problems = expressions_of(sites, content, folder.name, manifest.get("shared"))
     problems += [*assign_plain(model, plain, compute, folder.name), *broken(exprs)]
     raise_all(problems)
     set_expressions(model, exprs)
+    set_taps(model, on)
     _ready(model, folder, compute)
     on_disk = names_on_disk(model, known)
     for place in known.values():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
-from weft.model import expressions, fork, places, set_expressions
+from weft.model import expressions, fork, places, set_expressions, taps
 from weft.model.weave import Original
 from weft.store.lora import CONFIG, TENSORS, key
 from weft.store.save import save
@@ -29,7 +29,7 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
     `base` names a folder that it is written to, as an ordinary checkpoint without the adapters. The manifest holds the
     fingerprint of what the adapter belongs to.
     Errors: ConflictError, naming every site, for adapters that are no LoRA of a linear layer; for a changed base
-    without `base`; for a model without adapters; for folders that exist.
+    without `base`; for inputs that go through taps; for a model without adapters; for folders that exist.
     """
     adapters = {n: a for n, e in expressions(model).items() if (a := _adapters(e))}
     if not adapters:
@@ -40,7 +40,7 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
             want="one",
             fix='weft.apply(model, "lora"), then train',
         )
-    raise_all([p for n, terms in adapters.items() for p in _no_lora(model, n, terms)])
+    raise_all([p for n, terms in adapters.items() for p in _no_lora(model, n, terms)] + _tapped(model))
     if base is None:
         _same_base(model, out)
     home = str(base if base is not None else _home(model))
@@ -129,6 +129,17 @@ def _no_lora(model: nn.Module, name: str, terms: dict[str, Expr]) -> list[WeftEr
             "this adapter cannot be a PEFT LoRA", where=name, got=r, want="a LowRank term on one linear layer", fix=fix
         )
         for r in reasons
+    ]
+
+
+def _tapped(model: nn.Module) -> list[WeftError]:
+    """Why an adapter behind taps is none for PEFT, site by site."""
+    fix = "take the taps off with weft.untap(model), or save the model with weft.save"
+    return [
+        ConflictError(
+            "PEFT knows no taps", where=name, got=f"an input through {tap.describe()}", want="plain inputs", fix=fix
+        )
+        for name, tap in taps(model).items()
     ]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, raise_all
 from weft.expr import Dense, Expr, identity, spec, tensors, valueless
-from weft.model import Place, expressions, places, plain_tensors
+from weft.model import Place, Tap, expressions, places, plain_tensors, taps
+from weft.model.taps import refuse_roundings, tap_spec, tap_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
 from weft.store.card import card
@@ -46,11 +47,13 @@ def save(
     If every expression is a plain matrix, or with `dense`, the folder is an ordinary checkpoint of the model's library.
     Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be
-    replaced or, `dense`, for a weight whose value depends on the input; NumericError for one that is not finite;
-    ResourceError for a full disk; PathError.
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced or,
+    `dense`, for a weight whose value depends on the input or whose input is rounded; NumericError for one that is not
+    finite; ResourceError for a full disk; PathError.
     """
-    plain = dense or all(isinstance(e, Dense) for e in expressions(model).values())
+    if dense:
+        refuse_roundings(taps(model), "a plain checkpoint")
+    plain = dense or _plain(model)
     content: Content = _dense(model) if dense else stored(model)
     if plain:
         known = names_on_disk(model, content)
@@ -60,7 +63,7 @@ def save(
         "format": FORMAT,
         "kind": "plain" if plain else "weft",
         "class": type(model).__name__,
-        "sites": {} if plain else {name: spec(e) for name, e in expressions(model).items()},
+        **({"sites": {}} if plain else trees(model)),
         **({"shared": others} if not plain and (others := shared(model)) else {}),
         "bytes": total,
         "base": base(model),
@@ -105,10 +108,11 @@ def may_write(model: nn.Module, out: Path | str, *, replace: bool, nbytes: int, 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that `save` writes, by its name in the file: what a budget counts."""
     exprs, others = expressions(model), shared(model)
-    if all(isinstance(e, Dense) for e in exprs.values()):
+    if _plain(model):
         made = {n: places(model)[n].stored(tensors(e)["w"].detach()) for n, e in exprs.items()}
     else:
         made = {n: t.detach() for n, t in _named(exprs).items() if n not in others}
+    made |= {f"{edge}:tap.{path}": t for edge, tap in edges(model).items() for path, t in tap_tensors(tap).items()}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
@@ -124,18 +128,41 @@ def shared(model: nn.Module) -> dict[str, str]:
     return {n: other for n, t in named.items() if (other := first.setdefault(identity(t), n)) != n}
 
 
+def _plain(model: nn.Module) -> bool:
+    """Whether an ordinary checkpoint holds the model as it is."""
+    return all(isinstance(e, Dense) for e in expressions(model).values()) and not taps(model)
+
+
+def edges(model: nn.Module) -> dict[str, Tap]:
+    """Every tap once, by the first site that reads through it."""
+    first = {id(tap): name for name, tap in reversed(taps(model).items())}
+    return {name: tap for name, tap in taps(model).items() if first[id(tap)] == name}
+
+
+def trees(model: nn.Module) -> dict[str, Any]:
+    """What a manifest says of sites and taps, without their tensors."""
+    first = {id(tap): name for name, tap in edges(model).items()}
+    made = {name: spec(e) for name, e in expressions(model).items()}
+    for name, tap in taps(model).items():
+        made[name] = {"node": "Tapped", "tap": first[id(tap)], "expr": made[name]}
+    on = {name: tap_spec(tap) for name, tap in edges(model).items()}
+    return {"sites": made, "taps": on} if on else {"sites": made}
+
+
 def _dense(model: nn.Module) -> Content:
     """An ordinary checkpoint's tensors, weights in their checkpoint's dtype. Errors: ConflictError for those without a value."""
     raise_all(valueless(expressions(model)))
-    made = {n: later(e, places(model)[n]) for n, e in expressions(model).items()}
+    on = taps(model)
+    made = {n: later(e, places(model)[n], on.get(n)) for n, e in expressions(model).items()}
     return {**made, **{name: narrow(t) for name, t in plain_tensors(model).items()}}
 
 
-def later(expr: Expr, place: Place) -> Later:
-    """An expression's value as its checkpoint holds it, made slice by slice when it is written."""
+def later(expr: Expr, place: Place, tap: Tap | None = None) -> Later:
+    """An expression's value as its checkpoint holds it, turns folded in, made slice by slice when it is written."""
+    back = (tap or Tap()).back
 
     def make() -> Tensor:
-        return place.stored(torch.cat([p.dense().detach().to(place.dtype) for p in expr.slices()]))
+        return place.stored(torch.cat([back(p.dense().detach()).to(place.dtype) for p in expr.slices()]))
 
     return Later(place.dtype, place.shape, make)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from weft.error import FormatError, NumericError, WeftError
 from weft.expr import Expr, Quantized, build
 from weft.grid import grid
+from weft.model import Tap
+from weft.model.taps import build_tap
 from weft.store.tensors import check_finite
 
 
@@ -42,26 +44,10 @@ def expressions_of(
             problems.append(e)
             continue
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-            problems.append(
-                FormatError(
-                    "an expression cannot be read",
-                    where=f"{where}: {name}",
-                    got=f"{type(e).__name__}: {e}",
-                    want="an expression",
-                    fix="copy the folder again",
-                )
-            )
+            problems.append(_unread("an expression cannot be read", f"{where}: {name}", e, "an expression"))
             continue
         if terms[name]:
-            problems.append(
-                FormatError(
-                    "unexpected tensors",
-                    where=f"{where}: {name}",
-                    got=sorted(terms[name]),
-                    want="those of its expression",
-                    fix="copy the folder again",
-                )
-            )
+            problems.append(_left("unexpected tensors", f"{where}: {name}", terms[name], "those of its expression"))
     return exprs, plain, problems
 
 
@@ -84,6 +70,52 @@ def _shared(shared: Any, content: Mapping[str, Tensor], where: str) -> tuple[dic
         one = nn.Parameter(t, requires_grad=False) if t.is_floating_point() and other not in made else t
         made |= {name: one, other: one}
     return made, problems
+
+
+def _unread(what: str, where: str, e: Exception, want: str) -> FormatError:
+    return FormatError(what, where=where, got=f"{type(e).__name__}: {e}", want=want, fix="copy the folder again")
+
+
+def _left(what: str, where: str, held: Mapping[str, Tensor], want: str) -> FormatError:
+    return FormatError(what, where=where, got=sorted(held), want=want, fix="copy the folder again")
+
+
+def taps_of(
+    manifest: Mapping[str, Any], content: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Any], dict[str, Tap], dict[str, Tensor], list[WeftError]]:
+    """Every site's tree without its tap; the taps by site, one object an edge; the other tensors; and what cannot be read."""
+    sites: dict[str, Any] = dict(manifest["sites"])
+    on: Any = manifest.get("taps", {})
+    readers = {n: t.get("tap") for n, t in sites.items() if isinstance(t, dict) and t.get("node") == "Tapped"}
+    named = isinstance(on, dict) and all(isinstance(e, str) for e in readers.values())
+    if not named or set(on) != set(readers.values()):
+        got = f"taps of {_few(on)}; readers of {_few(readers.values())}"
+        want, fix = "a tap for every edge that sites read, and no other", "copy the folder again"
+        return {}, {}, {}, [FormatError("taps and their readers differ", where=where, got=got, want=want, fix=fix)]
+    held: dict[str, dict[str, Tensor]] = {edge: {} for edge in on}
+    rest: dict[str, Tensor] = {}
+    for key, t in content.items():
+        edge, _, path = key.partition(":tap.")
+        (held[edge] if path and edge in held else rest)[path if path and edge in held else key] = t
+    made: dict[str, Tap] = {}
+    problems: list[WeftError] = []
+    for edge, tree in cast(dict[str, Any], on).items():
+        at = f"{where}: {edge}"
+        try:
+            made[edge] = build_tap(tree, lambda p, edge=edge: _take(held[edge], p, "its tensors"))
+        except WeftError as e:
+            problems.append(type(e)(e.what, where=f"{at}: {e.where}", got=e.got, want=e.want, fix=e.fix))
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+            problems.append(_unread("a tap cannot be read", at, e, "a tap"))
+        if held[edge] and edge in made:
+            problems.append(_left("unexpected tensors", at, held[edge], "those of its tap"))
+    bare = {n: t.get("expr") if n in readers else t for n, t in sites.items()}
+    return bare, {n: made[e] for n, e in readers.items() if e in made}, rest, problems
+
+
+def _few(names: Any) -> str:
+    """The first of some names, for people."""
+    return ", ".join(sorted(map(str, names))[:3]) or "nothing" if isinstance(names, Iterable) else type(names).__name__
 
 
 def _take(held: dict[str, Tensor], path: str, where: str) -> Tensor:

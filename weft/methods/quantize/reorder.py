@@ -20,7 +20,7 @@ def reorder(
     by: Annotated[
         Literal["weight", "activation"],
         Field(description="the readers' largest entry, or the mean size of what they read"),
-    ] = "weight",
+    ] = "activation",
 ) -> Permute:
     """Order the features of a feed-forward part, and the heads of attention, by falling size; the output stays as it is.
 

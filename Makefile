@@ -40,6 +40,7 @@ test: lint browser ## lint, types, every test, fresh proofs, docs
 	@$(BIN)/weft prove --stale --json | tr -d ' \n' | grep -qx '\[\]' || { \
 	  $(BIN)/weft prove --stale; echo "These proofs are missing or stale: weft prove METHOD, then python scripts/docs.py."; exit 1; }
 	@$(BIN)/python scripts/docs.py --check
+	@$(BIN)/python scripts/composition.py --check
 	@$(MKDOCS)
 	@$(CHROMIUM) || echo "SKIPPED: the browser tests, as there is no chromium (make test-browser says how)."
 
@@ -60,9 +61,10 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 	@$(BIN)/python scripts/docs.py
 	@$(MKDOCS)
 
-prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md
+prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md and docs/composition.md
 	@$(BIN)/weft prove
 	@$(BIN)/python scripts/docs.py
+	@$(BIN)/python scripts/composition.py
 
 fuzz: $(READY) ## ten minutes of fuzzing what reads files from elsewhere
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=2.3' 2>/dev/null || echo "atheris does not install here."

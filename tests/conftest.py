@@ -24,11 +24,11 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny import VOCAB, build_tiny, output  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 torch.set_num_threads(1)
 
-VOCAB = 96
 FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
 WORDS = [
     "the",
@@ -73,49 +73,6 @@ def _one_thread() -> Iterator[None]:
     yield
 
 
-def build_tiny(
-    family: str = "llama", *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, **changed: Any
-) -> nn.Module:
-    """A plain random model whose norms and biases are not trivial and not exact in bfloat16."""
-    import transformers as t
-
-    if family.startswith("llama"):
-        given: dict[str, Any] = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "tie_word_embeddings": family == "llama-tied",
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        }
-        model: nn.Module = t.LlamaForCausalLM(t.LlamaConfig(**given | changed))
-    else:
-        given = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "pad_token_id": 1,
-        }
-        model = (t.BertForMaskedLM if family == "bert-mlm" else t.BertModel)(t.BertConfig(**given | changed))
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            value = torch.randn(p.shape, generator=rng)
-            p.copy_(
-                value * (p.shape[1] ** -0.5 if p.dim() == 2 else 0.1)
-                + (1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0)
-            )
-    return model.to(dtype).eval()
-
-
 def make_batches(
     count: int = 3, rows: int = 2, length: int = 12, *, pad: bool = True, seed: int = 0
 ) -> list[dict[str, Tensor]]:
@@ -129,13 +86,6 @@ def make_batches(
             mask[-1, length - 1 - i % 5 :] = 0
         made.append({"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask})
     return made
-
-
-def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits, or the last hidden state."""
-    with torch.no_grad():
-        out = model(**batch)
-    return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
 
 
 @pytest.fixture(scope="session")

@@ -584,7 +584,7 @@ def test_f38_out_of_memory_is_told_as_that(
     exhaust: Callable[[], None], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 5, no traceback, nothing written; never `a bug in weft`."""
-    monkeypatch.setattr("weft.engine.run.run", lambda *_: exhaust())
+    monkeypatch.setattr("weft.engine.run.rewritten", lambda *_: exhaust())
     made = weft_("rtn", str(folder), "--out", str(tmp_path / "out"), "--quiet")
     assert made.exit_code == 5, made.output
     assert "memory" in made.stderr and "bug" not in made.stderr and "Traceback" not in made.stderr

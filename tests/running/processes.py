@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import build_tiny
+from tiny import build_tiny
 from torch import Tensor, nn
 
 from weft.engine.run import Step, apply

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny
 from functorch.compile import min_cut_rematerialization_partition
-from laws.cases import EXPRS, nodes_in, randn, rng
+from laws.cases import KINDS, nodes_in, randn, rng
+from tiny import build_tiny
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -125,7 +125,7 @@ def test_training_keeps_nothing_dense(name: str) -> None:
 def test_every_node_compiles_right() -> None:
     """The product of every kind of expression in one graph; those that are generated on the CPU in several, but right."""
     seen: set[str] = set()
-    for name, make in EXPRS.items():
+    for name, make in KINDS.items():
         torch._dynamo.reset()
         counters.clear()
         expr = make(16, 8, rng("compile", name))

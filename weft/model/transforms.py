@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from weft.model.axis import Axis, Part
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(ABC):
     """x' = T x along an axis. What writes the axis gets T, what reads it the inverse of T."""
 
     kind: ClassVar[str]
@@ -38,13 +39,13 @@ class Transform:
         made = (self._on(view, reads) - part.offset).flatten(0, 3).to(t.dtype)
         return torch.cat([before, made, after]).movedim(0, part.dim).contiguous()
 
+    @abstractmethod
     def _on(self, x: Tensor, reads: bool) -> Tensor:
         """A stretch [blocks copies within unit ...] in the new coordinates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def problem(self, axis: Axis) -> WeftError | None:
         """Why these numbers are no transform of this axis."""
-        raise NotImplementedError
 
     def _unlike(self, axis: Axis, got: object, want: object) -> WeftError:
         return ShapeError(

@@ -38,19 +38,19 @@ class _Woven(nn.Module):
         """A read-only stand-in: free metadata; any operation on it makes the value dense, before the tap's turns."""
         return StandIn.of(self.expr if self.tap is None else folded(self.expr, self.tap), self.compute, self.stored)
 
-    def resident(self, x: Tensor) -> tuple[Tensor | None, list[Expr]]:
-        """The dense copy that inputs like x are multiplied with, and the terms that it leaves out; None where there is no such copy."""
+    def resident(self, dtype: torch.dtype, device: str) -> tuple[Tensor | None, list[Expr]]:
+        """The dense copy that such inputs are multiplied with, and the terms that it leaves out; None where there is no such copy."""
         if (
             not self.speed
             or torch.compiler.is_compiling()
-            or not (x.dtype == self.compute or torch.is_autocast_enabled(x.device.type))
+            or not (dtype == self.compute or torch.is_autocast_enabled(device))
         ):
             return None, []
         return dense_copy(self.expr, self.compute)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the tap makes of x times the transposed value, and the bias."""
-        copy, live = self.resident(x)
+        copy, live = self.resident(x.dtype, x.device.type)
         if copy is None:
             y = self.expr(x) if self.tap is None else tapped(self.expr, self.tap, x)
             return y if bias is None else y + bias.to(y.dtype)
@@ -109,7 +109,7 @@ class _WovenConv(_Woven):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        copy, live = self.resident(input)
+        copy, live = self.resident(input.dtype, input.device.type)
         if copy is None:
             terms = list(terms_of(self.expr).values())
             live = [t for t in terms if not t.frozen()]
@@ -175,15 +175,9 @@ class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibl
     """An embedding whose table is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.look_up(input).to(self.compute)
+        copy, live = self.resident(self.compute, input.device.type)
+        rows = self.expr.rows(input) if copy is None else F.embedding(input, copy)
+        for term in live if copy is not None else ():
+            rows = rows + term.rows(input)
+        rows = rows.to(self.compute)
         return rows if self.lookup is None else self.lookup(input, rows)
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """The value's rows."""
-        copy, live = self.resident(ids.new_empty(0, dtype=self.compute))
-        if copy is None:
-            return self.expr.rows(ids)
-        rows = F.embedding(ids, copy)
-        for term in live:
-            rows = rows + term.rows(ids)
-        return rows

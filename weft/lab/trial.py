@@ -103,7 +103,7 @@ class Trial:
     @cached_property
     def stats(self) -> Stats:
         """Evidence from the calibration batches."""
-        return collect(self.subject.model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)
+        return self._evidence(self.subject.model)
 
     @cached_property
     def sites(self) -> list[str]:
@@ -173,13 +173,18 @@ class Trial:
 
     def _apply(self, model: nn.Module, chain: Chain, names: Sequence[str]) -> None:
         """Run a chain; behind a change of coordinates evidence is collected anew."""
-        stats = self.stats
+        stats: Stats | None = self.stats
         for moves, steps in groupby(chain, lambda s: get(s.method).kind == "transport"):
-            for step in steps if moves else ():
-                transports.run(model, step, stats=stats, seed=self.seed)
-                stats = collect(model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)
-            if not moves:
-                apply(model, tuple(steps), at=names, stats=stats, seed=self.seed)
+            for part in ((s,) for s in steps) if moves else (tuple(steps),):
+                stats = stats or self._evidence(model)
+                if moves:
+                    transports.run(model, part[0], stats=stats, seed=self.seed)
+                    stats = None
+                else:
+                    apply(model, part, at=names, stats=stats, seed=self.seed)
+
+    def _evidence(self, model: nn.Module) -> Stats:
+        return collect(model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)
 
     def _prepare(self) -> tuple[list[str], Distance]:
         """Collect what all arms share, so that none of them is charged for it."""

@@ -40,4 +40,4 @@ def channels(
     "keeping three quarters of the features by what they bring loses less than by the size of their weights"
 )
 def claim(lab: Lab) -> Claim:
-    return lab.compare(ours=[("channels", {})], baseline=[("channels", {"by": "weight"})])
+    return lab.only("ref-lm").compare(ours=[("channels", {})], baseline=[("channels", {"by": "weight"})])

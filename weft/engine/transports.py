@@ -55,8 +55,8 @@ def run(
 ) -> tuple[list[Change], list[tuple[str, str]]]:
     """Change the coordinates of every axis that the method goes to and that admits it, in place: what changed, and the fallbacks.
 
-    `at`: globs of axis names. Errors: OptionError for a glob that no such axis fits; ConflictError where no axis of this model
-    admits it; those of the method and of `transport`.
+    `at`: globs of axis names. Errors: OptionError for a glob that no axis fits which admits it; those of the method and of
+    `transport`.
     """
     method = get(step.method)
     chosen = _match(model, method, at)
@@ -64,8 +64,7 @@ def run(
     notes: list[tuple[str, str]] = []
     for axis in chosen:
         span = _span(model, axis, stats, seed)
-        if (by := method(span, **dict(step.options))) is not None:
-            made[axis.name] = by
+        made[axis.name] = method(span, **dict(step.options))
         notes += [*span.writers.notes, *span.readers.notes]
         if done:
             done(1)

@@ -159,9 +159,8 @@ class Rotate(Transform):
         return None
 
     def _on(self, x: Tensor, reads: bool) -> Tensor:
-        return torch.einsum(
-            "bij,bcj...->bci...", self.q.to(x), x
-        )  # the inverse is the transpose: columns turn like rows
+        """The inverse is the transpose, so columns turn as rows do."""
+        return torch.einsum("bij,bcj...->bci...", self.q.to(x), x)
 
 
 def carried(expr: Expr, by: Transform, part: Part, blocks: int, size: int, *, reads: bool) -> Expr:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, WeftError, raise_all
-from weft.model.axes import Axis, Norm, axes
-from weft.model.transforms import Part, Rotate, Scale, Select, Transform, carried, selectable
+from weft.expr import Expr
+from weft.model.axes import axes
+from weft.model.axis import KINDS, Axis, Norm, Part
+from weft.model.taps import Tap
+from weft.model.transforms import Rotate, Scale, Select, Transform, carried, selectable
 from weft.model.weave import Original, Place, expression, expressions, places, taps
 
 
@@ -26,8 +29,9 @@ def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[
     admit, with the reason, and for readers behind a tap; ShapeError for a transform of another size; NumericError for one
     that is not finite or has no inverse.
     """
-    known = axes(model)
-    raise_all([p for name, by in changes.items() for p in _refusals(model, known, name, by, changes)])
+    known, exprs, on = axes(model), expressions(model), taps(model)
+    problems = [p for name, by in changes.items() for p in _refusals(known, name, by, exprs, on)]
+    raise_all(problems + list(_uneven(known, changes)))
     notes: list[tuple[str, str]] = []
     if any(isinstance(by, Rotate) and known[name].kind == "residual" for name, by in changes.items()):
         notes = _folded(model, known["residual"])
@@ -74,7 +78,7 @@ def _put(module: nn.Module, expr: Any) -> None:
 
 
 def _refusals(
-    model: nn.Module, known: Mapping[str, Axis], name: str, by: Transform, changes: Mapping[str, Transform]
+    known: Mapping[str, Axis], name: str, by: Transform, exprs: Mapping[str, Expr], on: Mapping[str, Tap]
 ) -> Iterable[WeftError]:
     """Why this transform cannot go to this axis."""
     if name not in known:
@@ -84,7 +88,7 @@ def _refusals(
         return
     axis = known[name]
     if not axis.admits(by.kind):
-        can = ", ".join(k for k in ("scale", "permute", "rotate", "select") if axis.admits(k)) or "nothing"
+        can = ", ".join(k for k in KINDS if axis.admits(k)) or "nothing"
         yield ConflictError(
             f"this axis does not admit {by.kind}",
             where=name,
@@ -93,26 +97,29 @@ def _refusals(
             fix="choose another axis",
         )
         return
-    read = [(p.name, tap) for p in axis.readers if (tap := taps(model).get(p.name)) is not None]
+    read = [(p.name, on[p.name]) for p in axis.readers if p.name in on]
     if problem := by.problem(axis):
         yield problem
     elif read:
         (where, tap), fix = read[0], "change coordinates first, or take the tap off with weft.untap(model)"
         yield ConflictError("an input has a tap", where=where, got=tap.describe(), want="plain inputs", fix=fix)
     elif isinstance(by, Select):
-        exprs = expressions(model)
         for part in axis.readers:
             if not selectable(exprs[part.name]):
-                got, want, fix = exprs[part.name].describe(), "a dense or low-rank weight", "select before compressing"
-                yield ConflictError(
-                    "columns of a compressed weight cannot be selected", where=part.name, got=got, want=want, fix=fix
-                )
-        rest = [a for a in known.values() if a.width and a.width == axis.width]
-        sizes = {a.name: changes[a.name].size(a.size) if a.name in changes else a.size for a in rest}
+                what, got = "columns of a compressed weight cannot be selected", exprs[part.name].describe()
+                want, fix = "a dense or low-rank weight", "select before compressing"
+                yield ConflictError(what, where=part.name, got=got, want=want, fix=fix)
+
+
+def _uneven(known: Mapping[str, Axis], changes: Mapping[str, Transform]) -> Iterable[WeftError]:
+    """Selections that leave axes unlike for which the configuration has one width."""
+    for width in dict.fromkeys(known[n].width for n, by in changes.items() if n in known and isinstance(by, Select)):
+        alike = [a for a in known.values() if width and a.width == width]
+        sizes = {a.name: changes[a.name].size(a.size) if a.name in changes else a.size for a in alike}
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{n}: {s}" for n, s in list(sizes.items())[:4])
             what, want = "the configuration has one width for all", "the same number everywhere"
-            yield ConflictError(what, where=name, got=got, want=want, fix="select as many of each")
+            yield ConflictError(what, where=alike[0].name, got=got, want=want, fix="select as many of each")
 
 
 def rotation(axis: Axis, *, seed: int = 0) -> Rotate:
@@ -125,11 +132,9 @@ def rotation(axis: Axis, *, seed: int = 0) -> Rotate:
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     if not axis.centred:
         return Rotate(q)
-    u = torch.ones(d, dtype=torch.float64)
+    u = torch.ones(d, dtype=torch.float64)  # the mirror takes the ones to the first axis, and back
     u[0] += d**0.5
-    mirror = torch.eye(d, dtype=torch.float64) - 2 * torch.outer(u, u) / (
-        u @ u
-    )  # takes the ones to the first axis and back
+    mirror = torch.eye(d, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u)
     inner = torch.block_diag(torch.eye(1, dtype=torch.float64), q[0])
     return Rotate((mirror @ inner @ mirror).unsqueeze(0))
 
@@ -148,7 +153,7 @@ def _folded(model: nn.Module, axis: Axis) -> list[tuple[str, str]]:
     notes = untie(model)
     for norm in (a for a in axes(model)["residual"].norms):
         weight = model.get_parameter(f"{norm.name}.weight")
-        by = Scale(1 / (weight.data.double() + norm.offset))
+        by = Scale(1 / (weight.data.cpu().double() + norm.offset))
         for part in norm.readers:
             if _moves(model, norm):
                 into = cast(nn.Parameter, _bias(model, part))

@@ -16,6 +16,7 @@ from weft.error import ConflictError, NumericError, OptionError, ShapeError
 from weft.expr import tensors
 from weft.model import (
     Axis,
+    Part,
     Permute,
     Rotate,
     Scale,
@@ -94,6 +95,19 @@ def test_the_output_stays_or_the_reason_is_told(name: str, role: str, kind: str)
             transport(model, {axis.name: example(axis, kind)})
         assert axis.refused[kind] in str(told.value)
     assert fingerprint(model) == was and (chosen or (name, role) == ("bert", "norm"))
+
+
+def test_large_matrices_are_moved_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same values, along rows and along columns."""
+    axis = axes(varied("llama"))["residual"]
+    w = torch.randn(32, 40, generator=torch.Generator().manual_seed(0)).double()
+    for t, dim in ((w, 0), (w.T.contiguous(), 1)):
+        for kind in ("permute", "rotate"):
+            by, part = example(axis, kind), Part("w", dim)
+            whole = by.on(t, part, 1, 32, reads=True)
+            monkeypatch.setattr("weft.model.transforms.CHUNK", 32 * 7)
+            torch.testing.assert_close(by.on(t, part, 1, 32, reads=True), whole, rtol=1e-14, atol=1e-14)
+            monkeypatch.undo()
 
 
 def test_a_bias_without_a_place_is_refused() -> None:

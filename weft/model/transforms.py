@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.error import ConflictError, NumericError, ShapeError, WeftError
-from weft.expr import Dense, Diagonal, Expr, LowRank, Permutation, Product, Sum
+from weft.expr import CHUNK, Dense, Diagonal, Expr, LowRank, Permutation, Product, Sum
 from weft.model.axis import Axis, Part
 
 
@@ -30,7 +30,12 @@ class Transform(ABC):
         return self.kind
 
     def on(self, t: Tensor, part: Part, blocks: int, size: int, *, reads: bool) -> Tensor:
-        """The tensor in the new coordinates, in its dtype; computed in float64 where the device has it."""
+        """The tensor in the new coordinates, in its dtype; computed in float64 where the device has it, a matrix in slices."""
+        across = 1 - part.dim
+        step = max(1, CHUNK // max(1, t.shape[part.dim]))
+        if t.dim() == 2 and t.shape[across] > step:
+            parts = [self.on(piece, part, blocks, size, reads=reads) for piece in t.split(step, across)]
+            return torch.cat(parts, across)
         wide = torch.float64 if t.device.type != "mps" else torch.float32
         moved = t.movedim(part.dim, 0)
         span = size * part.copies * part.unit

@@ -3,7 +3,8 @@
     python benchmarks/kernels.py [--size 2048] [--rounds 5] [--threads 1 2] [--markdown FILE]
 
 Each is a weight [size size] times 1, 4, 16 and 256 rows of inputs, in float32 and bfloat16: the time as a ratio of medians to
-`F.linear` with a dense weight of the inputs' dtype, the two timed in turns (on one thread by the process's own clock); then
+`F.linear` with a dense weight of the inputs' dtype, the two timed in turns (on one thread by the process's own clock), each
+over twelve weights, as a model has them: they come from memory and not from the processor's caches; then
 the bytes that the expression holds with what its products have made of it (layouts, copies), as a ratio to that dense
 weight's. The last line is a woven layer in speed mode, whose dense copy is any expression's. Sizes below 2048 are a first look.
 """
@@ -11,10 +12,11 @@ weight's. The last line is a woven layer in speed mode, whose dense copy is any 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +46,7 @@ from weft.model import mode, set_expressions, weave
 
 ROWS, DTYPES = (1, 4, 16, 256), (torch.float32, torch.bfloat16)
 Make = Callable[[int], Expr]
+Act = Callable[[Tensor], Tensor]
 
 
 def quantized(n: int, name: str, group: int, symmetric: bool = True, scale: str = "bf16", m: int = 0) -> Expr:
@@ -113,8 +116,8 @@ KINDS: dict[str, Make] = {
     "cosine basis 64": lambda n: Basis(torch.randn(64), "cosine", 0, n, n),
     "int4 g64 · hadamard": lambda n: Product(quantized(n, "int4", 64), Hadamard.of(torch.randn(n).sign(), 0)),
 }
-LONG = 0.4
-"""Seconds after which a ratio is taken from the rounds there are."""
+WEIGHTS = 12
+"""Together more than the caches hold."""
 
 
 def clock() -> float:
@@ -122,24 +125,18 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def timed(act: Callable[[], object], least: float = 0.005) -> float:
-    """Seconds a call, of so many that they take some milliseconds."""
-    begun, count = clock(), 0
-    while True:
-        act()
-        count += 1
-        if (spent := clock() - begun) >= least:
-            return spent / count
+def timed(acts: Sequence[Act], x: Tensor) -> float:
+    """Seconds of one product after the other."""
+    begun = clock()
+    for act in acts:
+        act(x)
+    return clock() - begun
 
 
-def ratio(act: Callable[[], object], dense: Callable[[], object], rounds: int) -> float:
-    """Median time against the dense product's, in turns."""
-    begun = time.monotonic()
-    act()
-    pairs = [(timed(act), timed(dense))]
-    while len(pairs) < rounds and time.monotonic() - begun < LONG:
-        pairs.append((timed(act), timed(dense)))
-    mine, theirs = zip(*pairs, strict=True)
+def ratio(acts: Sequence[Act], dense: Sequence[Act], x: Tensor, rounds: int) -> float:
+    """Median time against the dense products', in turns."""
+    timed(acts, x)
+    mine, theirs = zip(*[(timed(acts, x), timed(dense, x)) for _ in range(rounds)], strict=True)
     return statistics.median(mine) / statistics.median(theirs)
 
 
@@ -148,32 +145,28 @@ def size(*held: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in held)
 
 
-def line(
-    forward: Callable[[Tensor], Tensor], held: Callable[[], int], n: int, dtype: torch.dtype, rounds: int
-) -> list[float]:
-    """The ratios of time for every number of rows, and of bytes."""
-    weight = torch.randn(n, n).to(dtype)
-    made = []
-    for rows in ROWS:
-        x = torch.randn(rows, n).to(dtype)
-        made.append(ratio(lambda x=x: forward(x), lambda x=x: F.linear(x, weight), rounds))
-    return [*made, held() / size(weight)]
+def line(acts: Sequence[Act], held: Callable[[], int], n: int, dtype: torch.dtype, rounds: int) -> list[float]:
+    """The ratios of time for every number of rows, and of the first one's bytes."""
+    weights = [torch.randn(n, n).to(dtype) for _ in acts]
+    dense = [lambda x, w=w: F.linear(x, w) for w in weights]
+    made = [ratio(acts, dense, torch.randn(rows, n).to(dtype), rounds) for rows in ROWS]
+    return [*made, held() / size(weights[0])]
 
 
 def lines(n: int, rounds: int) -> Iterator[tuple[str, list[float]]]:
     """Every kind's line, float32 then bfloat16; at last a woven layer in speed mode."""
     for name, make in KINDS.items():
-        expr, made = make(n), list[float]()
+        first, made = make(n), list[float]()
         for dtype in DTYPES:
-            expr.drop_derived()
-            made += line(expr, lambda expr=expr: expr.nbytes() + size(*expr.derived()), n, dtype, rounds)
+            exprs = [copy.deepcopy(first) for _ in range(WEIGHTS)]
+            made += line(exprs, lambda e=exprs[0]: e.nbytes() + size(*e.derived()), n, dtype, rounds)
         yield name, made
     made = []
     for dtype in DTYPES:
-        model = weave(nn.Sequential(nn.Linear(n, n, bias=False)).to(dtype))
-        set_expressions(model, {"0.weight": quantized(n, "int4", 64)})
+        model = weave(nn.Sequential(*(nn.Linear(n, n, bias=False) for _ in range(WEIGHTS))).to(dtype))
+        set_expressions(model, {f"{i}.weight": quantized(n, "int4", 64) for i in range(WEIGHTS)})
         mode(model, "speed")
-        made += line(model, lambda model=model: mode(model).total, n, dtype, rounds)
+        made += line(list(model), lambda model=model: mode(model).total // WEIGHTS, n, dtype, rounds)
     yield "int4 g64 in speed mode", made
 
 

@@ -55,8 +55,8 @@ def section(report: Report) -> str:
         if report.original.tuned_score is None
         else f", {words.number(report.original.tuned_score, digits)} after the same tuning"
     )
-    checks = [c for b in report.budgets for c in b.checks if c.predicted > 0 and c.measured > 0]
-    ratio = np.array([c.measured / c.predicted for c in checks])
+    checks = {(c.predicted, c.measured) for b in report.budgets for c in b.checks if c.predicted > 0 and c.measured > 0}
+    ratio = np.array([measured / predicted for predicted, measured in checks])
     return "\n\n".join(
         [
             f"### {report.model.name} on {report.data.name}",

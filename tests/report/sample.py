@@ -85,11 +85,10 @@ def _site(
 def budget(name: str, share: float, worse: float, gap: float, stages: tuple[Stage, ...], seeds: int) -> Budget:
     rng = random.Random(name)
     checks = [Check(label="fit", kind="final", predicted=0.02 * worse + 0.004, measured=0.025 * worse + 0.0055)]
-    for kind in ("uniform", "mixed"):
-        for i in range(4):
-            predicted = 10 ** rng.uniform(-3, -0.5)
-            measured = predicted * rng.uniform(0.8, 1.4)
-            checks.append(Check(label=f"{kind} {i}", kind=kind, predicted=predicted, measured=measured))
+    for i in range(8):
+        predicted = 10 ** rng.uniform(-3, -0.5)
+        measured = predicted * rng.uniform(0.8, 1.4)
+        checks.append(Check(label=f"uniform {i}", kind="uniform", predicted=predicted, measured=measured))
 
     def losses(start: float) -> list[float]:
         return [start - 0.01 * i + 0.02 * rng.random() for i in range(12)]

@@ -123,6 +123,8 @@ class Expr(nn.Module):
             return self._plain_product(x)
         if torch.compiler.is_compiling():  # a compiler sees every step of `dense`, and makes it again in the backward
             return cast(Tensor, _AGAIN(self._plain_product, x, use_reentrant=False))
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.times(x)
         return FrozenProduct.apply(x, self)
 
     def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
@@ -234,7 +236,9 @@ class Expr(nn.Module):
 
     def frozen(self) -> bool:
         """Whether no tensor in the tree is trainable."""
-        return not any(p.requires_grad for p in self.parameters())
+        if any(p is not None and p.requires_grad for p in self._parameters.values()):
+            return False
+        return not self._modules or all(kid.frozen() for kid in self.kids())
 
     def kids(self) -> Iterator[Expr]:
         """The child expressions, in order."""

@@ -7,6 +7,7 @@ scales must be evenly spaced, as those of integers, sign, ternary, fp4 and fp6_e
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
     from weft.expr.nodes import Quantized
 
 Layout = tuple[Tensor, ...]
+_INT4: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_BAGS: Any = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 _SIZES = (256, 128, 64, 32)
 """The groups that torch's 4-bit product knows."""
+MOST = 16
+"""Rows of inputs beyond which no kernel is ahead."""
 _BAG = 256
 """Columns in a partial sum where a row has one scale."""
+_TILE = 128
+"""Outputs that an embedding bag makes at a time: few enough that its rows lie close together, many enough for their overhead."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,16 @@ def kernel(leaf: Quantized, dtype: torch.dtype, rows: int) -> Kernel | None:
 
 def packed_product(x: Float[Tensor, "*b n"], leaf: Quantized) -> Float[Tensor, "*b m"] | None:
     """x times the transposed value by a kernel, in x's dtype; None where there is no kernel for it."""
-    here = x.device.type == leaf.data.device.type == "cpu"
-    here = here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    found = kernel(leaf, x.dtype, math.prod(x.shape[:-1])) if here and leaf.data.numel() else None
+    m, n = leaf.shape
+    rows = x.numel() // n if n and m else 0
+    if rows > MOST or not (x.is_cpu and leaf.data.is_cpu) or torch.compiler.is_compiling():
+        return None
+    found = None if torch.is_autocast_enabled("cpu") else kernel(leaf, x.dtype, rows)
     if found is None:
         return None
     layout = leaf.derive(found.name, lambda: Derived((leaf,), found.lay_out(leaf)))
-    return found.multiply(x.reshape(-1, x.shape[-1]), leaf, layout.value).reshape(*x.shape[:-1], leaf.shape[0])
+    y = found.multiply(x if x.dim() == 2 else x.reshape(rows, n), leaf, layout.value)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
 
 
 def _numbers(leaf: Quantized) -> tuple[UInt8[Tensor, "m n"], float, float]:
@@ -74,8 +84,14 @@ def _numbers(leaf: Quantized) -> tuple[UInt8[Tensor, "m n"], float, float]:
 
 def _even(leaf: Quantized, most: int) -> bool:
     """Whether the grid's levels are evenly spaced, `most` steps from least to largest at most."""
-    steps = grid(leaf.grid).steps
-    return steps is not None and max(steps[2]) <= most
+    return _span(leaf.grid) <= most
+
+
+@functools.cache
+def _span(name: str) -> float:
+    """Steps from the least to the largest of evenly spaced levels; infinite for others."""
+    steps = grid(name).steps
+    return math.inf if steps is None else max(steps[2])
 
 
 def _short_scales(leaf: Quantized) -> bool:
@@ -87,7 +103,7 @@ def _short_scales(leaf: Quantized) -> bool:
 
 
 def _rows_int4(leaf: Quantized) -> int:
-    return 16 if _even(leaf, 15) and _short_scales(leaf) and leaf.group % _SIZES[-1] == 0 else 0
+    return MOST if _even(leaf, 15) and _short_scales(leaf) and leaf.group % _SIZES[-1] == 0 else 0
 
 
 def _size(leaf: Quantized) -> int:
@@ -114,18 +130,23 @@ def _lay_out_int4(leaf: Quantized) -> Layout:
     rest = (pairs - short)[:, :m, 1]  # [groups m]
     codes = F.pad(codes.int(), (0, -n % size, 0, -m % 16))
     packed = cast(Tensor, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-    return (packed, short, rest.bfloat16().contiguous()) if bool(rest.any()) else (packed, short)
+    return (packed, short, rest.contiguous()) if bool(rest.any()) else (packed, short)
 
 
 def _multiply_int4(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
     packed, pairs, *rest = layout
     size = _size(leaf)
-    x = F.pad(x, (0, -leaf.n % size))
-    y = cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, size, pairs))[:, : leaf.shape[0]]
-    if not rest:
-        return y
-    sums = x.float().unflatten(1, (-1, size)).sum(-1)
-    return torch.addmm(y.float(), sums, rest[0].float()).to(x.dtype)
+    x = _padded(x, size)
+    y: Tensor = _INT4(x, packed, size, pairs)
+    if y.shape[1] > leaf.shape[0]:
+        y = y[:, : leaf.shape[0]].contiguous()
+    return y.add_(x.float().view(len(x), -1, size).sum(-1) @ rest[0]) if rest else y
+
+
+def _padded(x: Float[Tensor, "t n"], size: int) -> Float[Tensor, "t k"]:
+    """Columns up to a whole number of groups."""
+    over = -x.shape[1] % size
+    return F.pad(x, (0, over)) if over else x.contiguous()
 
 
 # ----------------------------------------------------------------------------------------------- eight bits, a scale a row
@@ -133,7 +154,7 @@ def _multiply_int4(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> 
 
 def _rows_int8(leaf: Quantized) -> int:
     good = _even(leaf, 255) and _short_scales(leaf) and leaf.groups == 1 and leaf.symmetric
-    return 16 if good and leaf.grid != "sign" else 0  # sign has no zero to count from
+    return MOST if good and leaf.grid != "sign" else 0  # sign has no zero to count from
 
 
 def _lay_out_int8(leaf: Quantized) -> Layout:
@@ -144,7 +165,7 @@ def _lay_out_int8(leaf: Quantized) -> Layout:
 
 
 def _multiply_int8(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
-    return cast(Tensor, torch.ops.aten._weight_int8pack_mm(F.pad(x, (0, -leaf.n % 16)).contiguous(), *layout))
+    return cast(Tensor, torch.ops.aten._weight_int8pack_mm(_padded(x, 16), *layout))
 
 
 # ---------------------------------------------------------------------------------------- any group, exact up to float32
@@ -154,27 +175,35 @@ def _rows_bag(leaf: Quantized) -> int:
     good = _even(leaf, 255 if leaf.symmetric else 127) and (leaf.group == 0 or leaf.group >= 16)
     if not good or "fbgemm" not in torch.backends.quantized.supported_engines:
         return 0
-    return 8 if grid(leaf.grid).bits == 8 else 16  # whole bytes are made dense sooner
+    return 8 if grid(leaf.grid).bits == 8 else MOST  # whole bytes are made dense sooner
 
 
 def _lay_out_bag(leaf: Quantized) -> Layout:
-    """The transposed numbers as rows of an embedding table, (step, least) behind each; indices, groups' starts, scales [g m]."""
+    """The transposed numbers, `_TILE` outputs at a time [tiles n], as rows of an embedding table with (step, least) behind each;
+
+    indices of all, starts of groups, and scales [tiles g outputs].
+    """
     numbers, step, least = _numbers(leaf)
+    m, n, size = *leaf.shape, leaf.group or _BAG
+    tiled = F.pad(numbers, (0, 0, 0, -m % _TILE)).view(-1, _TILE, n).transpose(1, 2).reshape(-1, _TILE)
     pair = torch.tensor([step, least]).view(torch.uint8)
-    table = torch.cat([numbers.T, pair.expand(leaf.n, -1)], 1)
-    starts = torch.tensor([*range(0, leaf.n, leaf.group or _BAG), leaf.n], dtype=torch.int32)
-    return table, torch.arange(leaf.n, dtype=torch.int32), starts, leaf.scales().T.contiguous()
+    table = torch.cat([tiled, pair.expand(len(tiled), -1)], 1)
+    starts = torch.arange(0, len(tiled), n, dtype=torch.int32).unsqueeze(1) + torch.arange(0, n, size)
+    ends = torch.cat([starts.flatten(), torch.tensor([len(tiled)])]).int()
+    scales = F.pad(leaf.scales(), (0, 0, 0, -m % _TILE)).view(-1, _TILE, leaf.groups).transpose(1, 2).contiguous()
+    return table, torch.arange(len(tiled), dtype=torch.int32), ends, scales
 
 
 def _multiply_bag(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
     """A group's columns, each times its input, are summed as an embedding bag sums rows; then the groups with their scales."""
-    table, every, starts, scales = layout
-    bag: Any = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-    out = []
-    for row in x.float():
-        sums = bag(table, every, starts, False, 0, False, row, None, True)  # [g m]
-        out.append(sums.mul_(scales).sum(0) if leaf.group else sums.sum(0).mul_(scales[0]))
-    return torch.stack(out).to(x.dtype)
+    table, every, ends, scales = layout
+    tiles, m = len(table) // leaf.n, leaf.shape[0]
+    out = x.new_empty(len(x), m)
+    for row, y in zip(x.float(), out, strict=True):
+        sums: Tensor = _BAGS(table, every, ends, False, 0, False, row.repeat(tiles), None, True).view(tiles, -1, _TILE)
+        made = sums.mul_(scales).sum(1) if leaf.group else sums.sum(1).mul_(scales[:, 0])
+        y.copy_(made.view(-1)[:m])
+    return out
 
 
 KERNELS = (

@@ -129,12 +129,9 @@ def _check(b: Build) -> schema.Check:
 def _choices(work: Work) -> list[schema.Check]:
     """Choices that were measured from dense evidence, before building."""
     return [
-        schema.Check(
-            label=label, kind="mixed" if label == "mixed" else "uniform", predicted=run.search.predicted(c), measured=m
-        )
+        schema.Check(label=run.search.label(c), kind="uniform", predicted=run.search.predicted(c), measured=m)
         for run in work.runs.values()
         for c, m in run.search.seen.items()
-        for label in [run.search.label(c)]
     ]
 
 

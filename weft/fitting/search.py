@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,17 +19,6 @@ from weft.stats import Stats
 Choice = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A choice, what was predicted of it and what it measured."""
-
-    label: str
-    choice: Choice
-    nbytes: int
-    predicted: float
-    measured: float
-
-
 class Search:
     """Choices on one table. `measure(choice)` builds from dense evidence and measures; `fixed` bytes are spent in any case."""
 
@@ -41,11 +29,11 @@ class Search:
         """Measured over predicted loss of a role's sites, compressed alone."""
         self.seen: dict[Choice, float] = {}
 
-    def measure(self, label: str, choice: Choice) -> Measured:
-        """The choice, measured once."""
+    def measure(self, choice: Choice) -> float:
+        """The loss of a choice, measured once."""
         if choice not in self.seen:
             self.seen[choice] = self._measure(choice)
-        return Measured(label, choice, self.nbytes(choice), self.predicted(choice), self.seen[choice])
+        return self.seen[choice]
 
     def nbytes(self, choice: Choice) -> int:
         """Bytes of the saved model."""
@@ -60,8 +48,11 @@ class Search:
             )
         )
 
-    def uniform(self, wanted: Sequence[Chain], limit: int, tries: int) -> Measured:
-        """The best uniform choice within the limit: the `tries` best predicted ones are measured. Errors: ConflictError if none fits."""
+    def uniform(self, wanted: Sequence[Chain], limit: int, tries: int) -> Choice:
+        """The best uniform choice within the limit: of more than one, the `tries` best predicted ones are measured.
+
+        Errors: ConflictError if none fits.
+        """
         fits = [(c,) * len(self.table.sites) for c in self.table.columns(wanted)]
         fits = [c for c in fits if np.isfinite(self.predicted(c)) and self.nbytes(c) <= limit]
         if not fits:
@@ -73,7 +64,7 @@ class Search:
                 fix="raise the budget",
             )
         best = sorted(fits, key=self.predicted)[:tries]
-        return min((self.measure(f"uniform {self.label(c)}", c) for c in best), key=lambda m: m.measured)
+        return min(best, key=self.measure) if len(best) > 1 else best[0]
 
     def mixed(self, limit: int) -> Choice:
         """The choice of least predicted loss within the limit. Errors: ConflictError with the smallest reachable size."""

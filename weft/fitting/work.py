@@ -174,7 +174,9 @@ class Work:
                 f"uniform {m}": search.uniform(uniform_chains(m, s.bits, s.groups), limit, s.tries)
                 for m in ("rtn", "gptq")
             }
-        made = {arm: self._build(run, arm, m.choice) for arm, m in uniform.items()} | {"mixed": self.mixed(run, limit)}
+        made = {arm: self._build(run, arm, choice) for arm, choice in uniform.items()} | {
+            "mixed": self.mixed(run, limit)
+        }
         best = min(made.values(), key=lambda b: b.measured)
         return {arm: made.get(arm, replace(best, arm="fit")) for arm in ARMS}
 
@@ -184,7 +186,7 @@ class Work:
         with self.step("choose", f"seed {run.seed}, {limit} bytes, mixed"):
             if not search.factor:
                 search.factor = self._factors(run, search.mixed(limit))
-            choice = search.measure("mixed", search.mixed(limit)).choice
+            choice = search.mixed(limit)
         return self._build(run, "fit", choice)
 
     def least(self, run: Run) -> int:

@@ -164,7 +164,7 @@ def checked(report: Report) -> Figure:
     """Measured against predicted loss of whole-model choices, by kind."""
     data: list[Figure] = []
     every = [(b, c) for b in report.budgets for c in b.checks]
-    for kind, colour, symbol in (("uniform", "gptq", "circle"), ("mixed", "rtn", "square"), ("final", "fit", "star")):
+    for kind, colour, symbol in (("uniform", "gptq", "circle"), ("final", "fit", "star")):
         found = [(b, c) for b, c in every if c.kind == kind]
         hover = [
             f"{_check(b, c.label)}<br>predicted {words.brief(c.predicted)} · measured {words.brief(c.measured)}"

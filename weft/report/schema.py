@@ -117,7 +117,7 @@ class Check(_Strict):
     """A predicted and a measured loss of one whole-model choice."""
 
     label: str
-    kind: Literal["uniform", "mixed", "final"]
+    kind: Literal["uniform", "final"]
     predicted: float
     measured: float
 

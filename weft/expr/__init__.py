@@ -19,6 +19,7 @@ from weft.expr.tree import (
     Normal,
     Product,
     Sum,
+    between,
     build,
     dense_copy,
     fork,
@@ -32,7 +33,7 @@ from weft.expr.tree import (
 
 __all__ = [
     "CHUNK", "NM", "NODES", "SIDES", "Basis", "Blocks", "Codebook", "Dense", "Diagonal", "Expr", "Field", "Hadamard", "Kronecker",
-    "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "SparseDelta", "Sum", "build",
+    "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "SparseDelta", "Sum", "between", "build",
     "dense_copy", "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of", "total",
     "valueless",
 ]  # fmt: skip

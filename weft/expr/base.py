@@ -157,6 +157,14 @@ class Expr(nn.Module):
                 changed[f.name] = each(methodcaller("take", rows), self.value(f))
         return self.rebuild(**changed) if changed else NODES["Dense"](self.dense()[rows])
 
+    def mapped(self, dim: int, values: Callable[[Tensor], Tensor], beside: Callable[[Expr], Expr]) -> Expr:
+        """The expression after a linear map of its outputs (`dim` 0) or its inputs (1), term by term.
+
+        A node whose numbers can take the map changes them: `values` maps a matrix along that dimension. Any other keeps its codes
+        and is given to `beside`, which puts the map next to it.
+        """
+        return beside(self)
+
     @classmethod
     def join(cls, parts: Sequence[Expr]) -> Expr:
         """The rows of like expressions, in order. Tensors without rows are the first part's."""
@@ -255,6 +263,12 @@ class Expr(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.describe()}"
+
+
+def mapped(t: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """A node's tensor after a map of its values: as trainable as it was."""
+    made = values(t.detach())
+    return nn.Parameter(made) if t.requires_grad else made
 
 
 def tensors(expr: Expr) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from weft.error import ShapeError
-from weft.expr.base import CHUNK, Expr, Promises
+from weft.expr.base import CHUNK, Expr, Promises, mapped
 from weft.expr.kernels import packed_product
 from weft.grid import grid as _grid
 from weft.grid import pack, packed_bytes, scale_format, unpack
@@ -33,6 +33,9 @@ class Dense(Expr):
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         return F.embedding(ids, self.w)
 
+    def mapped(self, dim: int, values: Callable[[Tensor], Tensor], beside: Callable[[Expr], Expr]) -> Expr:
+        return Dense(mapped(self.w, values))
+
     def describe(self) -> str:
         return str(self.w.dtype).removeprefix("torch.")
 
@@ -53,6 +56,9 @@ class LowRank(Expr):
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         wide = torch.promote_types(self.b.dtype, torch.float32)
         return F.embedding(ids, self.b).to(wide) @ self.a.to(wide)
+
+    def mapped(self, dim: int, values: Callable[[Tensor], Tensor], beside: Callable[[Expr], Expr]) -> Expr:
+        return LowRank(self.b, mapped(self.a, values)) if dim else LowRank(mapped(self.b, values), self.a)
 
     def promises(self) -> Promises:
         return Promises(rank=self.a.shape[0])

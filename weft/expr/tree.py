@@ -78,6 +78,9 @@ class Sum(Expr):
             y = y + term.rows(ids)
         return y
 
+    def mapped(self, dim: int, values: Callable[[Tensor], Tensor], beside: Callable[[Expr], Expr]) -> Expr:
+        return Sum({r: t.mapped(dim, values, beside) for r, t in self.named().items()})
+
     def describe(self) -> str:
         return " + ".join(t.describe() if r == "base" else f"{r}: {t.describe()}" for r, t in self.named().items())
 
@@ -174,6 +177,11 @@ def total(terms: Mapping[str, Expr]) -> Expr:
     """The expression of these terms: flat, and no sum around a lone base."""
     flat = terms_of(Sum(terms)) if "base" in terms else dict(terms)
     return flat["base"] if list(flat) == ["base"] else Sum(flat)
+
+
+def between(left: Sequence[Expr], expr: Expr, right: Sequence[Expr]) -> Product:
+    """left · expr · right, without a product inside."""
+    return Product(*left, *(expr.kids() if isinstance(expr, Product) else (expr,)), *right)
 
 
 def no_value(where: str, terms: Mapping[str, Expr]) -> ConflictError:

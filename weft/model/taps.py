@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from weft.error import ConflictError, FormatError, ShapeError, WeftError, raise_all
 from weft.expr import (
     CHUNK,
-    Dense,
     Diagonal,
     Expr,
     Hadamard,
-    LowRank,
     Product,
+    between,
     build,
     hadamard,
     spec,
@@ -192,12 +191,12 @@ def moved(expr: Expr, by: Hadamard) -> Expr:
     takes Hᵀ as right sides.
     """
     plain = Hadamard.of(torch.ones(by.n, device=by.signs.device), by.block)
-    return _terms(expr, by, (Diagonal(by.flips()), plain))
+    return _mapped(expr, by, (Diagonal(by.flips()), plain))
 
 
 def unmoved(expr: Expr, tap: Tap) -> Expr:
     """The expression before the tap's turns: value turn[-1] ... turn[0]."""
-    return _terms(expr, tap.back, tuple(reversed(tap.turns()))) if tap.turns() else expr
+    return _mapped(expr, tap.back, tuple(reversed(tap.turns()))) if tap.turns() else expr
 
 
 def folded(expr: Expr, tap: Tap) -> Expr:
@@ -205,22 +204,14 @@ def folded(expr: Expr, tap: Tap) -> Expr:
     return Product(expr, *reversed(tap.turns())) if tap.turns() else expr
 
 
-def _terms(expr: Expr, rows: Callable[[Tensor], Tensor], sides: tuple[Expr, ...]) -> Expr:
-    return total({role: _term(term, rows, sides) for role, term in terms_of(expr).items()})
+def _mapped(expr: Expr, rows: Callable[[Tensor], Tensor], sides: tuple[Expr, ...]) -> Expr:
+    """The expression after a map of its inputs: of each row of values, or as right sides."""
 
+    def values(t: Tensor) -> Tensor:
+        wide, step = torch.promote_types(t.dtype, torch.float32), max(1, CHUNK // max(1, t.shape[1]))
+        return torch.cat([rows(part.to(wide)).to(t.dtype) for part in t.split(step)])
 
-def _term(term: Expr, rows: Callable[[Tensor], Tensor], sides: tuple[Expr, ...]) -> Expr:
-    if isinstance(term, Dense):
-        return Dense(_like(term.w, rows))
-    if isinstance(term, LowRank):
-        return LowRank(term.b, _like(term.a, rows))
-    return Product(*(term.kids() if isinstance(term, Product) else (term,)), *sides)
-
-
-def _like(t: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-    wide, step = torch.promote_types(t.dtype, torch.float32), max(1, CHUNK // max(1, t.shape[1]))
-    made = torch.cat([rows(part.to(wide)).to(t.dtype) for part in t.detach().split(step)])
-    return nn.Parameter(made) if t.requires_grad else made
+    return total(terms_of(expr.mapped(1, values, lambda e: between((), e, sides))))
 
 
 def refuse_roundings(taps: Mapping[str, Tap], where: str) -> None:

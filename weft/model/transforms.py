@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.error import ConflictError, NumericError, ShapeError, WeftError
-from weft.expr import CHUNK, Dense, Diagonal, Expr, LowRank, Permutation, Product, Sum
+from weft.expr import CHUNK, Dense, Diagonal, Expr, Permutation, between
 from weft.model.axis import Axis, Part
 
 
@@ -171,42 +171,34 @@ class Rotate(Transform):
 def carried(expr: Expr, by: Transform, part: Part, blocks: int, size: int, *, reads: bool) -> Expr:
     """The expression in the new coordinates: dense and low-rank terms change their values, others get a side."""
 
-    def on(t: Tensor, dim: int) -> Tensor:
-        made = by.on(t.detach(), Part(part.name, dim, part.start, part.copies, part.unit), blocks, size, reads=reads)
-        return nn.Parameter(made, requires_grad=t.requires_grad)
+    def on(t: Tensor, at: Part = part) -> Tensor:
+        return by.on(t, at, blocks, size, reads=reads)
 
-    match expr:
-        case Sum():
-            return Sum({r: carried(t, by, part, blocks, size, reads=reads) for r, t in expr.named().items()})
-        case Dense():
-            return Dense(on(expr.w, part.dim))
-        case LowRank():
-            return LowRank(*((on(expr.b, 0), expr.a) if part.dim == 0 else (expr.b, on(expr.a, 1))))
-        case _:
-            return _sided(expr, by, part, blocks, size, reads=reads)
+    def beside(e: Expr) -> Expr:
+        length, device = e.shape[part.dim], next((t.device for t in (*e.parameters(), *e.buffers())), None)
+        flat = replace(part, dim=0)
+        if isinstance(by, Permute):
+            order = on(torch.arange(length, device=device), flat)
+            if part.dim == 0:
+                return e.take(order)
+            side: Expr = Permutation(order.argsort().int())
+        elif isinstance(by, Scale):
+            side = Diagonal(on(torch.ones(length, device=device), flat))
+        else:
+            whole = on(torch.eye(length, device=device), flat)
+            side = Dense(whole if part.dim == 0 else whole.T.contiguous())
+        return between((side,), e, ()) if part.dim == 0 else between((), e, (side,))
 
-
-def _sided(expr: Expr, by: Transform, part: Part, blocks: int, size: int, *, reads: bool) -> Expr:
-    length, device = expr.shape[part.dim], next((t.device for t in (*expr.parameters(), *expr.buffers())), None)
-    flat = Part(part.name, 0, part.start, part.copies, part.unit)
-    if isinstance(by, Permute):
-        at = by.on(torch.arange(length, device=device), flat, blocks, size, reads=reads)
-        if part.dim == 0:
-            return expr.take(at)
-        return _product(expr, Permutation(at.argsort().int()), part.dim)
-    if isinstance(by, Scale):
-        return _product(
-            expr, Diagonal(by.on(torch.ones(length, device=device), flat, blocks, size, reads=reads)), part.dim
-        )
-    whole = by.on(torch.eye(length, device=device), flat, blocks, size, reads=reads)
-    return _product(expr, Dense(whole if part.dim == 0 else whole.T.contiguous()), part.dim)
-
-
-def _product(expr: Expr, side: Expr, dim: int) -> Expr:
-    factors = list(expr.kids()) if isinstance(expr, Product) else [expr]
-    return Product(*((side, *factors) if dim == 0 else (*factors, side)))
+    return expr.mapped(part.dim, on, beside)
 
 
 def selectable(expr: Expr) -> bool:
-    """Whether some of its columns can be taken."""
-    return all(selectable(e) for e in expr.kids()) if isinstance(expr, Sum) else isinstance(expr, Dense | LowRank)
+    """Whether some of its columns can be taken: no term keeps codes of them."""
+    coded: list[Expr] = []
+
+    def beside(e: Expr) -> Expr:
+        coded.append(e)
+        return e
+
+    expr.mapped(1, lambda t: t, beside)
+    return not coded

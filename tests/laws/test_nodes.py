@@ -37,6 +37,7 @@ from weft.expr import (
     Quantized,
     SparseDelta,
     Sum,
+    between,
     build,
     fields,
     fork,
@@ -270,6 +271,23 @@ def a_slice_is_those_rows(e: Expr) -> None:
         assert {t.untyped_storage().data_ptr() for t in tensors(e.take(part)).values()} <= held
 
 
+def takes_a_linear_map(e: Expr) -> None:
+    """Mapped, it is M · value (outputs) or value · M (inputs): in its own numbers, as trainable as before, or by a factor beside it."""
+    e = trainable(e)
+    for dim, size in enumerate(e.shape):
+        by = randn(rng("map", dim, size), size, size)
+
+        def values(t: Tensor, by: Tensor = by, dim: int = dim) -> Tensor:
+            return by @ t if dim == 0 else t @ by
+
+        def beside(part: Expr, by: Tensor = by, dim: int = dim) -> Expr:
+            return between((Dense(by),), part, ()) if dim == 0 else between((), part, (Dense(by),))
+
+        made, value = e.mapped(dim, values, beside), e.dense().detach()
+        close(made.dense().detach(), by @ value if dim == 0 else value @ by)
+        assert sum(t.requires_grad for t in made.parameters()) == sum(t.requires_grad for t in e.parameters())
+
+
 def slices_stack_to_the_whole(e: Expr) -> None:
     """stack(slices) has the value of the whole."""
     with narrow():
@@ -405,6 +423,7 @@ LAWS: list[Callable[[Expr], None]] = [
     forward_is_the_product,
     rows_are_looked_up,
     a_slice_is_those_rows,
+    takes_a_linear_map,
     slices_stack_to_the_whole,
     written_and_read_it_is_the_same,
     bytes_are_counted,

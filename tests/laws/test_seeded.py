@@ -14,7 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.engine import Group, get
-from weft.expr import Codebook, Dense, Expr, Hadamard, Masked, Quantized, SparseDelta, Sum, generated, kernels, tensors
+from weft.expr import (
+    Codebook,
+    Dense,
+    Expr,
+    Hadamard,
+    LowRank,
+    Masked,
+    Quantized,
+    SparseDelta,
+    Sum,
+    generated,
+    kernels,
+    tensors,
+)
 from weft.expr.derived import Derived
 from weft.grid import Grid, ScaleFormat, bits
 from weft.linalg import grids
@@ -141,6 +154,10 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
     "a slice is a copy": (
         lambda: after_it(Dense, "take", lambda e, *_: Dense(e.w.clone())),
         on(N.a_slice_is_those_rows, "dense"),
+    ),
+    "a map of the inputs goes to the outputs": (
+        lambda: swap(LowRank, "mapped", lambda e, dim, values, beside: LowRank(values(e.b), e.a)),
+        on(N.takes_a_linear_map, "lowrank"),
     ),
     "slices stack backwards": (
         lambda: swap(N, "stack", lambda parts, good=N.stack: good(parts[::-1])),

@@ -62,7 +62,7 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 	@$(MKDOCS)
 
 prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md and docs/composition.md
-	@$(BIN)/weft prove
+	@$(BIN)/weft prove --known --all
 	@$(BIN)/python scripts/docs.py
 	@$(BIN)/python scripts/composition.py
 

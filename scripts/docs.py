@@ -16,6 +16,7 @@ from typing import Any
 
 from weft.engine import Method, get, names
 from weft.expr import NODES, Expr, Field, fields
+from weft.lab.prove import KNOWN_ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"
@@ -96,6 +97,29 @@ def proof(method: Method) -> str:
     return f"Claim: {plain(method.claims)}. Verdict: **{held['verdict']}**" + (f" ({each})." if each else ".")
 
 
+def verdict(method: Method) -> list[str]:
+    """The verdict of its proof, and the day."""
+    path = PROOFS / f"{method.name}.json"
+    held = json.loads(path.read_text("utf8")) if path.exists() else {"verdict": "not tried", "date": ""}
+    return [held["verdict"], held["date"]]
+
+
+def known() -> list[str]:
+    """What is known of the lab models."""
+    path = PROOFS / KNOWN_ANSWERS
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text("utf8"))
+    models = [m["model"] for m in next(iter(held.values()))["models"]]
+    rows = [["known answer", "guards", *models]]
+    rows += [[plain(c["claim"]), c["verb"], *(m["verdict"] for m in c["models"])] for c in held.values()]
+    about = (
+        "Orderings that the field agrees on, tried on the lab's models (`weft prove --known`). A model on which one comes out the "
+        "other way is left out of claims of that verb."
+    )
+    return ["## Known answers", about, table(rows)]
+
+
 def section(method: Method) -> str:
     """One method."""
     parts = [f"### {method.name}", plain(module_line(method)), facts(method)]
@@ -106,9 +130,9 @@ def section(method: Method) -> str:
 def page() -> str:
     """The whole page."""
     held = sorted((get(n) for n in names()), key=lambda m: (m.verb, m.name))
-    rows = [["method", "verb", "what it does"]]
-    rows += [[f"[{m.name}](#{m.name})", m.verb, plain(module_line(m))] for m in held]
-    parts = [HEAD.strip(), table(rows)]
+    rows = [["method", "verb", "what it does", "verdict", "tried"]]
+    rows += [[f"[{m.name}](#{m.name})", m.verb, plain(module_line(m)), *verdict(m)] for m in held]
+    parts = [HEAD.strip(), table(rows), *known()]
     for verb, group in groupby(held, key=lambda m: m.verb):
         about = importlib.import_module(f"weft.methods.{verb}").__doc__ or ""
         parts += [f"## {verb}", plain(about.strip()), *(section(m) for m in group)]

@@ -370,6 +370,7 @@ def test_stale_proofs_are_listed(tmp_path: Path) -> None:
     made = weft_("prove", "--stale", "--folder", str(tmp_path), "--json")
     assert made.exit_code == 0 and {r["method"] for r in json.loads(made.stdout)} == {e.name for e in entries()}
     assert weft_("prove", "nonsense", "--folder", str(tmp_path)).exit_code == 2
+    assert "--changed" in weft_("prove", "--folder", str(tmp_path)).stderr
 
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt()", "ZeroDivisionError()"])

@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from weft.engine import get, names
-from weft.error import NumericError, OptionError
-from weft.lab import claims, prove, realism, trial, tuning
+from weft.error import ConflictError, NumericError, OptionError
+from weft.lab import claims, known, prove, realism, trial, tuning
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -213,6 +213,43 @@ def test_methods_without_a_claim_and_too_few_seeds_are_refused(monkeypatch: pyte
         prove.prove(["gptq", "rtn"], folder=tmp_path, subjects=[])
     with pytest.raises(OptionError, match="has a claim"):
         prove.stale(tmp_path)
+
+
+def test_known_answers_are_written_and_guard(
+    subject: Subject, embedder: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes out the other way on a model leaves the model out of that verb's claims, and the proof says so."""
+    true = known.Known("quantize", "8 bits beat 2", lambda lab: lab.compare(ours=FINE, baseline=COARSE))
+    false = known.Known("prune", "2 bits beat 8", lambda lab: lab.compare(ours=COARSE, baseline=FINE))
+    monkeypatch.setattr(known, "KNOWN", {"true": true, "false": false})
+    folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
+    made = prove.answer(folder=folder, cache=store, subjects=[embedder, subject])
+    held = json.loads((folder / prove.KNOWN_ANSWERS).read_text())
+    assert [c.verdict for c in made.values()] == ["reproduced", "contradicted"] == [c["verdict"] for c in held.values()]
+    assert known.failed(held, "quantize") == {} and known.failed(held, "prune") == {
+        "tiny-embed": ["false"],
+        "tiny": ["false"],
+    }
+    held["false"]["models"][1]["verdict"] = "reproduced"
+    (folder / prove.KNOWN_ANSWERS).write_text(json.dumps(held))
+    (claim,) = prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder, subject])
+    proof = json.loads((folder / "magnitude.json").read_text())
+    assert claim.models == ["tiny"] and proof["left_out"] == {"tiny-embed": ["false"]}
+    (claim,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[embedder, subject])
+    assert claim.models == ["tiny-embed", "tiny"] and "left_out" not in json.loads((folder / "rtn.json").read_text())
+    with pytest.raises(ConflictError, match="can be trusted"):
+        prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder])
+
+
+def test_claims_can_be_about_some_sites(lab: Lab) -> None:
+    """Only what matches is rewritten; another choice is another arm."""
+    every, downs = (lab.compare(ours=FINE, baseline=COARSE, at=at).findings for at in (("*",), known.DOWN))
+    assert all(0 < d.baseline < e.baseline for d, e in zip(downs, every, strict=True))
+
+
+def test_a_dozen_answers_are_known() -> None:
+    """Each guards a verb that has methods."""
+    assert len(known.KNOWN) >= 12 and {k.verb for k in known.KNOWN.values()} <= {get(n).verb for n in names()}
 
 
 def test_a_random_model_is_not_realistic(lab: Lab) -> None:

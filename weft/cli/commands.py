@@ -13,6 +13,7 @@ import typer
 
 from weft.cli.guard import FALLBACKS, say
 from weft.cli.output import emit
+from weft.error import OptionError
 from weft.progress import Bars, Progress, Silent
 
 if TYPE_CHECKING:
@@ -258,9 +259,12 @@ def export(
 
 
 def prove(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Methods; all, if none is named.", metavar="[METHOD]...")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Methods.", metavar="[METHOD]...")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every method.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Methods whose proof is missing or out of date.")] = False,
+    known: Annotated[
+        bool, typer.Option("--known", help="First, what is known of the lab models: answers that guard all others.")
+    ] = False,
     folder: Annotated[Path, typer.Option(help="Where verdicts are kept.")] = Path("proofs"),
     seeds: Annotated[int, typer.Option(help="Seeds.", min=1)] = 3,
     stale: Annotated[bool, typer.Option("--stale", help="List proofs that are out of date, and do nothing.")] = False,
@@ -269,23 +273,23 @@ def prove(
 ) -> int | None:
     """Test what a method's paper claims, on lab models."""
     import weft
+    from weft.lab.prove import answer
 
     if stale:
         emit([{"method": n} for n in weft.stale(folder)], as_json=as_json, quiet=quiet)
         return None
-    asked = names or [e.name for e in weft.methods()]
-    claims = weft.prove(asked, folder=folder, seeds=seeds, progress=bars(quiet))
+    if not (names or all_ or changed or known):
+        want, fix = "methods, --all, --changed or --known", "weft methods lists them"
+        raise OptionError("nothing to prove", where="prove", got="no method", want=want, fix=fix)
+    asked = [e.name for e in weft.methods()] if all_ else [*(names or ()), *(weft.stale(folder) if changed else ())]
+    made = answer(folder=folder, seeds=seeds, progress=bars(quiet)) if known else {}
+    claims = weft.prove(asked, folder=folder, seeds=seeds, progress=bars(quiet)) if asked else []
+    made |= dict(zip(asked, claims, strict=True))
     if as_json:
-        typer.echo(json.dumps({n: c.as_json() for n, c in zip(asked, claims, strict=True)}, indent=1))
+        typer.echo(json.dumps({n: c.as_json() for n, c in made.items()}, indent=1))
         return None
-    emit(
-        [
-            {"method": n, "verdict": c.verdict, "rule": c.rule, "seconds": c.seconds}
-            for n, c in zip(asked, claims, strict=True)
-        ],
-        as_json=False,
-        quiet=quiet,
-    )
+    rows = [{"claim": n, "verdict": c.verdict, "rule": c.rule, "seconds": c.seconds} for n, c in made.items()]
+    emit(rows, as_json=False, quiet=quiet)
     return None
 
 

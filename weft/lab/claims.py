@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
-from weft.error import OptionError, ResourceError
+from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import models
 from weft.lab.bootstrap import Interval, interval
 from weft.lab.trial import Arm, Subject, Trial
@@ -114,14 +114,34 @@ class Lab:
         made.trials = {model: self.trials[model]}
         return made
 
-    def compare(self, *, ours: Steps, baseline: Steps, floor: Steps | None = None, factor: float = 1.0) -> Claim:
+    def without(self, models: Collection[str], where: str) -> Lab:
+        """The same lab with models left out. Errors: ConflictError if none is left."""
+        made = copy(self)
+        made.trials = {name: trials for name, trials in self.trials.items() if name not in models}
+        if not made.trials:
+            got, want = f"known answers fail on {', '.join(models)}", "a lab model on which they hold"
+            raise ConflictError(
+                "no lab model can be trusted with this claim", where=where, got=got, want=want, fix="weft prove --known"
+            )
+        return made
+
+    def compare(
+        self,
+        *,
+        ours: Steps,
+        baseline: Steps,
+        floor: Steps | None = None,
+        factor: float = 1.0,
+        at: Sequence[str] = ("*",),
+    ) -> Claim:
         """Holds if `ours` is less than `factor` times as far from the original as `baseline`, and nearer than `floor`.
 
-        Each chain rewrites every Linear but the output head, from dense evidence; distances are on held-out texts.
+        Each chain rewrites every Linear but the output head, of these those that match `at`, from dense evidence; distances are
+        on held-out texts.
         """
         given = {"ours": ours, "baseline": baseline} | ({"floor": floor} if floor is not None else {})
         chains = {arm: _chain(steps) for arm, steps in given.items()}
-        runs = {arm: partial(Trial.rewritten, chain=c) for arm, c in chains.items()}
+        runs = {arm: partial(Trial.rewritten, chain=c, at=at) for arm, c in chains.items()}
         arms = {arm: _describe(c) for arm, c in chains.items()}
         methods = [s.method for c in chains.values() for s in c]
         return self._judge(runs, arms, methods, factor, "less")

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
@@ -127,9 +128,13 @@ class Trial:
         name = key("lab", self.subject.fingerprint, self.data, self.code)
         return Distance(self.subject.model, self.held_out, self.goal, self.store, name)
 
-    def rewritten(self, chain: Chain) -> Arm:
-        """Distances after every site was rewritten by this chain, from dense evidence."""
-        return self._distances([chain_key(chain)], lambda: {chain: self.sites})
+    def rewritten(self, chain: Chain, at: Sequence[str] = ("*",)) -> Arm:
+        """Distances after every site that matches was rewritten by this chain, from dense evidence."""
+
+        def chosen() -> dict[Chain, list[str]]:
+            return {chain: [n for n in self.sites if any(fnmatchcase(n, pattern) for pattern in at)]}
+
+        return self._distances([chain_key(chain), *at], chosen)
 
     def allocated(self, search: str, share: float) -> Arm:
         """Distances after every site became the rounding that the search chose within `share` of bfloat16 bytes."""

@@ -308,7 +308,8 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     if options.parse_args().check:
         missing = covers(OUT.read_text("utf8")) + ["WRONG"] * OUT.read_text("utf8").count("| WRONG")
-        print("\n".join(missing), end="\n" if missing else "")
+        if missing:
+            print(f"{OUT.name} lacks these: run python scripts/composition.py (a minute)", *missing, sep="\n")
         return bool(missing)
     text, wrong = page()
     OUT.write_text(text, "utf8")

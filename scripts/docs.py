@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import weft
 from weft.engine import Method, get, names
 from weft.expr import NODES, Expr, Field, fields
 from weft.lab.prove import KNOWN_ANSWERS
@@ -21,6 +22,8 @@ from weft.lab.prove import KNOWN_ANSWERS
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"
 TABLE = re.compile(r"(?<=<!-- nodes, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of nodes -->)", re.DOTALL)
+HOUSE = ROOT / "docs" / "architecture.md"
+SAMPLE = re.compile(r"(?<=<!-- a method, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of the method -->)", re.DOTALL)
 HEAD = """# Methods
 
 Every file in `weft/methods/VERB/` is a method. This page is written from those files and from `proofs/` by
@@ -162,6 +165,14 @@ def files() -> str:
     return made
 
 
+def house() -> str:
+    """The page of the architecture, with one method's file as it is."""
+    text = (ROOT / "weft" / "methods" / "prune" / "wanda.py").read_text("utf8")
+    made, count = SAMPLE.subn(lambda _: f"```python\n{text}```", HOUSE.read_text("utf8"))
+    assert count == 1, "docs/architecture.md has lost its marks around the method"
+    return made
+
+
 def module_line(method: Method) -> str:
     """The first line of the method's file."""
     return (importlib.import_module(method.fn.__module__).__doc__ or "").strip().splitlines()[0]
@@ -171,14 +182,19 @@ def main() -> int:
     """Write the pages, or compare them."""
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("--check", action="store_true", help="fail if a page is stale, write nothing")
-    made = {PAGE: page(), FILES: files()}
-    if given.parse_args().check:
+    asked = given.parse_args()
+    if Path(weft.__file__).parent.parent != ROOT:
+        sys.exit(f"this checkout is not the weft that Python imports ({weft.__file__}): set PYTHONPATH=.")
+    made = {PAGE: page(), FILES: files(), HOUSE: house()}
+    if asked.check:
         stale = [path for path, text in made.items() if not path.exists() or path.read_text("utf8") != text]
         for path in stale:
             print(f"docs/{path.name} is stale: run python scripts/docs.py")
         return int(bool(stale))
     for path, text in made.items():
+        same = path.exists() and path.read_text("utf8") == text
         path.write_text(text, "utf8")
+        print(f"docs/{path.name}: {'unchanged' if same else 'written'}")
     return 0
 
 

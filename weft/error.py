@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+_PLACES = 8
+"""How many places of one problem are told."""
+
 
 def _plain(value: object) -> str:
     text = (
@@ -75,19 +78,34 @@ class ChangedError(WeftError):
 
 
 def raise_all(problems: list[WeftError]) -> None:
-    """Raise every problem of one input together: the first one's type, all texts. No problems: nothing."""
+    """Raise every problem of one input together: the first one's type, the texts of those that differ by more than their place.
+
+    No problems: nothing.
+    """
     if not problems:
         return
     first = problems[0]
     if len(problems) == 1:
         raise first
+    kinds: dict[tuple[str, str, str, str], list[WeftError]] = {}
+    for p in problems:
+        kinds.setdefault((p.what, _plain(p.got), _plain(p.want), p.fix), []).append(p)
+    texts = [f"{alike[0]}{_elsewhere(alike[1:])}" for alike in kinds.values()]
     raise type(first)(
-        f"{len(problems)} problems:\n" + "\n".join(f"{i}. {p}" for i, p in enumerate(problems, 1)),
+        f"{len(problems)} problems:\n" + "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1)),
         where=first.where,
         got=f"{len(problems)} problems",
         want="none",
         fix=first.fix,
     )
+
+
+def _elsewhere(others: list[WeftError]) -> str:
+    """Where else the same is wrong: the first places, and how many more."""
+    if not others:
+        return ""
+    more = f" and {len(others) - _PLACES} more" if len(others) > _PLACES else ""
+    return f"\n  also   {', '.join(_plain(p.where) for p in others[:_PLACES])}{more}"
 
 
 def whole(least: int = 1, **given: object) -> None:

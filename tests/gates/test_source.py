@@ -142,7 +142,11 @@ ERRORS = {n for n, c in vars(error).items() if isinstance(c, type) and issubclas
 PLAIN = {n for n, c in vars(builtins).items() if isinstance(c, type) and issubclass(c, BaseException)}
 
 
-PROTOCOL = {"AttributeError": "weft/__init__.py", "SystemExit": "weft/cli/", "typer.Exit": "weft/cli/"}
+PROTOCOL = {
+    "AttributeError": ("weft/__init__.py", "weft/expr/__init__.py"),
+    "SystemExit": "weft/cli/",
+    "typer.Exit": "weft/cli/",
+}
 """What Python and typer themselves ask for: a module's __getattr__, and the exit code of the process."""
 
 
@@ -186,7 +190,7 @@ def tracked() -> Iterator[Path]:
         hidden = any(
             p in OUTSIDE or p.endswith(".egg-info") or (p.startswith(".") and p != ".github") for p in parts[:-1]
         )
-        if not hidden and path.suffix in TEXT and path.is_file() and path.name != "tokenizer.json":
+        if not hidden and path.suffix in TEXT and path.is_file() and path.name not in ("tokenizer.json", ".git"):
             yield path
 
 

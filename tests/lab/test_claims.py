@@ -188,7 +188,7 @@ def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monk
     before = (folder / "rtn.json").read_bytes()
     prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
     assert (folder / "rtn.json").read_bytes() == before
-    assert prove.stale(folder) == [n for n in names() if n != "rtn"]
+    assert list(prove.stale(folder)) == [n for n in names() if n != "rtn"]
     monkeypatch.setattr(type(get("rtn")), "fingerprint", lambda self: "changed")
     assert "rtn" in prove.stale(folder)
 
@@ -201,7 +201,7 @@ def test_a_proof_goes_stale_with_its_baseline(subject: Subject, tmp_path: Path) 
     held = json.loads((folder / "nf4.json").read_text())
     held["methods"]["rtn"] = "0"
     (folder / "nf4.json").write_text(json.dumps(held))
-    assert "nf4" in prove.stale(folder)
+    assert prove.stale(folder)["nf4"] == "changed: rtn" and prove.stale(folder)["rtn"] == "no proof"
 
 
 def test_methods_without_a_claim_and_too_few_seeds_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,5 +265,8 @@ def test_ranks_of_known_grams(lab: Lab) -> None:
 
 
 def test_lab_models_are_there() -> None:
-    """ref-lm always; minilm leads where it is installed."""
+    """ref-lm always; minilm leads where it is installed. Others are refused by name."""
+    assert [s.name for s in claims.installed(["ref-lm"])] == ["ref-lm"]
+    with pytest.raises(OptionError, match="no lab model"):
+        claims.installed(["ref-lm", "gpt"])
     assert [s.name for s in claims.installed()][-1] == "ref-lm"

@@ -21,7 +21,7 @@ def test_every_node_is_covered(node: str, cases: Counter[str]) -> None:
     """Each node class is at the root of some expression, and every law runs on at least three kinds that hold it."""
     found = [e for kind in KINDS for e in instances(kind) if type(e).__name__ == node]
     laws = test_nodes.LAWS if found[0].is_matrix else test_routed.LAWS
-    assert cases[node] >= LEAST * len(laws)
+    assert cases[node] >= LEAST * len(laws), "too few laws were collected: run the whole of tests/laws"
 
 
 @pytest.mark.parametrize("method", names())
@@ -33,7 +33,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"
-    assert cases[method] >= least[get(method).kind]
+    assert cases[method] >= least[get(method).kind], "too few laws were collected: run the whole of tests/laws"
 
 
 @pytest.mark.parametrize("method", names())

@@ -1,4 +1,4 @@
-"""A new node is one file: it is found, checked, saved and cut by its annotations alone."""
+"""A new node is one file, the one in the documents: it is found, checked, saved and cut by its annotations alone."""
 
 from __future__ import annotations
 
@@ -11,27 +11,20 @@ import pytest
 
 import weft
 
-CIRCULANT = '''
-from __future__ import annotations
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from weft.expr.base import Expr
-
-class Circulant(Expr):
-    """A circular convolution. value[i, j] = c[(i - j) mod n]"""
-
-    c: Float[Tensor, "n"]
-    turn: int = 0
-
-    def size(self, dims: dict[str, int]) -> tuple[int, int]:
-        return dims["n"], dims["n"]
-
-    def dense(self) -> Float[Tensor, "n n"]:
-        at = torch.arange(len(self.c))
-        return self.c[(at[:, None] - at + self.turn) % len(at)]
-'''
+PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text("utf8")
+CIRCULANT = PAGE.split("```python\n", 1)[1].split("```", 1)[0]
+"""The file that the documents show."""
 USES = {
+    "it is imported like any other": """
+from weft.expr import Circulant
+assert Circulant is NODES["Circulant"]
+try:
+    from weft.expr import Circulent
+except ImportError:
+    pass
+else:
+    raise SystemExit("it was found")
+""",
     "it is built from its saved form, with its default": """
 made = build({"node": "Circulant"}, {"c": torch.arange(3.0)}.__getitem__)
 assert spec(made) == {"node": "Circulant", "turn": 0} and list(tensors(made)) == ["c"] and made.nbytes() == 12

@@ -310,6 +310,23 @@ def bytes_are_counted(e: Expr) -> None:
     assert e.nbytes() == len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
+def no_rows_give_no_rows(e: Expr) -> None:
+    """Inputs without a row, as an expert gets that no token chose."""
+    for dtype in (torch.float32, torch.bfloat16):
+        y = e(torch.zeros(0, e.shape[1], dtype=dtype))
+        assert y.shape == (0, e.shape[0]) and y.dtype == dtype
+
+
+def autocast_costs_its_precision_alone(e: Expr) -> None:
+    """A product under autocast is the plain one up to bfloat16."""
+    x = inputs(e, 4)
+    want = e(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        gap = (e(x).detach().float() - want).abs().max()
+    scale = (x.abs() @ e.dense().detach().float().abs().T).max()
+    assert float(gap) <= 2**-7 * float(scale)
+
+
 def inputs_get_the_dense_gradient(e: Expr) -> None:
     """Gradients with respect to x are those of the dense product, also in slices."""
     x, weigh = inputs(e, 4), randn(rng("out"), 4, e.shape[0])
@@ -427,6 +444,8 @@ LAWS: list[Callable[[Expr], None]] = [
     slices_stack_to_the_whole,
     written_and_read_it_is_the_same,
     bytes_are_counted,
+    no_rows_give_no_rows,
+    autocast_costs_its_precision_alone,
     inputs_get_the_dense_gradient,
     leaves_get_the_dense_gradient,
     frozen_keeps_nothing_dense,

@@ -184,7 +184,8 @@ def zeros_stay(name: str) -> None:
     for start in ("masked", "2:4", "2:4-quantized", "delta", "blocks"):
         g = group(start)
         for s, e in zip(g, after(g, (name, small(name))), strict=True):
-            assert not bool(base(e).dense()[~evened(s.now).mask()].any())
+            kept = not bool(base(e).dense()[~evened(s.now).mask()].any())
+            assert kept, f"{name} fills zeros of a pattern ({start}): keep them (mask()), or declare drops=('zeros',)"
             if get(name).verb in ("quantize", "factor", "adapt"):
                 assert base(e).promises().nm == s.now.promises().nm and base(e).promises().zeros
 

@@ -265,8 +265,12 @@ def prove(
     known: Annotated[
         bool, typer.Option("--known", help="First, what is known of the lab models: answers that guard all others.")
     ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Lab models to try it on; repeatable. All that are installed, if not given."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where verdicts are kept.")] = Path("proofs"),
-    seeds: Annotated[int, typer.Option(help="Seeds.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds.", min=3)] = 3,
     stale: Annotated[bool, typer.Option("--stale", help="List proofs that are out of date, and do nothing.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -276,14 +280,16 @@ def prove(
     from weft.lab.prove import answer
 
     if stale:
-        emit([{"method": n} for n in weft.stale(folder)], as_json=as_json, quiet=quiet)
+        rows = [{"method": n, "why": why} for n, why in weft.stale(folder).items()]
+        emit(rows, as_json=as_json, quiet=quiet, foot="weft prove --changed" if rows else "")
         return None
     if not (names or all_ or changed or known):
         want, fix = "methods, --all, --changed or --known", "weft methods lists them"
         raise OptionError("nothing to prove", where="prove", got="no method", want=want, fix=fix)
     asked = [e.name for e in weft.methods()] if all_ else [*(names or ()), *(weft.stale(folder) if changed else ())]
-    made = answer(folder=folder, seeds=seeds, progress=bars(quiet)) if known else {}
-    claims = weft.prove(asked, folder=folder, seeds=seeds, progress=bars(quiet)) if asked else []
+    how: dict[str, Any] = {"folder": folder, "seeds": seeds, "progress": bars(quiet), "models": model}
+    made = answer(**how) if known else {}
+    claims = weft.prove(asked, **how) if asked else []
     made |= dict(zip(asked, claims, strict=True))
     if as_json:
         typer.echo(json.dumps({n: c.as_json() for n, c in made.items()}, indent=1))

@@ -25,6 +25,7 @@ Kind = Literal[
 ]  # fmt: skip
 Per = Literal["site", "input"]
 Need = Literal["gram", "gradient", "most"]
+Drop = Literal["zeros"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Method:
     whole: bool
     rowwise: bool
     taps: bool
-    drops: tuple[str, ...]
+    drops: tuple[Drop, ...]
     beats: Beats | None
     on: tuple[str, ...]
     moves: str
@@ -74,7 +75,7 @@ class Method:
 
     @property
     def doc(self) -> str:
-        """The docstring; its first line is the one-line help everywhere."""
+        """The function's docstring, which its command shows; lists show the first line of the file's."""
         return inspect.getdoc(self.fn) or ""
 
     def bind(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -162,18 +163,24 @@ def method(
     whole: bool = False,
     rowwise: bool = False,
     taps: bool = False,
-    drops: tuple[str, ...] = (),
+    drops: tuple[Drop, ...] = (),
     beats: Beats | None = None,
     on: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
-    rows: rows of the catalogue it implements. needs: evidence. per: what a group holds. whole: whether it folds all terms of
-    a weight (True) or rewrites the base term and leaves adapters standing (False). rowwise: each row's result depends on that
-    row alone, so that a very large weight may be rewritten in slices. taps: it works on what weights read, per="input", and
-    returns the group (`g.rounded`, `g.turned`) rather than expressions. drops: promises it does not keep. on: the kinds of axes
-    that a transport goes to.
+    rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence.
+    per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
+    standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
+    taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
+    drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a
+    transport goes to.
+    Errors: OptionError for a promise that is none.
     """
+
+    if unknown := set(drops) - set(typing.get_args(Drop)):
+        want, fix = ", ".join(typing.get_args(Drop)), "use these names"
+        raise OptionError("a method drops an unknown promise", where="drops", got=sorted(unknown), want=want, fix=fix)
 
     def wrap(fn: Callable[..., Any]) -> Method:
         hints = typing.get_type_hints(fn, include_extras=True)

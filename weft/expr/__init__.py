@@ -40,3 +40,10 @@ __all__ = [
 
 for _found in iter_modules(__path__):
     import_module(f"{__name__}.{_found.name}")
+
+
+def __getattr__(name: str) -> type[Expr]:
+    """A node that is not named above."""
+    if name not in NODES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return NODES[name]

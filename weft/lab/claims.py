@@ -187,15 +187,29 @@ class Lab:
         return Claim(_overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
 
 
-def installed() -> list[Subject]:
-    """The lab models that are here, the leading one first. Without minilm's package that is ref-lm alone."""
+_TASKS = {"minilm": ("docstrings", "docstrings"), "ref-lm": ("python", "cpp")}
+"""The lab models, the leading one first, with the tasks of distances and of tuning."""
+
+
+def installed(names: Sequence[str] | None = None) -> list[Subject]:
+    """These lab models; if not given all that are here, which is ref-lm alone without minilm's package.
+
+    Errors: OptionError for a model that is not the lab's; ResourceError for one that was asked for and is not here.
+    """
+    if unknown := [n for n in names or () if n not in _TASKS]:
+        want = ", ".join(_TASKS)
+        raise OptionError(
+            "this is no lab model", where="models", got=", ".join(unknown), want=want, fix="choose of these"
+        )
     here: list[Subject] = []
-    for name, distance_task, tuning_task in (("minilm", "docstrings", "docstrings"), ("ref-lm", "python", "cpp")):
+    for name in (n for n in _TASKS if names is None or n in names):
         try:
             folder = models.resolve(name)
         except ResourceError:
+            if names is not None:
+                raise
             continue
-        here.append(Subject.load(name, Path(folder), distance_task, tuning_task))
+        here.append(Subject.load(name, Path(folder), *_TASKS[name]))
     return here
 
 

@@ -11,7 +11,7 @@ from weft.engine import Method, get
 from weft.engine import names as method_names
 from weft.error import OptionError
 from weft.lab import known
-from weft.lab.claims import SEEDS, Claim, Lab
+from weft.lab.claims import SEEDS, Claim, Lab, installed
 from weft.lab.realism import card
 from weft.lab.trial import Subject
 from weft.progress import Progress, Silent
@@ -30,16 +30,18 @@ def prove(
     seeds: int = SEEDS,
     cache: Cache | None = None,
     progress: Progress | None = None,
+    models: Sequence[str] | None = None,
     subjects: Sequence[Subject] | None = None,
 ) -> list[Claim]:
     """Try these methods' claims; write `folder`/NAME.json for each, and the lab models' realism cards.
 
     A lab model on which a known answer of the method's verb came out the other way (`folder`/known.json) is left out, and the file
     says so. Files depend on the code and the lab models alone, but for the seconds. A killed run resumes from the cache.
-    Errors: OptionError for methods without a claim, and for fewer than three seeds; ConflictError if no lab model is left.
+    `models`: some of the lab's; `subjects`: models of one's own instead.
+    Errors: OptionError for methods without a claim, fewer than three seeds, and unknown models; ConflictError if no model is left.
     """
     methods, folder = _claimed(names), Path(folder)
-    lab = Lab(subjects, cache=cache, seeds=seeds)
+    lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
     write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
     made: list[Claim] = []
@@ -67,10 +69,11 @@ def answer(
     seeds: int = SEEDS,
     cache: Cache | None = None,
     progress: Progress | None = None,
+    models: Sequence[str] | None = None,
     subjects: Sequence[Subject] | None = None,
 ) -> dict[str, Claim]:
     """Try every known answer on every lab model; write `folder`/known.json. Errors: OptionError for fewer than three seeds."""
-    lab = Lab(subjects, cache=cache, seeds=seeds)
+    lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
     made: dict[str, Claim] = {}
     with (progress or Silent()).bar("known answers", len(known.KNOWN)) as step:
         for name, one in known.KNOWN.items():
@@ -86,22 +89,24 @@ def today() -> str:
     return date.today().isoformat()
 
 
-def stale(folder: str | Path = PROOFS) -> list[str]:
-    """Methods with no proof, or whose file, or a file of a method that took part in the proof, has changed since.
+def stale(folder: str | Path = PROOFS) -> dict[str, str]:
+    """Methods without a proof that holds today, and why: none, or a file changed, the method's or one's that took part.
 
     Errors: OptionError for methods without a claim; FormatError for a proof that is not JSON.
     """
-    return [m.name for m in _claimed(method_names()) if not _fresh(m, Path(folder) / f"{m.name}.json")]
+    found = {m.name: _changed(m, Path(folder) / f"{m.name}.json") for m in _claimed(method_names())}
+    return {name: why for name, why in found.items() if why}
 
 
-def _fresh(m: Method, path: Path) -> bool:
+def _changed(m: Method, path: Path) -> str:
     if not path.exists():
-        return False
-    held = read_json(path)
-    known = set(method_names())
-    used = held["methods"].items()
-    same = all(n in known and get(n).fingerprint() == f for n, f in used)
-    return same and held["fingerprint"] == m.fingerprint() and held["claim"] == m.claims
+        return "no proof"
+    held, known_ = read_json(path), set(method_names())
+    if held["claim"] != m.claims:
+        return "another claim"
+    now = {n: get(n).fingerprint() if n in known_ else "" for n in {**held["methods"], m.name: ""}}
+    changed = [n for n, f in {**held["methods"], m.name: held["fingerprint"]}.items() if now[n] != f]
+    return f"changed: {', '.join(sorted(changed))}" if changed else ""
 
 
 def _claimed(names: Sequence[str]) -> list[Method]:

@@ -318,13 +318,13 @@ def no_rows_give_no_rows(e: Expr) -> None:
 
 
 def autocast_costs_its_precision_alone(e: Expr) -> None:
-    """A product under autocast is the plain one up to bfloat16."""
+    """A product under autocast is the plain one up to eight roundings to bfloat16: of inputs, weights and what is between."""
     x = inputs(e, 4)
     want = e(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
         gap = (e(x).detach().float() - want).abs().max()
     scale = (x.abs() @ e.dense().detach().float().abs().T).max()
-    assert float(gap) <= 2**-7 * float(scale)
+    assert float(gap) <= 2**-6 * float(scale)
 
 
 def inputs_get_the_dense_gradient(e: Expr) -> None:

@@ -244,9 +244,8 @@ class Expr(nn.Module):
 
     def frozen(self) -> bool:
         """Whether no tensor in the tree is trainable."""
-        if any(p is not None and p.requires_grad for p in self._parameters.values()):
-            return False
-        return not self._modules or all(kid.frozen() for kid in self.kids())
+        held = self.parameters() if self._modules else self._parameters.values()
+        return not any(p is not None and p.requires_grad for p in held)
 
     def kids(self) -> Iterator[Expr]:
         """The child expressions, in order."""

@@ -24,7 +24,6 @@ from .processes import IDS
 MODELS: dict[str, tuple[list[Step], str, bool]] = {
     "dense": ([], "*", False),
     "int4 + lora": ([Step.of("rtn", group=8)], "*", True),
-    "nf4": ([Step.of("nf4", group=8)], "*", False),
     "2:4": ([Step.of("magnitude", pattern="2:4")], "*", False),
     "2:4 of int4 + lora": ([Step.of("magnitude", pattern="2:4"), Step.of("rtn", group=8)], "all-linear", True),
 }
@@ -55,7 +54,7 @@ def logits(model: Any, length: int = 9) -> Tensor:
     return model(input_ids=IDS[:, :length], use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["dense", "int4 + lora", "nf4", "2:4"])
+@pytest.mark.parametrize("name", ["dense", "int4 + lora", "2:4"])
 def test_a_model_is_one_graph(name: str) -> None:
     """Two compilations serve all lengths; only a packed embedding, which is looked up outside, splits the graph in three."""
     model = made(name, layers=1)
@@ -68,10 +67,9 @@ def test_a_model_is_one_graph(name: str) -> None:
     assert len(counters["graph_break"]) == (parts > 1)
 
 
-@pytest.mark.parametrize("name", ["int4 + lora", "2:4 of int4 + lora"])
-def test_layers_share_what_is_compiled(name: str) -> None:
+def test_layers_share_what_is_compiled() -> None:
     """Compiled one by one, four layers and three lengths take at most three graphs: static, dynamic, without a mask."""
-    model = made(name, layers=4)
+    model = made("2:4 of int4 + lora", layers=4)
     want = [logits(model, length) for length in LENGTHS]
     for layer in model.model.layers:
         layer.compile(backend="eager", fullgraph=True)
@@ -82,7 +80,7 @@ def test_layers_share_what_is_compiled(name: str) -> None:
 
 def test_a_rewrite_is_seen() -> None:
     """Tensors of the same shapes that mean something else: the compiled model knows."""
-    model = made("dense")
+    model = made("dense", layers=1)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         for steps in ([Step.of("rtn", group=8)], [Step.of("nf4", group=8)], [Step.of("mx", format="mxfp4")]):
@@ -102,7 +100,7 @@ def test_training_keeps_nothing_dense(name: str) -> None:
         )
         return graph
 
-    model = made(name)
+    model = made(name, layers=1)
     compiled = torch.compile(
         model,
         backend=aot_autograd(
@@ -114,7 +112,7 @@ def test_training_keeps_nothing_dense(name: str) -> None:
         model.zero_grad()
         one(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 14
     for n, g in grads[0].items():
         torch.testing.assert_close(grads[1][n], g, rtol=1e-4, atol=1e-6)
     packed = {e.shape for e in expressions(model).values()}
@@ -123,12 +121,14 @@ def test_training_keeps_nothing_dense(name: str) -> None:
 
 
 def test_every_node_compiles_right() -> None:
-    """The product of every kind of expression in one graph; those that are generated on the CPU in several, but right."""
+    """Each node's product is one graph; what is generated on the CPU makes several, but right."""
     seen: set[str] = set()
     for name, make in KINDS.items():
+        expr = make(16, 8, rng("compile", name))
+        if nodes_in(expr) <= seen:
+            continue
         torch._dynamo.reset()
         counters.clear()
-        expr = make(16, 8, rng("compile", name))
         x = randn(rng("x"), 3, expr.shape[1])
         with torch.no_grad():
             torch.testing.assert_close(torch.compile(expr, backend="eager")(x), expr(x), rtol=1e-5, atol=1e-5)

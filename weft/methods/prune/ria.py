@@ -31,10 +31,11 @@ def ria(
     From "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), without its order of
     columns for N:M.
     """
-    size = g.now.dense().abs().float()
+    w = g.now.dense()
+    size = w.abs().float()
     relative = sum(size / size.sum(d, keepdim=True).clamp(min=1e-30) for d in (0, 1))
     score = relative * g.second_moment().float() ** (alpha / 2)
-    return sparse(g.now.dense(), best(score, pattern, sparsity, g.name), pattern)
+    return sparse(w, best(score, pattern, sparsity, g.name), pattern)
 
 
 @ria.claim("loses less than Wanda at 50 % sparsity")

@@ -32,7 +32,8 @@ def sparseswaps(
     """Start from Wanda's mask; in each row, as long as E[(Σ_j e_j x_j)²] falls, swap a kept entry with a pruned one, e what is pruned.
 
     No update of the others; no row ever loses more than under Wanda's mask. Departure from the paper: the best pair is looked
-    for among the 32 kept and the 32 pruned entries that are best alone, not among all, which takes a hundredth of the time.
+    for among the 32 kept and the 32 pruned entries that are best alone rather than among all, so that a swap takes time
+    linear in the columns.
     """
     w = g.now.dense()
     start = best(w.abs().float() * g.second_moment().sqrt().float(), pattern, sparsity, g.name)

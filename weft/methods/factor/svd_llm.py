@@ -30,8 +30,9 @@ def svd_llm(
 ) -> Expr:
     """W' = B A = argmin over rank r of ||(W - B A) E[x xᵀ]^(1/2)||_F, in bfloat16; r as large as the share allows, at least 1.
 
-    A weight that is no smaller at rank 1 is left as it is, which is declared. Departure from the paper: the root of the
-    Gram is made of its eigenvectors rather than by Cholesky, so that inputs that never fire need no damping.
+    A weight that is no smaller at rank 1 is left as it is, which is declared. Departures from the paper: the root of the Gram is
+    made of its eigenvectors rather than by Cholesky, so that inputs that never fire need no damping; the factors are not
+    tuned afterwards.
     """
     rank = affordable(*g.now.shape, keep)
     to, back = g.roots()

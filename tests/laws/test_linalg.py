@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from weft.error import NumericError, OptionError
+from weft.expr import LowRank
 from weft.linalg.columns import inverse_factor, solve
-from weft.linalg.lowrank import roots, truncate, whitened
+from weft.linalg.lowrank import affordable, roots, truncate, whitened
 from weft.linalg.masks import PATTERNS, best, sparse
+from weft.linalg.swaps import swapped
 
-from .cases import features, group, randn, rng, weight
+from .cases import after, features, group, output_error, randn, rng, weight
 
 
 def moment(n: int, tokens: int = 256) -> Tensor:
@@ -118,6 +120,89 @@ def test_roots_of_flat_grams() -> None:
     to, back = roots(gram)
     torch.testing.assert_close(to @ back @ gram, gram, rtol=1e-4, atol=1e-4 * float(gram.max()))
     assert all(torch.equal(r, torch.eye(20).double()) for r in roots(torch.zeros(20, 20)))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.8, 1.0])
+def test_ranks_fit_the_share(share: float) -> None:
+    """Both factors hold at most the share of the entries, or rank 1; one more rank would not fit; 0 where rank 1 saves nothing."""
+    for m, n in ((24, 32), (7, 5), (1, 40), (2, 3), (2, 2)):
+        r = affordable(m, n, share)
+        assert (r == 0) == (m + n > m * n)
+        assert r <= 1 or r * (m + n) <= share * m * n
+        assert r == 0 or (r + 1) * (m + n) > share * m * n
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.8])
+def test_svd_llm_reaches_the_least_error(keep: float) -> None:
+    """Its output error is the tail of the singular values of W L, L the Cholesky factor of the Gram, which no factors can beat."""
+    g = group(rows=(24, 17), n=32, salt="svd_llm")
+    factor = torch.linalg.cholesky(g.gram())
+    tail = sum(
+        float(torch.linalg.svdvals(s.original.double() @ factor)[affordable(*s.now.shape, keep) :].square().sum())
+        for s in g
+    )
+    made = after(g, ("svd_llm", {"keep": keep}))
+    assert output_error(g, made) == pytest.approx(tail, rel=0.01)
+    for s, e in zip(g, made, strict=True):
+        assert isinstance(e, LowRank) and e.nbytes() <= keep * 2 * s.now.shape[0] * s.now.shape[1]
+    lone = group(rows=(1,))
+    assert after(lone, "svd_llm") == [lone.now] and lone.notes == [("site0", "no rank makes it smaller: left as it is")]
+
+
+def lost(w: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """Each row's e G eᵀ, e what the mask leaves out, in float64."""
+    e = (w * ~mask).double()
+    return ((e @ gram.double()) * e).sum(1)
+
+
+def plain_swaps(w: Tensor, gram: Tensor, mask: Tensor, of: int, limit: int) -> Tensor:
+    """Try every pair of every row (within `of` columns), and take the best as long as it lowers the row's error."""
+    mask = mask.clone()
+    for row, held in zip(w, mask, strict=True):
+        for _ in range(limit):
+            tried = []
+            for i in held.nonzero().flatten().tolist():
+                for p in (~held).nonzero().flatten().tolist():
+                    if i // of == p // of:
+                        swap = held.clone()
+                        swap[i], swap[p] = False, True
+                        tried.append((float(lost(row[None], gram, swap[None])), swap))
+            least, swap = min(tried, key=lambda t: t[0])
+            if not least < float(lost(row[None], gram, held[None])):
+                break
+            held.copy_(swap)
+    return mask
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_swaps_are_the_plain_loop(pattern: str) -> None:
+    """Where the front holds all entries, the mask is that of trying every pair, after one swap, three, and all."""
+    w, gram = weight(5, 16, "swaps"), moment(16)
+    start = best(w.abs(), pattern, 0.5, "here")
+    of = 16 if pattern == "row" else int(pattern[-1])
+    for limit in (1, 3, 100):
+        made = swapped(w, gram, start, pattern, limit)
+        assert torch.equal(made, plain_swaps(w, gram, start, of, limit))
+    assert not torch.equal(made, start)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("front", [1, 4, 32])
+def test_swaps_never_hurt(pattern: str, front: int) -> None:
+    """No row loses more than before, with a narrow front too; counts stay, a row changes by the swaps allowed, slices change nothing."""
+    w, gram = weight(40, 64, "swaps"), moment(64)
+    start = best(w.abs() * gram.diagonal().sqrt(), pattern, 0.5, "here")
+    before, of = start.clone(), 64 if pattern == "row" else int(pattern[-1])
+    with mock.patch.multiple("weft.linalg.swaps", FRONT=front):
+        for limit in (1, 5, 200):
+            made = swapped(w, gram, start, pattern, limit)
+            assert bool((lost(w, gram, made) <= lost(w, gram, start) * (1 + 1e-12)).all())
+            assert torch.equal(made.view(40, -1, of).sum(2), start.view(40, -1, of).sum(2))
+            assert int((made != start).sum(1).max()) <= 2 * limit
+            with mock.patch.multiple("weft.linalg.swaps", ENTRIES=3 * 64):
+                assert torch.equal(swapped(w, gram, start, pattern, limit), made)
+    assert float(lost(w, gram, made).sum()) < 0.95 * float(lost(w, gram, start).sum())
+    assert torch.equal(start, before)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -161,9 +161,13 @@ def options_work_or_are_refused(name: str) -> None:
 def more_of_a_better_option_is_no_worse(name: str) -> None:
     """Each step of a `better` option in its good direction never raises the output error by more than 1 %."""
     for option, way in better(get(name)):
-        steps = {"sparsity": [0.9, 0.7, 0.5, 0.3, 0.0], "bits": [2, 3, 4, 5, 6, 7, 8], "rank": [1, 2, 4, 8, 16, 32]}[
-            option
-        ]
+        steps = {
+            "sparsity": [0.9, 0.7, 0.5, 0.3, 0.0],
+            "bits": [2, 3, 4, 5, 6, 7, 8],
+            "rank": [1, 2, 4, 8, 16, 32],
+            "keep": [0.01, 0.2, 0.4, 0.6, 0.8, 1.0],
+            "swaps": [1, 2, 4, 8, 16, 32],
+        }[option]
         assert way == ("down" if option == "sparsity" else "up")
         start = "quantized" if option == "rank" else "dense"
         errors = []

@@ -30,11 +30,11 @@ from weft.expr import (
 )
 from weft.expr.derived import Derived
 from weft.grid import Grid, ScaleFormat, bits
-from weft.linalg import grids
+from weft.linalg import grids, swaps
 from weft.linalg.grids import minmax
 from weft.linalg.lowrank import truncate
 
-from . import test_grids, test_kernels, test_nodes, test_rewrites, test_searches
+from . import test_grids, test_kernels, test_linalg, test_nodes, test_rewrites, test_searches
 from .cases import EXPRS, randn, rng, weight
 
 Bug = AbstractContextManager[Any]
@@ -90,7 +90,7 @@ def codes() -> Tensor:
 
 
 RTN = get("rtn").fn
-K, N, G, R, S = test_kernels, test_nodes, test_grids, test_rewrites, test_searches
+K, N, G, L, R, S = test_kernels, test_nodes, test_grids, test_linalg, test_rewrites, test_searches
 ULP: Callable[..., Tensor] = lambda t, *_: torch.nextafter(t, t + 1)  # noqa: E731
 
 BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
@@ -221,6 +221,14 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
     "wanda ignores activations": (
         lambda: swap(Group, "second_moment", lambda g: torch.ones(g.now.shape[1])),
         of(R.beats_its_baseline, "wanda"),
+    ),
+    "swaps without a gain": (
+        lambda: after_it(swaps, "_anywhere", lambda found, w, *_: (found[0] - 1e9, *found[1:])),
+        lambda: L.test_swaps_never_hurt("row", 4),
+    ),
+    "svd_llm in weight space": (
+        lambda: patch("weft.methods.factor.svd_llm.whitened", lambda w, to, back, rank: truncate(w, rank)),
+        of(R.beats_its_baseline, "svd_llm"),
     ),
     "eora in weight space": (
         lambda: patch("weft.methods.factor.eora.whitened", lambda e, to, back, rank: truncate(e, rank)),

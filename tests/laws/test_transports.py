@@ -25,6 +25,8 @@ from .cases import options
 
 TRANSPORTS = [name for name in names() if get(name).kind == "transport"]
 MODELS = ("llama", "gpt2", "qwen3-moe")
+REFUSED = {("heads", "gpt2")}
+"""No axis of the model admits the method: its configuration derives a head's width from the number of heads."""
 Of = Callable[[str], Stats]
 
 
@@ -47,10 +49,16 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Of:
     return of
 
 
+def step(method: str, **given: Any) -> Step:
+    """The method with options that leave it something to do on models of two heads."""
+    few = {"keep": 0.5} if "keep" in get(method).options.model_fields else {}
+    return Step.of(method, **(few | given))
+
+
 def moved(method: str, name: str, stats: Any, **given: Any) -> tuple[nn.Module, int]:
     """A fork after the method, and how many axes it changed."""
     made = fork(model(name))
-    changes, _ = transports.run(made, Step.of(method, **given), stats=stats, seed=0)
+    changes, _ = transports.run(made, step(method, **given), stats=stats, seed=0)
     return made, len(changes)
 
 
@@ -59,6 +67,10 @@ def moved(method: str, name: str, stats: Any, **given: Any) -> tuple[nn.Module, 
 def test_the_output_stays(method: str, name: str, evidence: Of) -> None:
     """Every axis that admits it is changed, the same way again; the model that it was forked from is not."""
     was = fingerprint(model(name))
+    if (method, name) in REFUSED:
+        with pytest.raises(OptionError, match="no axis fits"):
+            moved(method, name, evidence(name))
+        return
     made, count = moved(method, name, evidence(name))
     assert count and fingerprint(moved(method, name, evidence(name))[0]) == fingerprint(made) != was
     assert fingerprint(model(name)) == was
@@ -73,10 +85,14 @@ def test_the_output_stays(method: str, name: str, evidence: Of) -> None:
 
 def options_work_or_are_refused(method: str, evidence: Of) -> None:
     """Both ends of every option run and somewhere matter; what is outside or unknown is refused."""
-    plain = fingerprint(moved(method, "llama", evidence("llama"))[0])
+
+    def matters(name: str, option: str, good: list[Any]) -> bool:
+        plain = fingerprint(moved(method, name, evidence(name))[0])
+        prints = {fingerprint(moved(method, name, evidence(name), **{option: v})[0]) for v in good}
+        return bool(prints - {plain})
+
     for option, good, bad in options(get(method)):
-        prints = {fingerprint(moved(method, "llama", evidence("llama"), **{option: v})[0]) for v in good}
-        assert prints - {plain}, option
+        assert any(matters(name, option, good) for name in MODELS if (method, name) not in REFUSED), option
         for value in bad:
             with pytest.raises(OptionError, match=option):
                 get(method).bind({option: value})
@@ -88,7 +104,7 @@ def evidence_is_asked_for(method: str, evidence: Of) -> None:
     was = fingerprint(made)
     if get(method).needs:
         with pytest.raises(OptionError, match=r"evidence|calibration"):
-            transports.run(made, Step.of(method))
+            transports.run(made, step(method))
         assert fingerprint(made) == was
     else:
         assert moved(method, "llama", None)[1]
@@ -100,12 +116,12 @@ def globs_choose_axes(method: str, evidence: Of) -> None:
     name = next(a.name for a in axes(made).values() if a.kind in get(method).on)
     if get(method).moves == "select":
         with pytest.raises(ConflictError, match="one width"):
-            transports.run(made, Step.of(method), at=name, stats=evidence("llama"))
+            transports.run(made, step(method), at=name, stats=evidence("llama"))
     else:
-        changes, _ = transports.run(made, Step.of(method), at=name, stats=evidence("llama"))
+        changes, _ = transports.run(made, step(method), at=name, stats=evidence("llama"))
         assert [c.name for c in changes] == [name]
     with pytest.raises(OptionError, match="no axis fits"):
-        transports.run(made, Step.of(method), at="nowhere", stats=evidence("llama"))
+        transports.run(made, step(method), at="nowhere", stats=evidence("llama"))
 
 
 def compressed_models_go_along_or_refuse(method: str, evidence: Of) -> None:
@@ -115,10 +131,10 @@ def compressed_models_go_along_or_refuse(method: str, evidence: Of) -> None:
     before, was = logits(made, "llama"), fingerprint(made)
     if get(method).moves == "select":
         with pytest.raises(ConflictError, match="compressed"):
-            transports.run(made, Step.of(method), stats=evidence("llama"))
+            transports.run(made, step(method), stats=evidence("llama"))
         assert fingerprint(made) == was
     else:
-        transports.run(made, Step.of(method), stats=evidence("llama"))
+        transports.run(made, step(method), stats=evidence("llama"))
         same(logits(made, "llama"), before)
 
 
@@ -146,6 +162,25 @@ LAWS = [
 def test_transport(law: Callable[[str, Of], None], method: str, evidence: Of) -> None:
     """Each law, for each transport."""
     law(method, evidence)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_heads_stay_by_what_they_bring(name: str, evidence: Of) -> None:
+    """Those stay whose part of the attention's output has the largest mean square on the very tokens of the evidence."""
+    whole, seen = model(name), dict[str, torch.Tensor]()
+    layers = {n: m for n, m in whole.named_modules() if n.endswith("o_proj")}
+    hooks = [m.register_forward_pre_hook(lambda _, x, n=n: seen.update({n: x[0]})) for n, m in layers.items()]
+    with torch.no_grad():
+        whole(**batch("llama"))
+    for hook in hooks:
+        hook.remove()
+    made, _ = moved("heads", name, evidence(name))
+    for n, layer in layers.items():
+        w, heads = layer.weight.detach(), whole.config.num_key_value_heads
+        x, parts = seen[n].flatten(0, -2), w.chunk(heads, 1)
+        brought = torch.stack([(x_h @ w_h.T).square().sum() for x_h, w_h in zip(x.chunk(heads, 1), parts, strict=True)])
+        kept = brought.topk(heads // 2)[1].sort()[0].tolist()
+        assert torch.equal(made.get_submodule(n).weight.detach(), torch.cat([parts[h] for h in kept], 1))
 
 
 def test_recipes_take_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank factors of an error, in weight space or weighed by a Gram matrix."""
+"""Low-rank factors of a weight or an error, in weight space or weighed by a Gram matrix."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weft.expr import LowRank
+
+
+def affordable(m: int, n: int, share: float) -> int:
+    """The largest rank whose two factors hold at most this share of m n entries, at least 1; 0 if even those hold more than m n."""
+    return max(1, int(share * m * n / (m + n))) if m + n <= m * n else 0
 
 
 def truncate(error: Float[Tensor, "m n"], rank: int) -> LowRank:

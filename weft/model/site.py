@@ -14,6 +14,7 @@ from torch import Tensor
 from weft.error import ConflictError, NumericError, OptionError
 from weft.expr import Expr, Hadamard
 from weft.linalg.columns import inverse_factor
+from weft.linalg.lowrank import roots
 from weft.model.rounding import Rounding
 from weft.model.taps import Tap, moved
 
@@ -178,6 +179,12 @@ class Group:
             if used != damp:
                 self.fallback(f"damping raised from {damp:g} to {used:g}")
         return self.cache[key]
+
+    def roots(self) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+        """(R, R⁺) with the Gram R Rᵀ, in float64; made once for all methods and ranks."""
+        if "root" not in self.cache:
+            self.cache["root"], self.cache["unroot"] = roots(self.gram())
+        return self.cache["root"], self.cache["unroot"]
 
     def fallback(self, what: str) -> None:
         """Declare that the method could not do what it says here, and what it did instead."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from weft.engine import Beats, Group, method
 from weft.expr import Expr, total
-from weft.linalg.lowrank import roots, whitened
+from weft.linalg.lowrank import whitened
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -32,10 +32,8 @@ def eora(
 
     W' = W + B A with B A = argmin over rank r of || (W0 - W - B A) E[x xᵀ]^(1/2) ||_F.
     """
-    if "root" not in g.cache:
-        g.cache["root"], g.cache["unroot"] = roots(g.gram())
     error = g.original - g.now.dense().float()
-    return total({"base": g.now, "compensation": whitened(error, g.cache["root"], g.cache["unroot"], rank)})
+    return total({"base": g.now, "compensation": whitened(error, *g.roots(), rank)})
 
 
 @eora.claim("restores more of a 3-bit model than plain SVD at the same rank")

@@ -32,7 +32,8 @@ CacheFolder = Annotated[Path | None, typer.Option(help="Where intermediate resul
 Mode = Annotated[
     str, typer.Option(help="memory: weights stay packed. speed: a dense copy of each.", metavar="memory|speed")
 ]
-DataName = Annotated[str | None, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.")]
+DATA = "A file, a folder or a lab task: python, cpp, docstrings; or answers: arithmetic, sorting, dates, edits, naming, origin."
+DataName = Annotated[str | None, typer.Option(help=DATA)]
 
 
 def bars(quiet: bool) -> Progress:
@@ -199,9 +200,7 @@ def generate(
 
 def train(
     model: ModelName,
-    data: Annotated[
-        str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
-    ],
+    data: Annotated[str, typer.Option(help=DATA, show_default=False)],
     out: Out,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 8,
     name: Annotated[str, typer.Option(help="Its name.")] = "default",

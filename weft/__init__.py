@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weft.error import WeftError
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
+    from weft.harness import TaskScore, evaluate_tasks
     from weft.lab.prove import prove, stale
     from weft.model import axes, expressions, fork, gathered, mode, transport, untap, unweave, weave
     from weft.progress import Bars, Silent
@@ -34,6 +35,7 @@ _HOME = {
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
     "weft.fitting.settings": ("Settings",),
+    "weft.harness": ("TaskScore", "evaluate_tasks"),
     "weft.lab.prove": ("prove", "stale"),
     "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "untap", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
@@ -43,9 +45,9 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Bars", "Changes", "Settings", "Silent", "WeftError", "apply", "attach", "axes", "evaluate", "export", "expressions", "fit",
-    "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "prove", "run", "save", "show",
-    "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
+    "Bars", "Changes", "Settings", "Silent", "TaskScore", "WeftError", "apply", "attach", "axes", "evaluate", "evaluate_tasks", "export",
+    "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "prove",
+    "run", "save", "show", "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from weft.error import ConflictError, NumericError, PathError, whole
 from weft.lab import metrics, tasks
+from weft.lab.answers import exact_match
 from weft.lab.bootstrap import interval
 from weft.learn.data import Example, Pair, Text, read
 from weft.stats import objective
@@ -40,7 +41,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The model's score on a lab task, a file of examples, or examples: the mean with its 95 % bootstrap interval over documents.
 
-    `limit` takes the first documents only. Lower is better for every metric. Errors: ConflictError for examples that do
+    `limit` takes the first documents only. Lower is better for this score. Lab tasks with answers also tell the share that the
+    model writes exactly. Errors: ConflictError for examples that do
     not suit the model; OptionError; PathError; FormatError; NumericError for a score that is not finite.
     """
     whole(length=length, **({} if limit is None else {"limit": limit}))
@@ -60,6 +62,8 @@ def evaluate(
     else:
         name = "bits per byte of the response"
         values, weights = metrics.response_bits(model, words, found, length=length)
+        if task in tasks.names() and _generates(model):
+            more = {"exact match": float(exact_match(model, words, found, length=length)[0].mean())}
     if not np.isfinite(values).all():
         where, fix = f"{type(model).__name__} on {said}", "look for huge weights; weft verify checks the folder"
         raise NumericError("a score is not finite", where=where, got="NaN or infinity", want="numbers", fix=fix)
@@ -85,13 +89,17 @@ def _suits(model: nn.Module, first: Example, task: str) -> None:
         )
 
 
+def _generates(model: nn.Module) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
 def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options: Any) -> str:
     """What the model writes after the prompt, greedily unless `options` of transformers' `generate` say otherwise.
 
     Errors: ConflictError for a model that generates no text; OptionError.
     """
     whole(max_new_tokens=max_new_tokens)
-    if not getattr(model, "can_generate", lambda: False)():
+    if not _generates(model):
         raise ConflictError(
             "this model generates no text",
             where=type(model).__name__,

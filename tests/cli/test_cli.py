@@ -86,6 +86,14 @@ def test_help_lists_every_command_and_rewrite() -> None:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 
+@pytest.mark.parametrize("command", ["fit", "eval", "train"])
+def test_help_lists_every_lab_task(command: str) -> None:
+    from weft.lab import tasks
+
+    said = re.findall(r"[\w-]+", weft_(command, "--help").output)
+    assert set(tasks.names()) <= set(said)
+
+
 @pytest.mark.parametrize("entry", [e for e in entries() if e.kind == "rewrite"], ids=lambda e: e.name)
 def test_every_option_of_every_method_is_on_its_command(entry: Any) -> None:
     from weft.engine import get

@@ -8,7 +8,7 @@ import pytest
 
 from weft.error import OptionError, ResourceError
 from weft.lab import corpora, tasks
-from weft.learn.data import Example, Pair, Text
+from weft.learn.data import Example, Pair, Response, Text
 
 
 @cache
@@ -19,7 +19,8 @@ def task(name: str) -> tasks.Task:
 
 def said(examples: list[Example]) -> list[str]:
     """What examples say."""
-    return [e.text if isinstance(e, Text) else e.query if isinstance(e, Pair) else "" for e in examples]
+    texts = (Text, "text"), (Pair, "query"), (Response, "prompt")
+    return [next(getattr(e, field) for kind, field in texts if isinstance(e, kind)) for e in examples]
 
 
 def test_headers_are_the_same_each_time_and_another_order_for_another_seed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -32,7 +33,8 @@ CacheFolder = Annotated[Path | None, typer.Option(help="Where intermediate resul
 Mode = Annotated[
     str, typer.Option(help="memory: weights stay packed. speed: a dense copy of each.", metavar="memory|speed")
 ]
-DataName = Annotated[str | None, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.")]
+DATA = "A file, a folder or a lab task: python, cpp, docstrings; or answers: arithmetic, sorting, dates, edits, naming, origin."
+DataName = Annotated[str | None, typer.Option(help=DATA)]
 
 
 def bars(quiet: bool) -> Progress:
@@ -139,23 +141,46 @@ def methods(as_json: AsJson = False) -> None:
 
 def eval_(
     model: ModelName,
-    data: Annotated[
-        str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
-    ],
+    data: DataName = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of data: tasks of lm-evaluation-harness, with commas.", metavar="NAME[,NAME]"),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="tasks: a folder of task files of your own.")] = None,
+    batch: Annotated[int, typer.Option(help="tasks: requests at a time.", min=1)] = 8,
     limit: Annotated[int | None, typer.Option(help="The first documents only.", min=1)] = None,
     mode: Mode = "memory",
     as_json: AsJson = False,
 ) -> None:
-    """Score a model: the mean with its 95 % interval over documents; lower is better."""
+    """Score a model: the mean with its 95 % interval over documents, lower is better; or on tasks of lm-evaluation-harness."""
     import weft
     from weft.score import examples
 
-    documents = examples(data, "test")  # bad data shows before the model is loaded
+    one_of(data, tasks, include_path)
+    documents = None if data is None else examples(data, "test")  # bad data shows before the model is loaded
     woven = load(model)
     weft.mode(woven, cast(Literal["memory", "speed"], mode))
-    scored = {"model": model, **weft.evaluate(woven, documents, limit=limit), "task": data}
+    if documents is not None:
+        rows = [{**weft.evaluate(woven, documents, limit=limit), "task": data}]
+    else:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        names = [name.strip() for name in (tasks or "").split(",")]
+        made = weft.evaluate_tasks(woven, names, limit=limit, include_path=include_path, batch=batch)
+        rows = [asdict(score) for score in made]
     ran = weft.mode(woven)
-    emit([{**scored, "mode": ran.mode, "resident_bytes": ran.total}], as_json=as_json)
+    emit([{"model": model, **r, "mode": ran.mode, "resident_bytes": ran.total} for r in rows], as_json=as_json)
+
+
+def one_of(data: str | None, tasks: str | None, include_path: Path | None) -> None:
+    """Errors: OptionError unless either data or tasks are given, and a folder of tasks only with tasks."""
+    if (data is None) == (tasks is None) or (include_path is not None and tasks is None):
+        from weft.error import OptionError
+
+        given = {"--data": data, "--tasks": tasks, "--include-path": include_path}
+        got, want = " ".join(n for n, v in given.items() if v is not None) or "neither", "--data D, or --tasks A,B"
+        raise OptionError(
+            "what to score on is not clear", where="weft eval", got=got, want=want, fix="give one of them"
+        )
 
 
 def generate(
@@ -176,9 +201,7 @@ def generate(
 
 def train(
     model: ModelName,
-    data: Annotated[
-        str, typer.Option(help="A file, a folder or a lab task: python, cpp, docstrings.", show_default=False)
-    ],
+    data: Annotated[str, typer.Option(help=DATA, show_default=False)],
     out: Out,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 8,
     name: Annotated[str, typer.Option(help="Its name.")] = "default",

@@ -56,7 +56,7 @@ def resolve(source: str | None, *, embeds: bool, seed: int) -> Data:
     """
     if source is None or source in tasks.names():
         task = tasks.task(source or ("docstrings" if embeds else "python"), seed=seed)
-        kind: Kind = "distance" if source is None else ("retrieval" if task.kind == "retrieval" else "lm")
+        kind: Kind = "distance" if source is None else task.kind
         made = Data(source or "own texts", kind, task.calibration, task.train, task.select, task.test)
     else:
         made = _split(source, read(source), seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,7 @@ def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, 
     """Σ -log2 p(target) of each document."""
     made = np.zeros(count)
     batch = fewer(batch, max((len(e.input_ids) for _, e in windows), default=1), classes(model))
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i][1].input_ids))
-    for a in range(0, len(order), batch):
-        part = [windows[i] for i in order[a : a + batch]]
-        width = max(len(e.input_ids) for _, e in part)
-        ids = torch.tensor([e.input_ids + [0] * (width - len(e.input_ids)) for _, e in part])
-        labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for _, e in part])
-        mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for _, e in part])
+    for part, ids, mask, labels in _rows(windows, batch):
         with torch.no_grad():
             logits = forward(model, {"input_ids": ids, "attention_mask": mask})[:, :-1].flatten(0, 1)
             target = labels[:, 1:].flatten()
@@ -84,6 +78,20 @@ def _bits(model: nn.Module, windows: Sequence[tuple[int, Encoded]], count: int, 
         for (k, _), total in zip(part, nats.view(len(part), -1).double().sum(1).tolist(), strict=True):
             made[k] += total / math.log(2)
     return made
+
+
+def _rows(
+    windows: Sequence[tuple[int, Encoded]], batch: int
+) -> Iterator[tuple[list[tuple[int, Encoded]], Tensor, Tensor, Tensor]]:
+    """Windows of like length together, with their padded ids, mask and labels."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][1].input_ids))
+    for a in range(0, len(order), batch):
+        part = [windows[i] for i in order[a : a + batch]]
+        width = max(len(e.input_ids) for _, e in part)
+        ids = torch.tensor([e.input_ids + [0] * (width - len(e.input_ids)) for _, e in part])
+        labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for _, e in part])
+        mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for _, e in part])
+        yield part, ids, mask, labels
 
 
 def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 128) -> Float[Tensor, "k d"]:
@@ -133,3 +141,26 @@ def reciprocal_ranks(cosines: Float[Tensor, "k k"]) -> Float[np.ndarray, "k"]:
 def texts_of(examples: Sequence[Example]) -> list[str]:
     """The texts of plain-text examples."""
     return [e.text for e in examples if isinstance(e, Text)]
+
+
+def flips(
+    model: nn.Module,
+    original: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    length: int = 512,
+    batch: int = 8,
+) -> Scores:
+    """The share of each document's targets at which the model's likeliest token is not the original's, and their number."""
+    windows = [(k, e) for k, example in enumerate(examples) for e in encode([example], tokenizer, length=length)]
+    changed, count = np.zeros(len(examples)), np.zeros(len(examples))
+    for part, ids, mask, target in _rows(windows, fewer(batch, length, classes(model))):
+        asked = {"input_ids": ids, "attention_mask": mask}
+        with torch.no_grad():
+            mine, other = (forward(m, asked)[:, :-1].argmax(-1).cpu() for m in (model, original))
+        at = target[:, 1:] != IGNORE
+        for (k, _), differ, among in zip(part, ((mine != other) & at).sum(1), at.sum(1), strict=True):
+            changed[k] += int(differ)
+            count[k] += int(among)
+    return changed / np.maximum(count, 1), count

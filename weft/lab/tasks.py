@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from weft.error import OptionError
-from weft.lab import corpora
+from weft.lab import corpora, generated
 from weft.learn.data import Example
 
 
@@ -16,7 +17,7 @@ class Task:
     """Disjoint sets of examples. `train` and `calibration` come in another order for another seed; the others never change."""
 
     name: str
-    kind: Literal["lm", "retrieval"]
+    kind: Literal["lm", "retrieval", "response"]
     calibration: list[Example]
     train: list[Example]
     select: list[Example]
@@ -53,6 +54,12 @@ def _docstrings(seed: int) -> Task:
     return Task("docstrings", "retrieval", calibration, train, [*pairs[:200]], test)
 
 
+def _generated(name: str, seed: int) -> Task:
+    made = generated.parts(name)
+    calibration, train = _turned(made.calibration, seed), _turned(made.train, seed)
+    return Task(name, "response", calibration, train, made.select, made.test)
+
+
 def _lm(name: str, texts: list[Example], test: list[Example], seed: int) -> Task:
     a, b = len(texts) // 10, len(texts) // 3
     return Task(name, "lm", _turned(texts[a:b], seed), _turned(texts[b:], seed), texts[:a], test)
@@ -64,4 +71,9 @@ def _turned(examples: Sequence[Example], seed: int) -> list[Example]:
     return [*examples[at:], *examples[:at]]
 
 
-_TASKS: dict[str, Callable[[int], Task]] = {"python": _python, "cpp": _cpp, "docstrings": _docstrings}
+_TASKS: dict[str, Callable[[int], Task]] = {
+    "python": _python,
+    "cpp": _cpp,
+    "docstrings": _docstrings,
+    **{name: partial(_generated, name) for name in generated.names()},
+}

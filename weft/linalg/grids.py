@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from weft.expr import Quantized
@@ -44,6 +44,11 @@ class Fitted:
         """The same grid with other scales, the nearest that its format holds; 1 for a group of zeros."""
         scales = torch.where(scales <= TINY, torch.ones_like(scales), scales)
         return replace(self, scales=scale_format(self.scale).snap(scales, self.divisor), zeros=zeros)
+
+    def mixed(self, other: Fitted, chosen: Bool[Tensor, "m g"]) -> Fitted:
+        """This grid, and another of the same kind for the groups that are chosen."""
+        zeros = None if self.zeros is None or other.zeros is None else torch.where(chosen, other.zeros, self.zeros)
+        return replace(self, scales=torch.where(chosen, other.scales, self.scales), zeros=zeros)
 
 
 def _place(name: str, group: int, scales: Float[Tensor, "m g"], scale: str, like: Fitted | None) -> Fitted:
@@ -102,17 +107,63 @@ def search(
 
     A symmetric integer grid has one more level below zero than above, so its full range is tried from both sides.
     """
-    x = grouped(w.float(), group)  # [m g k]
-    v = grouped(weight.float().clamp(min=0), group)  # [1 g k] or [m g k]
-    v = torch.where(v.sum(-1, keepdim=True) > 0, v, torch.ones_like(v))
-    start = minmax(w, name, group, symmetric, scale, like)
-    best, scales, zeros = _miss(x, v, start), start.scales, start.zero()
+    x, v = grouped(w.float(), group), _importance(weight, group)
+    found = start = minmax(w, name, group, symmetric, scale, like)
+    best = _miss(x, v, start)
     for trial in _trials(x, start, steps):
         miss = _miss(x, v, trial)
-        better = miss < best
-        best = torch.where(better, miss, best)
-        scales, zeros = torch.where(better, trial.scales, scales), torch.where(better, trial.zero(), zeros)
-    return replace(start, scales=scales, zeros=None if symmetric else zeros.to(torch.uint8))
+        found, best = found.mixed(trial, miss < best), torch.fmin(miss, best)
+    return found
+
+
+def refine(w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], fit: Fitted, *, steps: int = 4) -> Fitted:
+    """Alternate nearest codes and their best grid (`refit`); each group keeps what gave it the least weighted error."""
+    x, v = grouped(w.float(), fit.group), _importance(weight, fit.group)
+    best, now = _miss(x, v, fit), fit
+    for _ in range(steps):
+        now = refit(w, weight, nearest(w, now), now)
+        miss = _miss(x, v, now)
+        fit, best = fit.mixed(now, miss < best), torch.fmin(miss, best)
+    return fit
+
+
+def refit(w: Float[Tensor, "m n"], weight: Float[Tensor, "#m n"], codes: UInt8[Tensor, "m n"], fit: Fitted) -> Fitted:
+    """The grid of least Σ_j weight_ij (w_ij - scale (code_ij - zero))² in each group for these codes, before the scale is snapped.
+
+    scale = Σ v w (c - z) / Σ v (c - z)². What that saves, (Σ v w (c - z))² / Σ v (c - z)², has a single maximum over real z,
+    so the best whole z is next to it or the first or last code. Where no positive scale gains anything the group stays as it was.
+    """
+    v, x = _importance(weight, fit.group), grouped(w.float(), fit.group)
+    c = value(grouped(codes.float(), fit.group), torch.zeros(()), fit.name)
+    found, most = fit, torch.zeros_like(fit.scales)
+    for z in [fit.zero()] if fit.zeros is None else _beside(_level(x, v, c), grid(fit.name).count - 1):
+        level = c - z.unsqueeze(-1)
+        along, square = (torch.einsum("mgk,mgk->mg", v * level, t) for t in (x, level))
+        scale = torch.where(along > 0, along / square, 0.0)
+        trial = fit.placed(scale, None if fit.zeros is None else z.to(torch.uint8))
+        saved = scale * along.clamp(min=0)
+        found, most = found.mixed(trial, saved > most), torch.fmax(saved, most)
+    return found
+
+
+def _level(x: Float[Tensor, "m g k"], v: Float[Tensor, "#m g k"], c: Float[Tensor, "m g k"]) -> Float[Tensor, "m g"]:
+    """The real zero point of the least weighted error: where the line of best fit through (x, c) meets x = 0."""
+    total = v.sum(-1)
+    middle, mean = (v * c).sum(-1) / total, (v * x).sum(-1) / total
+    dev = c - middle.unsqueeze(-1)
+    return middle - mean * (v * dev.square()).sum(-1) / (v * dev * (x - mean.unsqueeze(-1))).sum(-1)
+
+
+def _beside(zero: Float[Tensor, "m g"], top: int) -> list[Float[Tensor, "m g"]]:
+    """The whole zero points next to a real one, and both ends."""
+    low = zero.nan_to_num(0.0).floor()
+    return [z.clamp(0, top) for z in (low, low + 1, torch.zeros_like(low), torch.full_like(low, top))]
+
+
+def _importance(weight: Float[Tensor, "#m n"], group: int) -> Float[Tensor, "#m g k"]:
+    """Weights by group, not negative; where a group has none, all its entries count alike."""
+    v = grouped(weight.float().clamp(min=0), group)
+    return torch.where(v.sum(-1, keepdim=True) > 0, v, grouped(torch.ones_like(weight), group))
 
 
 def _trials(x: Float[Tensor, "m g k"], start: Fitted, steps: int) -> Iterator[Fitted]:

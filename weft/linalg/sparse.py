@@ -45,3 +45,14 @@ def quantize(now: Expr, round_: Round) -> Expr:
         return now.rebuild(kept=quantize(kept, round_))
     fit, codes = round_(now.dense())
     return fit.encode(codes)
+
+
+Weighed = Callable[[Float[Tensor, "m k"], Float[Tensor, "#m k"]], tuple[Fitted, UInt8[Tensor, "m k"]]]
+
+
+def quantize_weighed(now: Expr, weight: Float[Tensor, "n"], round_: Weighed) -> Expr:
+    """`quantize` for a `round_` that is also given how much each entry counts, which is a number a column."""
+    mask, w, v = now.mask(), now.dense().float(), weight[None]
+    fit, codes = round_(w, v) if mask is None else round_(compact(w, mask), compact(v.expand(w.shape), mask))
+    made = fit.encode(codes)
+    return made if mask is None else now.rebuild(kept=made)

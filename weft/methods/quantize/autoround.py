@@ -27,7 +27,7 @@ def autoround(
     bits: Annotated[int, Field(ge=2, le=8, description="bits per weight", json_schema_extra={"better": "up"})] = 4,
     group: Annotated[int, Field(ge=0, le=65536, description="columns per scale; 0: the whole row")] = 64,
     symmetric: Annotated[bool, Field(description="no zero point")] = True,
-    iters: Annotated[int, Field(ge=1, le=10000, description="steps of signed gradient descent")] = 200,
+    iters: Annotated[int, Field(ge=1, le=1000, description="steps of signed gradient descent")] = 200,
     lr: Annotated[float, Field(gt=0, le=1, description="first step size, falling to 0 in a straight line")] = 0.005,
 ) -> Expr:
     """SignRound: code = round(w / scale + V) + zero, where V in [-1/2, 1/2] and the ends of each range are learned.

@@ -56,13 +56,13 @@ def load(
     progress: Progress | None = None,
     device_map: DeviceMap | None = None,
 ) -> nn.Module:
-    """A woven model from a folder, a hub id or a lab model's name (`ref-lm`, `minilm`), computed in `dtype` (float32).
+    """A woven model from a folder, a hub id or a lab model's name (`ref-lm`, `minilm`, `ref-vit`, ...), computed in `dtype` (float32).
 
     `device_map`: `auto`, one device, or devices by module path; without it the CPU.
     Errors: PathError; FormatError with every problem found; NumericError for weights that are not finite; ChangedError for
     tensors that are not what weft wrote; ResourceError for a lab model not installed.
     """
-    return store.load(models.resolve(model), dtype=dtype, device_map=device_map, progress=progress)
+    return store.load(models.resolve(model, progress), dtype=dtype, device_map=device_map, progress=progress)
 
 
 def save(

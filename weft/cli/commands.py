@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from weft.report.schema import Report
 
 ModelName = Annotated[
-    str, typer.Argument(help="A folder, a hub id, or a lab model: ref-lm, minilm.", metavar="MODEL", show_default=False)
+    str,
+    typer.Argument(
+        help="A folder, a hub id, or a lab model: ref-lm, minilm, ref-vit ...", metavar="MODEL", show_default=False
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the result.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

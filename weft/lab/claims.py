@@ -109,20 +109,23 @@ class Lab:
         self.trials = {s.name: [Trial(s, seed, held, code) for seed in range(seeds)] for s in here}
 
     def only(self, model: str) -> Lab:
-        """The same lab with one of its models."""
-        made = copy(self)
-        made.trials = {model: self.trials[model]}
-        return made
+        """The same lab with one of its models. Errors: ConflictError if it is not in this lab."""
+        return self._with({model} & set(self.trials), model)
 
     def without(self, models: Collection[str], where: str) -> Lab:
         """The same lab with models left out. Errors: ConflictError if none is left."""
-        made = copy(self)
-        made.trials = {name: trials for name, trials in self.trials.items() if name not in models}
-        if not made.trials:
-            got, want = f"known answers fail on {', '.join(models)}", "a lab model on which they hold"
-            raise ConflictError(
-                "no lab model can be trusted with this claim", where=where, got=got, want=want, fix="weft prove --known"
+        return self._with(set(self.trials) - set(models), where)
+
+    def _with(self, models: Collection[str], where: str) -> Lab:
+        if not models:
+            got, want = (
+                f"a lab of {', '.join(self.trials)}",
+                "a model that the claim is about, and known answers hold on",
             )
+            fix = "weft prove --known tells what holds; --model chooses others"
+            raise ConflictError("no lab model is left for this claim", where=where, got=got, want=want, fix=fix)
+        made = copy(self)
+        made.trials = {name: trials for name, trials in self.trials.items() if name in models}
         return made
 
     def compare(

@@ -36,31 +36,32 @@ def prove(
     """Try these methods' claims; write `folder`/NAME.json for each, and the lab models' realism cards.
 
     A lab model on which a known answer of the method's verb came out the other way (`folder`/known.json) is left out, and the file
-    says so. Files depend on the code and the lab models alone, but for the seconds. A killed run resumes from the cache.
-    `models`: some of the lab's; `subjects`: models of one's own instead.
+    says so. Files depend on the code and the lab models alone, but for the date and the seconds. A killed run resumes from the cache.
+    `models`: for a first look, some of the lab's; nothing is written then. `subjects`: models of one's own instead.
     Errors: OptionError for methods without a claim, fewer than three seeds, and unknown models; ConflictError if no model is left.
     """
     methods, folder = _claimed(names), Path(folder)
     lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
-    write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
+    if models is None:
+        write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
     made: list[Claim] = []
     with (progress or Silent()).bar("prove", len(methods)) as step:
         for m in methods:
             left_out = known.failed(held, m.verb)
-            claim = _proof(m)(lab.without(left_out, m.name))
-            head = {
-                "method": m.name,
-                "claim": m.claims,
-                "paper": m.paper,
-                "date": today(),
-                "fingerprint": m.fingerprint(),
-            }
-            about = {"left_out": left_out} if left_out else {}
-            write_json(folder / f"{m.name}.json", head | claim.as_json() | about)
+            proof: Any = m.proof
+            claim: Claim = proof(lab.without(left_out, m.name))
+            if models is None:
+                write_json(folder / f"{m.name}.json", _proof_of(m, claim, left_out))
             made.append(claim)
             step(1)
     return made
+
+
+def _proof_of(m: Method, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:
+    """What a method's file of proof says."""
+    head = {"method": m.name, "claim": m.claims, "paper": m.paper, "date": today(), "fingerprint": m.fingerprint()}
+    return head | claim.as_json() | ({"left_out": left_out} if left_out else {})
 
 
 def answer(
@@ -69,11 +70,10 @@ def answer(
     seeds: int = SEEDS,
     cache: Cache | None = None,
     progress: Progress | None = None,
-    models: Sequence[str] | None = None,
     subjects: Sequence[Subject] | None = None,
 ) -> dict[str, Claim]:
     """Try every known answer on every lab model; write `folder`/known.json. Errors: OptionError for fewer than three seeds."""
-    lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
+    lab = Lab(subjects, cache=cache, seeds=seeds)
     made: dict[str, Claim] = {}
     with (progress or Silent()).bar("known answers", len(known.KNOWN)) as step:
         for name, one in known.KNOWN.items():
@@ -121,7 +121,3 @@ def _claimed(names: Sequence[str]) -> list[Method]:
             fix="add one to the method's file",
         )
     return methods
-
-
-def _proof(m: Method) -> Any:
-    return m.proof

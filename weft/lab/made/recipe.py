@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from weft import store
 from weft.error import NumericError, WeftError, whole
+from weft.lab.made import NAMES
 from weft.lab.metrics import Scores
 from weft.model import weave
 from weft.progress import Progress, Silent
@@ -74,10 +75,13 @@ class Recipe(ABC):
 def folder(recipe: Recipe, progress: Progress | None = None) -> Path:
     """The model's folder in the cache, made if it is not there or not whole.
 
-    Its name depends on the code that makes it. A process that finds another one at work on it waits.
+    Its name depends on the code that makes it: its own file, and those that recipes share.
+    A process that finds another one at work on it waits.
     Errors: those of `make`; ConflictError if the other one takes more than half an hour.
     """
-    code = [Path(str(sys.modules[m].__file__)).read_text("utf8") for m in (type(recipe).__module__, __name__)]
+    own = Path(inspect.getfile(type(recipe)))
+    shared = [p for p in sorted(Path(__file__).parent.glob("*.py")) if f"ref-{p.stem}" not in NAMES]
+    code = [p.read_text("utf8") for p in (own, *shared)]
     out = Cache(default()).path("models", f"{recipe.name}-{key(code)[:16]}")
     with turn(out):
         if not _whole(out):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
 from weft.expr.derived import Derived
@@ -29,6 +29,8 @@ _INT4: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _BAGS: Any = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 _SIZES = (256, 128, 64, 32)
 """The groups that torch's 4-bit product knows."""
+_FINER = 16
+"""The second column of a correction counts in this part of the first one's steps."""
 MOST = 16
 """Rows of inputs beyond which no kernel is ahead."""
 _BAG = 256
@@ -49,9 +51,16 @@ class Kernel:
     multiply: Callable[[Float[Tensor, "t n"], Quantized, Layout], Float[Tensor, "t m"]]
 
 
+_CHOICES: dict[tuple[object, ...], list[tuple[int, Kernel]]] = {}
+"""Kernels that compute in a dtype, and up to how many rows, by what decides it."""
+
+
 def kernel(leaf: Quantized, dtype: torch.dtype, rows: int) -> Kernel | None:
     """The kernel for so many rows of inputs of this dtype; None where the product is dense."""
-    return next((k for k in KERNELS if dtype in k.dtypes and 0 < rows <= k.rows(leaf)), None)
+    kind = (leaf.grid, leaf.scale, leaf.group, leaf.n, leaf.symmetric, dtype)
+    if kind not in _CHOICES:  # what follows costs as much as a tenth of a product where the caches are cold
+        _CHOICES[kind] = [(k.rows(leaf), k) for k in KERNELS if dtype in k.dtypes]
+    return next((k for most, k in _CHOICES[kind] if 0 < rows <= most), None)
 
 
 def packed_product(x: Float[Tensor, "*b n"], leaf: Quantized) -> Float[Tensor, "*b m"] | None:
@@ -112,7 +121,10 @@ def _size(leaf: Quantized) -> int:
 
 
 def _lay_out_int4(leaf: Quantized) -> Layout:
-    """Codes u in blocks, and (s, z) [groups m 2] such that value = (u - 8) s + z; what bfloat16 leaves out of z."""
+    """Codes u in blocks, and (s, z) [groups m 2] such that value = (u - 8) s + z.
+
+    What bfloat16 leaves out of z follows as more columns of codes, a pair for each group (`_corrected`); nothing if it is all 0.
+    """
     (m, n), size = leaf.shape, _size(leaf)
     scales, groups = leaf.scales(), -(-n // size)
     if leaf.symmetric:
@@ -125,22 +137,46 @@ def _lay_out_int4(leaf: Quantized) -> Layout:
     pairs = (
         pairs.expand(-1, groups, -1) if leaf.groups == 1 else pairs.repeat_interleave(leaf.group // size, 1)[:, :groups]
     )
-    pairs = F.pad(pairs, (0, 0, 0, 0, 0, -m % 16)).transpose(0, 1)
-    short = pairs.bfloat16().contiguous()
-    rest = (pairs - short)[:, :m, 1]  # [groups m]
-    codes = F.pad(codes.int(), (0, -n % size, 0, -m % 16))
+    short, codes = pairs.bfloat16(), F.pad(codes, (0, -n % size))
+    rest = pairs[..., 1] - short[..., 1].float()
+    if bool(rest.any()):
+        more, steps = _corrections(rest, size)
+        codes = torch.cat([codes, more], 1)
+        short = torch.cat([short, torch.stack([steps, torch.zeros_like(steps)], -1)], 1)
+    codes, short = F.pad(codes.int(), (0, 0, 0, -m % 16)), F.pad(short, (0, 0, 0, 0, 0, -m % 16))
     packed = cast(Tensor, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-    return (packed, short, rest.contiguous()) if bool(rest.any()) else (packed, short)
+    return packed, short.transpose(0, 1).contiguous()
+
+
+def _corrections(rest: Float[Tensor, "m groups"], size: int) -> tuple[UInt8[Tensor, "m k"], BFloat16[Tensor, "m more"]]:
+    """rest = ((a - 8) + (b - 8) / 16) s, to s / 32: of every `size` codes the first half are a, the others b, under one step s."""
+    few = F.pad(rest, (0, -rest.shape[1] % (size // 2))).unflatten(1, (-1, size // 2))
+    steps = few.abs().amax(-1).div(7).bfloat16()
+    at = (few / steps.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]).clamp(-8, 7)
+    first = at.round()
+    second = ((at - first) * _FINER).round().clamp(-8, 7)
+    return (torch.cat([first, second], -1).flatten(1) + 8).to(torch.uint8), steps
+
+
+def _corrected(x: Float[Tensor, "t n"], size: int, more: int) -> Float[Tensor, "t k"]:
+    """Inputs with the sum of every group behind them, and again with a sixteenth of it, as `_corrections` has its codes."""
+    sums = x.view(x.shape[0], -1, size).sum(-1)
+    if over := -sums.shape[1] % (size // 2):
+        sums = F.pad(sums, (0, over))
+    if more == 1:
+        return torch.cat([x, sums, sums / _FINER], 1)
+    sums = sums.view(x.shape[0], more, -1)
+    return torch.cat([x, torch.cat([sums, sums / _FINER], -1).view(x.shape[0], -1)], 1)
 
 
 def _multiply_int4(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> Float[Tensor, "t m"]:
-    packed, pairs, *rest = layout
-    size = _size(leaf)
+    packed, pairs = layout
+    size = 2 * packed.shape[1] // pairs.shape[0]
     x = _padded(x, size)
+    if more := pairs.shape[0] - x.shape[1] // size:
+        x = _corrected(x, size, more)
     y: Tensor = _INT4(x, packed, size, pairs)
-    if y.shape[1] > leaf.shape[0]:
-        y = y[:, : leaf.shape[0]].contiguous()
-    return y.add_(x.float().view(len(x), -1, size).sum(-1) @ rest[0]) if rest else y
+    return y[:, : leaf.shape[0]].contiguous() if y.shape[1] > leaf.shape[0] else y
 
 
 def _padded(x: Float[Tensor, "t n"], size: int) -> Float[Tensor, "t k"]:
@@ -200,7 +236,8 @@ def _multiply_bag(x: Float[Tensor, "t n"], leaf: Quantized, layout: Layout) -> F
     tiles, m = len(table) // leaf.n, leaf.shape[0]
     out = x.new_empty(len(x), m)
     for row, y in zip(x.float(), out, strict=True):
-        sums: Tensor = _BAGS(table, every, ends, False, 0, False, row.repeat(tiles), None, True).view(tiles, -1, _TILE)
+        weights = row.expand(tiles, -1).reshape(-1)
+        sums: Tensor = _BAGS(table, every, ends, False, 0, False, weights, None, True).view(tiles, -1, _TILE)
         made = sums.mul_(scales).sum(1) if leaf.group else sums.sum(1).mul_(scales[:, 0])
         y.copy_(made.view(-1)[:m])
     return out

@@ -70,8 +70,8 @@ def dense(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32) -> Expr:
     return Dense(randn(g, m, n).to(dtype))
 
 
-def lowrank(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32, rank: int = 2) -> Expr:
-    return LowRank(randn(g, m, rank).to(dtype), randn(g, rank, n).to(dtype))
+def lowrank(m: int, n: int, g: Rng, dtype: torch.dtype = torch.float32, rank: int = 2, scale: float = 1.0) -> Expr:
+    return LowRank(randn(g, m, rank).to(dtype), randn(g, rank, n).to(dtype), scale)
 
 
 def diagonal(m: int, n: int, g: Rng) -> Expr:
@@ -200,6 +200,7 @@ EXPRS: dict[str, Maker] = {
     "dense": dense,
     "dense-bf16": lambda m, n, g: dense(m, n, g, torch.bfloat16),
     "lowrank": lowrank,
+    "lowrank-scaled": lambda m, n, g: lowrank(m, n, g, scale=-0.3),
     "lowrank-bf16": lambda m, n, g: lowrank(m, n, g, torch.bfloat16),
     "diagonal": diagonal,
     **_grids(),

@@ -204,7 +204,7 @@ MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
     Permutation: lambda e: torch.eye(e.shape[0]).double()[e.order.long()],
     Diagonal: lambda e: torch.diag(e.d.detach().double()),
     Dense: lambda e: e.w.detach().double(),
-    LowRank: lambda e: e.b.detach().double() @ e.a.detach().double(),
+    LowRank: lambda e: e.scale * (e.b.detach().double() @ e.a.detach().double()),
 }
 
 
@@ -491,7 +491,8 @@ def test_a_wrong_tensor_is_named(node: str, field: str) -> None:
 def test_a_wrong_field_is_named(node: str, field: str) -> None:
     """A child that is no expression, or a plain value of another type, is refused by its name; so is a surplus."""
     e = example(node)
-    others = [None, 1.5, torch.zeros(2), *([] if isinstance(getattr(e, field), bool) else [True])]
+    held = getattr(e, field)
+    others = [None, torch.zeros(2), "1.5" if isinstance(held, float) else 1.5, *([] if isinstance(held, bool) else [True])]
     for value in others:
         with pytest.raises(ShapeError) as caught:
             e.rebuild(**{field: value})

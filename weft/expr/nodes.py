@@ -41,30 +41,40 @@ class Dense(Expr):
 
 
 class LowRank(Expr):
-    """A product of two thin factors. value = b a"""
+    """A product of two thin factors. value = scale b a"""
 
     b: Float[Tensor, "m r"]
     a: Float[Tensor, "r n"]
+    scale: float = 1.0
 
     def dense(self) -> Float[Tensor, "m n"]:
         wide = torch.promote_types(self.b.dtype, torch.float32)
-        return self.b.to(wide) @ self.a.to(wide)
+        return self._scaled(self.b.to(wide) @ self.a.to(wide))
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        return self._scaled(F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)))
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
         wide = torch.promote_types(self.b.dtype, torch.float32)
-        return F.embedding(ids, self.b).to(wide) @ self.a.to(wide)
+        return self._scaled(F.embedding(ids, self.b).to(wide) @ self.a.to(wide))
 
     def mapped(self, dim: int, values: Callable[[Tensor], Tensor], beside: Callable[[Expr], Expr]) -> Expr:
-        return LowRank(self.b, mapped(self.a, values)) if dim else LowRank(mapped(self.b, values), self.a)
+        return self.rebuild(a=mapped(self.a, values)) if dim else self.rebuild(b=mapped(self.b, values))
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self.scale == 1 else value * self.scale
+
+    def check(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ShapeError(
+                "LowRank.scale is not finite", where="LowRank.scale", got=self.scale, want="a number", fix="check it"
+            )
 
     def promises(self) -> Promises:
         return Promises(rank=self.a.shape[0])
 
     def describe(self) -> str:
-        return f"LowRank({self.a.shape[0]})"
+        return f"LowRank({self.a.shape[0]})" if self.scale == 1 else f"LowRank({self.a.shape[0]}, x {self.scale:g})"
 
 
 class Diagonal(Expr):

@@ -88,23 +88,39 @@ def facts(method: Method) -> str:
     return "; ".join(made) + "."
 
 
+def held(name: str) -> dict[str, Any]:
+    """What a file of proof says; empty if there is none."""
+    path = PROOFS / f"{name}.json"
+    return json.loads(path.read_text("utf8")) if path.exists() else {}
+
+
 def proof(method: Method) -> str:
-    """The claim and its verdict."""
-    if not method.claims:
-        return ""
-    path = PROOFS / f"{method.name}.json"
-    if not path.exists():
-        return f"Claim: {plain(method.claims)}. Not tried yet."
-    held = json.loads(path.read_text("utf8"))
-    each = "; ".join(f"{m['model']}: {m['verdict']}" for m in held.get("models", []) if "verdict" in m)
-    return f"Claim: {plain(method.claims)}. Verdict: **{held['verdict']}**" + (f" ({each})." if each else ".")
+    """The claims and their verdicts."""
+    return "\n\n".join(
+        tried(name, of.claim, of.paper if name != method.name else "") for name, of in method.proofs.items()
+    )
 
 
-def verdict(method: Method) -> list[str]:
-    """The verdict of its proof, and the day."""
-    path = PROOFS / f"{method.name}.json"
-    held = json.loads(path.read_text("utf8")) if path.exists() else {"verdict": "not tried", "date": ""}
-    return [held["verdict"], held["date"]]
+def tried(name: str, claim: str, paper: str) -> str:
+    """A claim and what came out."""
+    found, of = (
+        held(name),
+        f" of {name.partition('.')[2]} (arXiv [{paper}](https://arxiv.org/abs/{paper}))" if paper else "",
+    )
+    if not found:
+        return f"Claim{of}: {plain(claim)}. Not tried yet."
+    each = "; ".join(f"{m['model']}: {m['verdict']}" for m in found.get("models", []) if "verdict" in m)
+    return f"Claim{of}: {plain(claim)}. Verdict: **{found['verdict']}**" + (f" ({each})." if each else ".")
+
+
+def verdicts(method: Method) -> list[str]:
+    """The verdicts of its proofs, and the last day."""
+    found = {name: held(name) for name in method.proofs}
+    words = [
+        (f"{name.partition('.')[2]}: " if "." in name else "") + f.get("verdict", "not tried")
+        for name, f in found.items()
+    ]
+    return ["; ".join(words), max(f.get("date", "") for f in found.values())]
 
 
 def known() -> list[str]:
@@ -132,11 +148,11 @@ def section(method: Method) -> str:
 
 def page() -> str:
     """The whole page."""
-    held = sorted((get(n) for n in names()), key=lambda m: (m.verb, m.name))
+    every = sorted((get(n) for n in names()), key=lambda m: (m.verb, m.name))
     rows = [["method", "verb", "what it does", "verdict", "tried"]]
-    rows += [[f"[{m.name}](#{m.name})", m.verb, plain(module_line(m)), *verdict(m)] for m in held]
+    rows += [[f"[{m.name}](#{m.name})", m.verb, plain(module_line(m)), *verdicts(m)] for m in every]
     parts = [HEAD.strip(), table(rows), *known()]
-    for verb, group in groupby(held, key=lambda m: m.verb):
+    for verb, group in groupby(every, key=lambda m: m.verb):
         about = importlib.import_module(f"weft.methods.{verb}").__doc__ or ""
         parts += [f"## {verb}", plain(about.strip()), *(section(m) for m in group)]
     return "\n\n".join(parts) + "\n"

@@ -181,15 +181,15 @@ def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monk
     """A file each with everything in it, the same when written again; a method that changes needs a new one."""
     monkeypatch.setattr(prove, "today", lambda: "2026-01-02")
     folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
-    (made,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
+    (made,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject]).values()
     held = json.loads((folder / "rtn.json").read_text())
-    assert held["verdict"] == made.verdict and held["claim"] == get("rtn").claims
+    assert held["verdict"] == made.verdict and held["claim"] == get("rtn").proofs["rtn"].claim
     assert [m["model"] for m in held["models"]] == ["tiny"] and held["seeds"] == 3
     assert {"mean", "low", "high", "detectable"} == set(held["models"][0]["difference"])
     before = (folder / "rtn.json").read_bytes()
     prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject])
     assert (folder / "rtn.json").read_bytes() == before
-    assert list(prove.stale(folder)) == [n for n in names() if n != "rtn"]
+    assert list(prove.stale(folder)) == [claim for n in names() for claim in get(n).proofs if n != "rtn"]
     monkeypatch.setattr(type(get("rtn")), "fingerprint", lambda self: "changed")
     assert "rtn" in prove.stale(folder)
 
@@ -198,7 +198,7 @@ def test_a_first_look_writes_nothing(subject: Subject, tmp_path: Path, monkeypat
     """On some of the lab's models, as what comes out is no proof; a claim about another model is refused."""
     monkeypatch.setattr(prove, "installed", lambda names: [subject] if names == ["tiny"] else [])
     given: Any = {"folder": tmp_path / "proofs", "cache": Cache(tmp_path / "cache"), "models": ["tiny"]}
-    (made,) = prove.prove(["rtn"], **given)
+    (made,) = prove.prove(["rtn"], **given).values()
     assert made.models == ["tiny"] and not (tmp_path / "proofs").exists()
     with pytest.raises(ConflictError, match="no lab model is left"):
         prove.prove(["awq"], **given)
@@ -219,7 +219,7 @@ def test_methods_without_a_claim_and_too_few_seeds_are_refused(monkeypatch: pyte
     """Before anything runs."""
     with pytest.raises(OptionError, match="too few seeds"):
         prove.prove(["rtn"], folder=tmp_path, seeds=2, subjects=[])
-    monkeypatch.setattr(get("rtn"), "proof", None)
+    monkeypatch.setattr(get("rtn"), "proofs", {})
     with pytest.raises(OptionError, match="has a claim"):
         prove.prove(["gptq", "rtn"], folder=tmp_path, subjects=[])
     with pytest.raises(OptionError, match="has a claim"):
@@ -243,10 +243,10 @@ def test_known_answers_are_written_and_guard(
     }
     held["false"]["models"][1]["verdict"] = "reproduced"
     (folder / prove.KNOWN_ANSWERS).write_text(json.dumps(held))
-    (claim,) = prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder, subject])
+    (claim,) = prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder, subject]).values()
     proof = json.loads((folder / "magnitude.json").read_text())
     assert claim.models == ["tiny"] and proof["left_out"] == {"tiny-embed": ["false"]}
-    (claim,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[embedder, subject])
+    (claim,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[embedder, subject]).values()
     assert claim.models == ["tiny-embed", "tiny"] and "left_out" not in json.loads((folder / "rtn.json").read_text())
     with pytest.raises(ConflictError, match="no lab model is left"):
         prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder])

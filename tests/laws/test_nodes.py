@@ -492,7 +492,12 @@ def test_a_wrong_field_is_named(node: str, field: str) -> None:
     """A child that is no expression, or a plain value of another type, is refused by its name; so is a surplus."""
     e = example(node)
     held = getattr(e, field)
-    others = [None, torch.zeros(2), "1.5" if isinstance(held, float) else 1.5, *([] if isinstance(held, bool) else [True])]
+    others = [
+        None,
+        torch.zeros(2),
+        "1.5" if isinstance(held, float) else 1.5,
+        *([] if isinstance(held, bool) else [True]),
+    ]
     for value in others:
         with pytest.raises(ShapeError) as caught:
             e.rebuild(**{field: value})

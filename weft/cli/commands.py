@@ -313,8 +313,7 @@ def prove(
     asked = [e.name for e in weft.methods()] if all_ else [*(names or ()), *(weft.stale(folder) if changed else ())]
     how: dict[str, Any] = {"folder": folder, "seeds": seeds, "progress": bars(quiet)}
     made = {f"known: {n}": c for n, c in answer(**how).items()} if known else {}
-    claims = weft.prove(asked, models=model, **how) if asked else []
-    made |= dict(zip(asked, claims, strict=True))
+    made |= weft.prove(asked, models=model, **how) if asked else {}
     if as_json:
         typer.echo(json.dumps({n: c.as_json() for n, c in made.items()}, indent=1))
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weft.engine.run import Change
 from weft.error import ConflictError, OptionError, WeftError, raise_all
 from weft.expr import Dense, Expr, Product, Promises, Quantized, Sum, stack, terms_of, valueless
+from weft.expr.weightnorm import WeightNorm
 from weft.linalg.grids import Fitted, grouped, nearest, search
 from weft.linalg.sparse import compact
 from weft.model import expressions, match, places, set_expressions
@@ -38,7 +39,11 @@ def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> list[Me
         raise OptionError(
             "merge goes to dense or to the grid", where="to", got=to, want="dense or grid", fix="choose one of these"
         )
-    held = {n: e for n, e in expressions(model).items() if n in match(model, at) and isinstance(e, Sum | Product)}
+    held = {
+        n: e
+        for n, e in expressions(model).items()
+        if n in match(model, at) and isinstance(e, Sum | Product | WeightNorm)
+    }
     raise_all(valueless(held))
     if to == "grid":
         raise_all([p for n, e in held.items() if (p := _refusal(n, e))])
@@ -63,11 +68,11 @@ def regrid(expr: Expr) -> Expr:
     """
     if problem := _refusal("expression", expr):
         raise problem
-    return stack([_onto(terms_of(part)["base"], part.dense().detach().float()) for part in expr.slices()])
+    return stack([_onto(_base(part), part.dense().detach().float()) for part in expr.slices()])
 
 
 def _refusal(name: str, expr: Expr) -> WeftError | None:
-    base = terms_of(expr).get("base", expr)
+    base = _base(expr)
     if _grid_of(base) is not None:
         return None
     return ConflictError(
@@ -77,6 +82,11 @@ def _refusal(name: str, expr: Expr) -> WeftError | None:
         want="a quantized base term",
         fix="merge it to dense, or quantize it first",
     )
+
+
+def _base(expr: Expr) -> Expr:
+    """The base term, of a weight with a magnitude that of its direction."""
+    return _base(expr.v) if isinstance(expr, WeightNorm) else terms_of(expr).get("base", expr)
 
 
 def _grid_of(base: Expr) -> Quantized | None:
@@ -122,7 +132,7 @@ def _record(name: str, before: Expr, after: Expr) -> Merged:
         value = old.dense().detach().double()
         gap += float((new.dense().double() - value).square().sum())
         size += float(value.square().sum())
-    kept, had = after.promises(), terms_of(before).get("base", before).promises()
+    kept, had = after.promises(), _base(before).promises()
     return Merged(
         name, before.describe(), after.describe(), after.nbytes(), (gap / max(size, 1e-300)) ** 0.5, _lost(had, kept)
     )

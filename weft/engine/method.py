@@ -41,6 +41,16 @@ class Beats:
     start_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+@dataclass(frozen=True)
+class Proof:
+    """A paper's claim and how it is tried."""
+
+    claim: str
+    paper: str
+    tried: Callable[..., Any]
+    """`(lab) -> Claim`"""
+
+
 @dataclass
 class Method:
     """A registered method: what `@method` makes of a function."""
@@ -60,8 +70,8 @@ class Method:
     moves: str
     """The kind of transform that a transport gives: scale, permute, rotate, select."""
     options: type[BaseModel]
-    proof: Callable[..., Any] | None = None
-    claims: str = ""
+    proofs: dict[str, Proof] = field(default_factory=dict[str, "Proof"])
+    """What it claims, by the name of the proof: the method's own, or with what it is a case of behind a dot."""
 
     @property
     def name(self) -> str:
@@ -108,11 +118,14 @@ class Method:
             _finite(site, expr)
         return made
 
-    def claim(self, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Attach the proof of the paper's claim: a function `(lab) -> Claim`."""
+    def claim(self, text: str, *, of: str = "", paper: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Attach the proof of the paper's claim: a function `(lab) -> Claim`.
+
+        of: where the method has several papers' mechanisms as its options, the name of one, with its `paper`.
+        """
 
         def attach(fn: Callable[..., Any]) -> Callable[..., Any]:
-            self.proof, self.claims = fn, text
+            self.proofs[f"{self.name}.{of}" if of else self.name] = Proof(text, paper or self.paper, fn)
             return fn
 
         return attach

@@ -32,35 +32,34 @@ def prove(
     progress: Progress | None = None,
     models: Sequence[str] | None = None,
     subjects: Sequence[Subject] | None = None,
-) -> list[Claim]:
-    """Try these methods' claims; write `folder`/NAME.json for each, and the lab models' realism cards.
+) -> dict[str, Claim]:
+    """Try these methods' claims, or single ones (`lora.dora`); write `folder`/NAME.json for each, and the lab models' realism cards.
 
     A lab model on which a known answer of the method's verb came out the other way (`folder`/known.json) is left out, and the file
     says so. Files depend on the code and the lab models alone, but for the date and the seconds. A killed run resumes from the cache.
     `models`: for a first look, some of the lab's; nothing is written then. `subjects`: models of one's own instead.
     Errors: OptionError for methods without a claim, fewer than three seeds, and unknown models; ConflictError if no model is left.
     """
-    methods, folder = _claimed(names), Path(folder)
+    claimed, folder = _claimed(names), Path(folder)
     lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
     if models is None:
         write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
-    made: list[Claim] = []
-    with (progress or Silent()).bar("prove", len(methods)) as step:
-        for m in methods:
+    made: dict[str, Claim] = {}
+    with (progress or Silent()).bar("prove", len(claimed)) as step:
+        for name, m in claimed.items():
             left_out = known.failed(held, m.verb)
-            proof: Any = m.proof
-            claim: Claim = proof(lab.without(left_out, m.name))
+            made[name] = m.proofs[name].tried(lab.without(left_out, name))
             if models is None:
-                write_json(folder / f"{m.name}.json", _proof_of(m, claim, left_out))
-            made.append(claim)
+                write_json(folder / f"{name}.json", _file(m, name, made[name], left_out))
             step(1)
     return made
 
 
-def _proof_of(m: Method, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:
-    """What a method's file of proof says."""
-    head = {"method": m.name, "claim": m.claims, "paper": m.paper, "date": today(), "fingerprint": m.fingerprint()}
+def _file(m: Method, name: str, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:
+    """What a file of proof says."""
+    of = m.proofs[name]
+    head = {"method": m.name, "claim": of.claim, "paper": of.paper, "date": today(), "fingerprint": m.fingerprint()}
     return head | claim.as_json() | ({"left_out": left_out} if left_out else {})
 
 
@@ -90,34 +89,35 @@ def today() -> str:
 
 
 def stale(folder: str | Path = PROOFS) -> dict[str, str]:
-    """Methods without a proof that holds today, and why: none, or a file changed, the method's or one's that took part.
+    """Claims without a proof that holds today, and why: none, or a file changed, the method's or one's that took part.
 
     Errors: OptionError for methods without a claim; FormatError for a proof that is not JSON.
     """
-    found = {m.name: _changed(m, Path(folder) / f"{m.name}.json") for m in _claimed(method_names())}
+    found = {name: _changed(m, name, Path(folder) / f"{name}.json") for name, m in _claimed(method_names()).items()}
     return {name: why for name, why in found.items() if why}
 
 
-def _changed(m: Method, path: Path) -> str:
+def _changed(m: Method, name: str, path: Path) -> str:
     if not path.exists():
         return "no proof"
     held, known_ = read_json(path), set(method_names())
-    if held["claim"] != m.claims:
+    if held["claim"] != m.proofs[name].claim:
         return "another claim"
     now = {n: get(n).fingerprint() if n in known_ else "" for n in {**held["methods"], m.name: ""}}
     changed = [n for n, f in {**held["methods"], m.name: held["fingerprint"]}.items() if now[n] != f]
     return f"changed: {', '.join(sorted(changed))}" if changed else ""
 
 
-def _claimed(names: Sequence[str]) -> list[Method]:
-    methods = [get(n) for n in names]
-    bare = [m.name for m in methods if m.proof is None]
+def _claimed(names: Sequence[str]) -> dict[str, Method]:
+    """The method of every claim that is asked for: all of a method's, or one by its name."""
+    asked = {name: get(name.partition(".")[0]) for name in names}
+    bare = [name for name, m in asked.items() if not m.proofs or ("." in name and name not in m.proofs)]
     if bare:
         raise OptionError(
             "every method has a claim that can be tried",
             where=", ".join(bare),
-            got="no claim",
+            got="no such claim",
             want="a function (lab) -> Claim under @NAME.claim",
             fix="add one to the method's file",
         )
-    return methods
+    return {name: m for word, m in asked.items() for name in ([word] if "." in word else m.proofs)}

@@ -14,9 +14,9 @@ def affordable(m: int, n: int, share: float) -> int:
     return max(1, int(share * m * n / (m + n))) if m + n <= m * n else 0
 
 
-def truncate(error: Float[Tensor, "m n"], rank: int) -> LowRank:
-    """The closest rank-r matrix in the Frobenius norm, its factors balanced and stored in bfloat16."""
-    return _balanced(*_leading(error.double(), rank))
+def truncate(error: Float[Tensor, "m n"], rank: int, dtype: torch.dtype = torch.bfloat16) -> LowRank:
+    """The closest rank-r matrix in the Frobenius norm, its factors balanced and stored in `dtype`."""
+    return _balanced(*_leading(error.double(), rank), dtype)
 
 
 def roots(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
@@ -48,7 +48,7 @@ def _leading(x: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, "m r"], 
     return (q, q.T @ x) if wide else (x @ q, q.T)
 
 
-def _balanced(b: Float[Tensor, "m r"], a: Float[Tensor, "r n"]) -> LowRank:
-    """b a, with factors of like size, in bfloat16."""
+def _balanced(b: Float[Tensor, "m r"], a: Float[Tensor, "r n"], dtype: torch.dtype = torch.bfloat16) -> LowRank:
+    """b a, with factors of like size."""
     size = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
-    return LowRank((b / size).to(torch.bfloat16), (a * size[:, None]).to(torch.bfloat16))
+    return LowRank((b / size).to(dtype), (a * size[:, None]).to(dtype))

@@ -53,7 +53,7 @@ _UNVERIFIED = "pass unverified_base=True (--unverified-base)"
 
 
 def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unverified_base: bool = False) -> list[str]:
-    """Add a PEFT LoRA adapter's terms `adapter:NAME` = (scale B) A, frozen, to a woven model; returns their sites.
+    """Add a PEFT LoRA adapter's terms `adapter:NAME` = scale B A, frozen, to a woven model; returns their sites.
 
     The tensors say which modules are meant; a list of targets must agree with them, a regular expression is never run.
     `unverified_base` takes an adapter whose base cannot be told; one made for other weights is refused all the same.
@@ -78,7 +78,7 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
         down = held[key(path, "A")].to(device)
         if site in on:  # what it was made for is read before the turns
             down = on[site].turned(down.to(torch.promote_types(down.dtype, torch.float32)))
-        term = _term(held[key(path, "B")].to(device), down, given.scale(path))
+        term = LowRank(held[key(path, "B")].to(device).clone(), down.clone(), given.scale(path))
         made[site] = total({**terms_of(expr), role: term})
     wrong = {n: count for n, e in made.items() if (count := _overflows(e, places(model)[n].dtype))}
     raise_all(some(list(wrong), lambda n: _overflow(n, f"{wrong[n]} of {math.prod(made[n].shape)} values")))
@@ -285,13 +285,6 @@ def _unlike_targets(model: nn.Module, given: Settings, have: set[str]) -> list[W
             "a target got no tensor", f"{CONFIG}: target_modules", entry or "''", "a linear layer's name"
         ),
     )
-
-
-def _term(b: Tensor, a: Tensor, scale: float) -> LowRank:
-    """(scale B) A with tensors of its own; scale B in B's dtype where that is exact, else in float32."""
-    wide = b.to(torch.promote_types(b.dtype, torch.float32)) * scale
-    narrow = wide.to(b.dtype)
-    return LowRank(narrow if torch.equal(narrow.to(wide.dtype), wide) else wide, a.clone())
 
 
 def _beyond(t: Tensor, limit: float) -> int:

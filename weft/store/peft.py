@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
+from weft.expr.weightnorm import WeightNorm
 from weft.model import expressions, fork, places, set_expressions, taps
 from weft.model.weave import Original
 from weft.store.lora import CONFIG, TENSORS, key
@@ -44,8 +46,8 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
     if base is None:
         _same_base(model, out)
     home = str(base if base is not None else _home(model))
-    factors = {places(model)[n].modules[0]: _factors(list(t.values())) for n, t in adapters.items()}
-    content = {key(p, half): t for p, ba in factors.items() for half, t in zip("BA", ba, strict=True)}
+    pairs = {places(model)[n].modules[0]: _pair(list(t.values())) for n, t in adapters.items()}
+    content = {key(p, half): t for p, pair in pairs.items() for half, t in (("B", pair.b), ("A", pair.a))}
     may_replace(Path(out).resolve(), replace)
     under = model if base is None else without_adapters(model)
     manifest = {"format": 1, "kind": "peft", "base": home, "base_fingerprint": fingerprint_of_base(under)}
@@ -53,7 +55,7 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
         if base is not None:
             save(under, base, replace=replace)
         stage.tensors(TENSORS, content)
-        stage.json(CONFIG, config(model, {p: a.shape[0] for p, (_, a) in factors.items()}, home))
+        stage.json(CONFIG, config(model, pairs, home))
 
 
 def fingerprint_of_base(model: nn.Module) -> str:
@@ -80,20 +82,21 @@ def _home(model: nn.Module) -> str:
     return known.get("path") or getattr(model.config, "_name_or_path", "")
 
 
-def config(model: nn.Module, ranks: dict[str, int], home: str) -> dict[str, Any]:
-    """adapter_config.json of an adapter of these ranks: alpha = r everywhere, so the factors are the value."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: r for path, r in ranks.items() if r != common}
+def config(model: nn.Module, pairs: Mapping[str, LowRank], home: str) -> dict[str, Any]:
+    """adapter_config.json of these adapters by module: alpha / r is each one's scale."""
+    ranks = {path: pair.a.shape[0] for path, pair in pairs.items()}
+    alphas = {path: pair.scale * ranks[path] for path, pair in pairs.items()}
+    r, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     causal = type(model).__name__.endswith("ForCausalLM")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": home,
-        "r": common,
-        "lora_alpha": common,
+        "r": r,
+        "lora_alpha": alpha,
         "target_modules": sorted(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": {path: own for path, own in ranks.items() if own != r},
+        "alpha_pattern": {path: own for path, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -114,6 +117,8 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _adapters(expr: Expr) -> dict[str, Expr]:
+    if isinstance(expr, WeightNorm) and (held := _adapters(expr.v)):
+        return {next(iter(held)): expr}
     return {r: t for r, t in terms_of(expr).items() if r.startswith("adapter:")}
 
 
@@ -165,7 +170,9 @@ def _unchanged(expr: Expr, original: Any) -> bool:
     return base.w is was or (base.w.dtype == was.dtype and torch.equal(base.w, was))
 
 
-def _factors(terms: list[Expr]) -> tuple[Tensor, Tensor]:
-    """B [m r] and A [r n] of a sum of low-rank terms: their factors side by side."""
+def _pair(terms: list[Expr]) -> LowRank:
+    """A sum of low-rank terms as one: their factors side by side, under the first one's scale."""
     low = [t for t in terms if isinstance(t, LowRank)]
-    return torch.cat([t.b.detach() for t in low], 1), torch.cat([t.a.detach() for t in low])
+    scale = low[0].scale or 1.0
+    b = [t.b.detach() if t.scale == scale else t.b.detach().float() * (t.scale / scale) for t in low]
+    return LowRank(torch.cat(b, 1), torch.cat([t.a.detach() for t in low]), scale)

@@ -22,7 +22,7 @@ from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import DeviceMap, expressions, match, taps
+from weft.model import DeviceMap, expressions, taps
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -103,8 +103,8 @@ def apply(
 ) -> Changes:
     """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches.
 
-    `at` is a glob, several, or `all-linear`; by default adapters and taps go to `all-linear`, every other rewrite to all sites,
-    a transport to all of its axes.
+    `at` is a glob, several, or `all-linear`; by default low-rank adapters and taps go to `all-linear`, every other rewrite to all
+    sites that it is for, a transport to all of its axes.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite or
     transport, and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
@@ -125,7 +125,7 @@ def apply(
         stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
         with bars.bar(method, count) as done:
             return Changes(*transports.run(model, step, at=at, stats=stats, seed=seed, done=done))
-    sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" or chosen.taps else "*")
+    sites = engine.reach(model, method, at)
     stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
     with bars.bar(method, len(sites)) as done:
         return Changes(*engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done))

@@ -1,0 +1,17 @@
+"""Norms alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weft.engine import Group, method
+from weft.expr import Expr, unfrozen
+
+if TYPE_CHECKING:
+    pass
+
+
+@method(kind="rewrite", paper="2312.11420", on=("norm",))
+def layernorm(g: Group) -> Expr:
+    """Make the weights and biases of norms trainable, and nothing else: y = norm(x) ⊙ w + b."""
+    return unfrozen(g.now)

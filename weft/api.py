@@ -12,7 +12,7 @@ from torch import nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import get, transports
+from weft.engine import Findings, get, transports
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merged
@@ -153,6 +153,18 @@ def run(
         made.extend(done)
         made.fallbacks += done.fallbacks
     return made
+
+
+def probe(model: nn.Module, method: str, **options: Any) -> Findings:
+    """What a probe finds out about a model, by site; the model stays as it is.
+
+    Errors: OptionError for an unknown method or option and for a method that is no probe; those of the method.
+    """
+    chosen = get(method)
+    if chosen.kind != "probe":
+        got, want, fix = f"a {chosen.kind} method", "a probe", "weft methods shows kinds"
+        raise OptionError("this method probes nothing", where=method, got=got, want=want, fix=fix)
+    return chosen(model, **options)
 
 
 def _evidence(

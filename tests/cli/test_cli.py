@@ -198,6 +198,18 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert said.exit_code == 0
 
 
+def test_a_probe_prints_a_table_or_json(model: Path, tmp_path: Path) -> None:
+    """Of a compressed model, whose pretrained values are known; of the original it says that nothing was tuned."""
+    assert weft_("rtn", str(model), "--bits", "2", "--out", str(tmp_path / "small"), "-q").exit_code == 0
+    shown = weft_("intruder_dimensions", str(tmp_path / "small"), "--k", "4")
+    rows = json.loads(weft_("intruder_dimensions", str(tmp_path / "small"), "--k", "4", "--json").stdout)
+    assert shown.exit_code == 0 and rows["says"] in shown.stdout and all(n in shown.stdout for n in rows["sites"])
+    assert len(rows["sites"]) == 14 and all(at["change"] > 0 for at in rows["sites"].values())
+    for argv in (["--k", "0"], ["--epsilon", "2"]):
+        assert weft_("intruder_dimensions", str(model), *argv).exit_code == 2
+    assert "nothing was tuned" in weft_("intruder_dimensions", str(model)).stderr
+
+
 def test_both_modes_run_and_tell_their_bytes(model: Path, texts: Path, tmp_path: Path) -> None:
     small = str(tmp_path / "small")
     weft_("rtn", str(model), "--group", "16", "--out", small, "-q")

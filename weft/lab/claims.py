@@ -17,6 +17,7 @@ from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import models
 from weft.lab.bootstrap import Interval, interval
+from weft.lab.probing import probed
 from weft.lab.trial import Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.store.cache import Cache, default
@@ -171,6 +172,20 @@ class Lab:
         arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
         methods = [s.method for c in chains.values() for s in c]
         return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
+
+    def probe(self, *, ours: Steps, baseline: Steps, probe: tuple[str, Mapping[str, Any]], number: str) -> Claim:
+        """Holds if a probe's number, over weights, is larger after tuning `ours` than after `baseline`, which gains no less.
+
+        The arm that gains more at its best rate takes fewer steps, until it gains what the other does.
+        """
+        ours_, theirs, look = _chain(ours), _chain(baseline), Step.of(probe[0], **probe[1])
+        runs: dict[str, Run] = {
+            "ours": partial(probed, chain=ours_, other=theirs, below=True, probe=look, number=number),
+            "baseline": partial(probed, chain=theirs, other=ours_, below=False, probe=look, number=number),
+        }
+        arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
+        methods = [s.method for s in (*ours_, *theirs, look)]
+        return self._judge(runs, arms, methods, 1.0, "more")
 
     def _judge(
         self,

@@ -11,7 +11,7 @@ from weft.engine import Group, method
 from weft.expr import Diagonal, Expr, between
 
 if TYPE_CHECKING:
-    pass
+    from weft.lab.claims import Claim, Lab
 
 
 @method(kind="rewrite", paper="2205.05638", on=("key", "value", "down"), drops=("zeros",))
@@ -26,3 +26,8 @@ def ia3(g: Group) -> Expr:
     if g.now.promises().zeros:
         g.fallback(f"later steps may fill the zeros of {g.now.describe()}")
     return between((), g.now, (side,)) if down else between((side,), g.now, ())
+
+
+@ia3.claim("gains at least what LoRA of rank 1 gains on a shifted domain, with a third of its parameters")
+def claim(lab: Lab) -> Claim:
+    return lab.tune(ours=[("ia3", {})], baseline=[("lora", {"rank": 1})], share=1.0)

@@ -104,7 +104,8 @@ class Method:
             return self.fn(*args, **options)
         group: Group = args[0]
         try:
-            made = self.fn(*args, **options)
+            with torch.no_grad():  # what a weight trains is a start like any other
+                made = self.fn(*args, **options)
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             problem = _broken(group.name, str(e))
             raise problem from e

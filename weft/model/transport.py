@@ -186,7 +186,9 @@ def _moves(model: nn.Module, norm: Norm) -> bool:
 
 def _matrix(model: nn.Module, part: Part) -> Tensor:
     return (
-        expressions(model)[part.name].dense() if part.name in places(model) else model.get_parameter(part.name).data
+        expressions(model)[part.name].dense().detach()
+        if part.name in places(model)
+        else model.get_parameter(part.name).data
     ).float()
 
 

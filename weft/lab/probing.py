@@ -33,9 +33,9 @@ def steps_of(trial: Trial, chain: Chain, other: Chain, below: bool) -> int:
 
     Of the ladder, the most steps that gain no more (`below`; one step at least), or the fewest that gain no less.
     """
-    goal = max(_score(trial, c, STEPS) for c in (chain, other))
-    if _score(trial, chain, STEPS) >= goal:
-        return STEPS
+    goal = max(_score(trial, c, LADDER[-1]) for c in (chain, other))
+    if _score(trial, chain, LADDER[-1]) >= goal:
+        return LADDER[-1]
     low, high = -1, len(LADDER) - 1  # LADDER[high] gains no less than the goal
     while high - low > 1:
         middle = (low + high) // 2

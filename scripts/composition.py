@@ -31,12 +31,12 @@ OUT = Path(__file__).parent.parent / "docs" / "composition.md"
 SITE = "model.layers.0.self_attn.o_proj.weight"
 N = 32
 IDS = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(1))
-REWRITES = [n for n in names() if get(n).kind == "rewrite"]
+REWRITES = [n for n in names() if get(n).kind == "rewrite" and "matrix" in get(n).sites]
 HEAD = """# What goes with what
 
-Written by `python scripts/composition.py`, which tries every rewrite on every node, then every stage of a model's life. `+` is right:
-the promise in the stage's column was measured. A letter is a refusal, before anything changed, with the reason below. There
-is nothing else: a wrong result or a crash would stand here as `WRONG`.
+Written by `python scripts/composition.py`, which tries every rewrite (of those that go to all weights) on every node, then every
+stage of a model's life. `+` is right: the promise in the stage's column was measured. A letter is a refusal, before anything
+changed, with the reason below. There is nothing else: a wrong result or a crash would stand here as `WRONG`.
 
 """
 

@@ -80,7 +80,7 @@ def facts(method: Method) -> str:
     if method.per == "input":
         made.append("solves the weights that read one input together")
     if method.on:
-        made.append(f"goes to axes of kind {', '.join(method.on)}")
+        made.append(f"goes to {'axes' if method.kind == 'transport' else 'sites'} of kind {', '.join(method.on)}")
     if method.taps:
         made.append("changes what weights read" + (", and every term of them with it" if method.whole else ""))
     elif method.kind == "rewrite":

@@ -17,7 +17,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weft.api import Changes, apply, attach, export, load, may_write, merge, methods, run, save, show, train, verify
+    from weft.api import (
+        Changes,
+        apply,
+        attach,
+        export,
+        load,
+        may_write,
+        merge,
+        methods,
+        probe,
+        run,
+        save,
+        show,
+        train,
+        verify,
+    )
     from weft.error import WeftError
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
@@ -30,7 +45,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "weft.api": (
-        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "run", "save", "show", "train", "verify",
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "run", "save", "show", "train",
+        "verify",
     ),
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
@@ -46,8 +62,8 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "WeftError", "apply", "attach", "axes", "evaluate", "evaluate_tasks", "export",
-    "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "prove",
-    "run", "save", "show", "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
+    "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "probe",
+    "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

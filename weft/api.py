@@ -12,7 +12,7 @@ from torch import nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import get, transports
+from weft.engine import Findings, get, transports
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merged
@@ -22,7 +22,7 @@ from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import DeviceMap, expressions, match, taps
+from weft.model import DeviceMap, expressions, taps
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -103,8 +103,8 @@ def apply(
 ) -> Changes:
     """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches.
 
-    `at` is a glob, several, or `all-linear`; by default adapters and taps go to `all-linear`, every other rewrite to all sites,
-    a transport to all of its axes.
+    `at` is a glob, several, or `all-linear`; by default low-rank adapters and taps go to `all-linear`, every other rewrite to all
+    sites that it is for, a transport to all of its axes.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite or
     transport, and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
@@ -125,7 +125,7 @@ def apply(
         stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
         with bars.bar(method, count) as done:
             return Changes(*transports.run(model, step, at=at, stats=stats, seed=seed, done=done))
-    sites = match(model, at if at is not None else "all-linear" if chosen.verb == "adapt" or chosen.taps else "*")
+    sites = engine.reach(model, method, at)
     stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
     with bars.bar(method, len(sites)) as done:
         return Changes(*engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done))
@@ -153,6 +153,18 @@ def run(
         made.extend(done)
         made.fallbacks += done.fallbacks
     return made
+
+
+def probe(model: nn.Module, method: str, **options: Any) -> Findings:
+    """What a probe finds out about a model, by site; the model stays as it is.
+
+    Errors: OptionError for an unknown method or option and for a method that is no probe; those of the method.
+    """
+    chosen = get(method)
+    if chosen.kind != "probe":
+        got, want, fix = f"a {chosen.kind} method", "a probe", "weft methods shows kinds"
+        raise OptionError("this method probes nothing", where=method, got=got, want=want, fix=fix)
+    return chosen(model, **options)
 
 
 def _evidence(

@@ -82,7 +82,7 @@ def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
     core += ["verify", "cache", "attach", "run"]
-    for name in [*core, *(e.name for e in entries() if e.kind == "rewrite")]:
+    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "probe"))]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 
@@ -196,6 +196,47 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert packed.exit_code == 0, packed.output
     said = weft_("generate", whole, "the cat", "--max-new-tokens", "4")
     assert said.exit_code == 0
+
+
+@pytest.mark.parametrize("method", ["full", "layernorm", "ia3"])
+def test_train_makes_trainable_what_is_asked_for(method: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    """The result differs from the original in just that; options of another method are refused."""
+    given = (
+        "train",
+        str(model),
+        "--data",
+        str(texts),
+        "--method",
+        method,
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--lr",
+        "0.01",
+    )
+    assert weft_(*given, "--out", str(tmp_path / "out"), "-q").exit_code == 0
+    (before, after) = (weft.load(p) for p in (model, tmp_path / "out"))
+    changed = {
+        n for n, e in weft.expressions(after).items() if not torch.equal(e.dense(), weft.expressions(before)[n].dense())
+    }
+    kinds = {"full": 15, "layernorm": 0, "ia3": 6}
+    assert len(changed) == kinds[method]
+    norms = [(p, after.get_parameter(n)) for n, p in before.named_parameters() if "norm" in n]
+    assert all(torch.equal(a, b) == (method == "ia3") for a, b in norms) and len(norms) == 5
+    assert weft_(*given, "--rank", "4", "--out", str(tmp_path / "no"), "-q").exit_code == 2
+
+
+def test_a_probe_prints_a_table_or_json(model: Path, tmp_path: Path) -> None:
+    """Of a compressed model, whose pretrained values are known; of the original it says that nothing was tuned."""
+    assert weft_("rtn", str(model), "--bits", "2", "--out", str(tmp_path / "small"), "-q").exit_code == 0
+    shown = weft_("intruder_dimensions", str(tmp_path / "small"), "--k", "4")
+    rows = json.loads(weft_("intruder_dimensions", str(tmp_path / "small"), "--k", "4", "--json").stdout)
+    assert shown.exit_code == 0 and rows["says"] in shown.stdout and all(n in shown.stdout for n in rows["sites"])
+    assert len(rows["sites"]) == 14 and all(at["change"] > 0 for at in rows["sites"].values())
+    for argv in (["--k", "0"], ["--epsilon", "2"]):
+        assert weft_("intruder_dimensions", str(model), *argv).exit_code == 2
+    assert "nothing was tuned" in weft_("intruder_dimensions", str(model)).stderr
 
 
 def test_both_modes_run_and_tell_their_bytes(model: Path, texts: Path, tmp_path: Path) -> None:

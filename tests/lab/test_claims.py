@@ -13,13 +13,13 @@ from torch import nn
 
 from weft.engine import get, names
 from weft.error import ConflictError, NumericError, OptionError
-from weft.lab import claims, known, prove, realism, trial, tuning
+from weft.lab import claims, known, probing, prove, realism, trial, tuning
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
 from weft.lab.trial import Subject
 from weft.learn.data import Example, Pair, Text
-from weft.model import weave
+from weft.model import expressions, tagged, weave
 from weft.store.cache import Cache
 
 NOUNS = ["cat", "dog", "bird", "mat", "hill", "tree"]
@@ -135,15 +135,63 @@ def test_searches_are_compared_at_the_same_bytes(lab: Lab) -> None:
     assert lab.allocate(ours="uniform", baseline="uniform", share=0.25, baseline_share=0.5).verdict == "contradicted"
 
 
+def lora(rank: int) -> list[tuple[str, dict[str, int]]]:
+    """An arm of one adapter."""
+    return [("lora", {"rank": rank})]
+
+
 def test_tuned_arms_gain(lab: Lab) -> None:
     """The same rank gains half of what it gains, and not twice as much; gains are above nothing."""
     lm = lab.only("tiny")
-    made = lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=0.5)
+    made = lm.tune(ours=lora(2), baseline=lora(2), share=0.5)
     found = made.findings[0]
     assert made.verdict == "reproduced" and found.ours == found.baseline > 0 and found.floor == 0
     assert found.metric == "gain in bits per byte" and made.arms["floor"] == "untuned"
-    assert lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=2.0).verdict == "contradicted"
-    assert lab.only("tiny-embed").tune(ours={"rank": 2}, baseline={"rank": 1}, share=1.0).findings[0].units == 30
+    assert lm.tune(ours=lora(2), baseline=lora(2), share=2.0).verdict == "contradicted"
+    assert lab.only("tiny-embed").tune(ours=lora(2), baseline=lora(1), share=1.0).findings[0].units == 30
+
+
+def test_arms_are_chains_of_any_methods(lab: Lab, subject: Subject) -> None:
+    """Each goes where it goes by default, with evidence where it needs some; all methods that took part are named."""
+    chain = [("gptq", {"bits": 8}), *lora(2)]
+    made = lab.only("tiny").tune(ours=chain, baseline=[("layernorm", {})], share=0.0)
+    assert made.arms["ours"] == "gptq(bits=8) then lora(rank=2)" and set(made.methods) == {"gptq", "lora", "layernorm"}
+    trial = lab.trials["tiny"][0]
+    _, model = tuning.tuned(trial, claims._chain(chain), 1e-3, 1)
+    kinds = {n: e.describe() for n, e in expressions(model).items()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == "int8[g64] + adapter:default: LowRank(2)"
+    assert "lm_head.weight" not in {n for n, d in kinds.items() if "LowRank" in d}
+    _, model = tuning.tuned(trial, claims._chain([("layernorm", {})]), 1e-3, 1)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(tagged(model, ("norm",)))
+    assert not any(p.requires_grad for p in subject.model.parameters())
+
+
+def test_the_best_rate_is_chosen_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the select set, by the first seed; a rate that diverges is not it."""
+    monkeypatch.setattr(tuning, "RATES", (1e-6, 3e-2, 1e30))
+    trials, chain = lab.trials["tiny"], claims._chain(lora(2))
+    scores = [tuning.tuned(trials[0], chain, r)[0] for r in tuning.RATES]
+    assert scores[1] < scores[0] and not scores[2] < scores[1]
+    assert [tuning.rate(t, chain) for t in trials] == [3e-2] * 3
+
+
+def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The better one takes the steps next to the other's gain, on the side that does not help the claim."""
+    monkeypatch.setattr(probing, "LADDER", (1, 2, 4))
+    trial = lab.only("tiny").trials["tiny"][0]
+    some, few = claims._chain(lora(4)), claims._chain([("layernorm", {})])
+    score = {c: [probing._score(trial, c, s) for s in probing.LADDER] for c in (some, few)}
+    better, worse = (some, few) if score[some][-1] < score[few][-1] else (few, some)
+    goal = score[worse][-1]
+    low, high = (probing.steps_of(trial, better, worse, below) for below in (True, False))
+    assert {probing.steps_of(trial, worse, better, below) for below in (True, False)} == {4}
+    assert low <= high and probing._score(trial, better, high) <= goal
+    assert low == 1 or probing._score(trial, better, low) >= goal
+    made = lab.only("tiny").probe(
+        ours=lora(4), baseline=[("full", {})], probe=("intruder_dimensions", {"k": 4}), number="change"
+    )
+    assert made.findings[0].units == 14 and made.arms["probe"] == "change, by intruder_dimensions(k=4)"
+    assert set(made.methods) == {"lora", "full", "intruder_dimensions"} and made.findings[0].ours > 0
 
 
 @pytest.mark.parametrize(

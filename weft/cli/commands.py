@@ -204,8 +204,9 @@ def train(
     model: ModelName,
     data: Annotated[str, typer.Option(help=DATA, show_default=False)],
     out: Out,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 8,
-    name: Annotated[str, typer.Option(help="Its name.")] = "default",
+    method: Annotated[str, typer.Option(help="What makes it trainable: lora, full ..., of the verb adapt.")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="lora: rank of the adapter (8).", min=1)] = None,
+    name: Annotated[str | None, typer.Option(help="lora: its name (default).")] = None,
     at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
     steps: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
     batch: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 8,
@@ -217,19 +218,22 @@ def train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a low-rank adapter on a model as it is, quantized or not. Interrupted, the same command goes on."""
+    """Train an adapter on a model as it is, or its own parameters. Interrupted, the same command goes on."""
     import weft
+    from weft.engine.run import Step
     from weft.score import examples
     from weft.store.cache import default, key
 
+    options = {k: v for k, v in {"rank": rank, "name": name}.items() if v is not None}
+    chosen = Step.of(method, **options).options
     learned = examples(data, "train", seed)  # bad data shows before the model is loaded
     woven = load(model, quiet)
-    weft.apply(woven, "lora", at=at, seed=seed, rank=rank, name=name)
+    for place, what in weft.apply(woven, method, at=at, seed=seed, **options).fallbacks:
+        say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace_)
-    about = key(str(Path(model).absolute()), data, rank, name, at, steps, batch, length, lr, seed)
-    work = (cache or default()) / "train" / about
+    about = key(str(Path(model).absolute()), data, method, chosen, at, steps, batch, length, lr, seed)
     how: dict[str, Any] = {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed}
-    history = weft.train(woven, learned, **how, out=work, progress=bars(quiet))
+    history = weft.train(woven, learned, **how, out=(cache or default()) / "train" / about, progress=bars(quiet))
     weft.save(woven, out, replace=replace_, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     emit(

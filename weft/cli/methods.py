@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -22,19 +23,20 @@ if TYPE_CHECKING:
 
 
 def command(name: str) -> Callable[..., None]:
-    """The command of this method; its options are the method's, then those of every rewrite."""
+    """The command of this method; its options are the method's, then those of every rewrite, or of every probe."""
     from weft.engine import get
 
     method = get(name)
     own = {n: parameter(n, f) for n, f in method.options.model_fields.items()}
-    shared = inspect.signature(_shared, eval_str=True).parameters
+    act, common = (look, _looked) if method.kind == "probe" else (rewrite, _shared)
+    shared = inspect.signature(common, eval_str=True).parameters
     if twice := set(own) & set(shared):
         want, fix = "names of its own", "rename the method's option"
         raise OptionError("an option is there twice", where=name, got=sorted(twice), want=want, fix=fix)
 
     def run(**given: Any) -> int | None:
         options = {n: plain(given.pop(n)) for n in own}
-        return rewrite(name, options, **given)
+        return act(name, options, **given)
 
     first, *rest = shared.values()
     asked = [first, *own.values(), *rest]
@@ -66,6 +68,23 @@ def _shared(
     quiet: Quiet = False,
 ) -> None:
     """The options that every method's command has."""
+
+
+def _looked(*, model: ModelName, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """The options that every probe's command has."""
+
+
+def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet: bool) -> None:
+    """Load, probe, print what was found."""
+    import weft
+    from weft.engine.run import Step
+
+    Step.of(name, **options)  # bad options show before the model is loaded
+    found = weft.probe(load(model, quiet), name, **options)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        emit([{"site": n, **at} for n, at in found.sites.items()], as_json=False, quiet=quiet, foot=found.says)
 
 
 def rewrite(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from weft.error import NumericError, OptionError
 from weft.expr import Expr, Quantized, tensors
-from weft.model import Group, Site
+from weft.model import MATRIX, TAGS, Group, Site
 
 Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
@@ -84,6 +84,11 @@ class Method:
         return self.fn.__module__.split(".")[-2]
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The tags of the sites that a rewrite goes to."""
+        return self.on or MATRIX
+
+    @property
     def doc(self) -> str:
         """The function's docstring, which its command shows; lists show the first line of the file's."""
         return inspect.getdoc(self.fn) or ""
@@ -109,7 +114,8 @@ class Method:
             return self.fn(*args, **options)
         group: Group = args[0]
         try:
-            made = self.fn(*args, **options)
+            with torch.no_grad():  # what a weight trains is a start like any other
+                made = self.fn(*args, **options)
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             problem = _broken(group.name, str(e))
             raise problem from e
@@ -187,13 +193,15 @@ def method(
     standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
     drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a
-    transport goes to.
-    Errors: OptionError for a promise that is none.
+    transport goes to; the tags of the sites that a rewrite goes to (`weft.model.TAGS`), all of them unless told: weights by default.
+    Errors: OptionError for a promise or a tag that is none.
     """
 
-    if unknown := set(drops) - set(typing.get_args(Drop)):
-        want, fix = ", ".join(typing.get_args(Drop)), "use these names"
-        raise OptionError("a method drops an unknown promise", where="drops", got=sorted(unknown), want=want, fix=fix)
+    checked: list[tuple[str, tuple[str, ...], Any]] = [("drops", drops, typing.get_args(Drop))]
+    for field_, names, known in [*checked, *([("on", on, TAGS)] if kind == "rewrite" else [])]:
+        if unknown := sorted(set(names) - set(known)):
+            want, fix = ", ".join(known), "use these names"
+            raise OptionError("a method declares an unknown name", where=field_, got=unknown, want=want, fix=fix)
 
     def wrap(fn: Callable[..., Any]) -> Method:
         hints = typing.get_type_hints(fn, include_extras=True)

@@ -17,7 +17,7 @@ from weft.engine.registry import get
 from weft.error import ConflictError, OptionError, raise_all
 from weft.expr import Expr, stack, terms_of, total, valueless
 from weft.linalg.sparse import evened
-from weft.model import Group, Site, match, refusals, set_expressions, set_taps, site
+from weft.model import MATRIX, Group, Site, match, places, put, refusals, set_taps, site, tagged
 from weft.stats import Stats, readers
 
 
@@ -123,10 +123,21 @@ def _with(new: Expr, others: Mapping[str, Expr], where: str) -> Expr:
     return total({"base": fresh["base"], **others, **fresh})
 
 
-def group_of(model: nn.Module, names: Sequence[str], stats: Stats | None, *, seed: int = 0) -> Group:
-    """The group of these sites with their evidence."""
-    held = stats.evidence(names) if stats is not None else {}
-    return Group(tuple(site(model, n, evidence=held.get(n, ()), seed=seed) for n in names))
+def group_of(
+    model: nn.Module,
+    names: Sequence[str],
+    stats: Stats | None,
+    *,
+    seed: int = 0,
+    tags: Mapping[str, frozenset[str]] | None = None,
+) -> Group:
+    """The group of these sites with their evidence, and their tags."""
+    known = places(model)
+    held = stats.evidence([n for n in names if n in known]) if stats is not None else {}
+    given = tags or {}
+    return Group(
+        tuple(site(model, n, evidence=held.get(n, ()), seed=seed, tags=given.get(n, frozenset())) for n in names)
+    )
 
 
 def groups(model: nn.Module, names: Sequence[str], stats: Stats | None) -> list[tuple[str, ...]]:
@@ -157,6 +168,16 @@ class Change:
     """Relative output error against the pretrained weight: sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)); None without evidence, or a value."""
 
 
+def reach(model: nn.Module, method: str, at: str | Sequence[str] | None = None) -> list[str]:
+    """The sites that a rewrite goes to: of those that it is for, the ones that `at` matches.
+
+    Without `at` all; adapters and taps that are for weights of every kind go to `all-linear`. Errors: those of `match`.
+    """
+    chosen = get(method)
+    linear = chosen.taps or (chosen.verb == "adapt" and not chosen.on)
+    return match(model, at if at is not None else "all-linear" if linear else "*", chosen.sites)
+
+
 def apply(
     model: nn.Module,
     chain: Sequence[Step],
@@ -168,7 +189,8 @@ def apply(
 ) -> tuple[list[Change], list[tuple[str, str]]]:
     """Rewrite the sites that `at` matches, in place, from dense evidence. Returns what changed and the declared fallbacks.
 
-    Errors: those of the methods; OptionError where a method needs evidence and there is none, or `at` matches nothing.
+    Errors: those of the methods; OptionError where a method needs evidence and there is none, `at` matches nothing, or the steps
+    are for other sites.
     """
     needs = {n for s in chain for n in get(s.method).needs}
     if needs and stats is None:
@@ -181,20 +203,33 @@ def apply(
         )
     changes: list[Change] = []
     notes: list[tuple[str, str]] = []
-    chosen, taps = match(model, at), any(get(s.method).taps for s in chain)
+    on, taps = _on(chain), any(get(s.method).taps for s in chain)
+    tags, chosen, known = tagged(model, on), match(model, at, on), places(model)
+    weights = [n for n in chosen if n in known]
     if taps:
-        raise_all(refusals(model, chosen))
-    for names in _sharing(model, chosen, notes) if taps and stats is None else groups(model, chosen, stats):
-        group = group_of(model, names, stats, seed=seed)
+        raise_all(refusals(model, weights))
+    alike = _sharing(model, weights, notes) if taps and stats is None else groups(model, weights, stats)
+    for names in [*alike, *((n,) for n in chosen if n not in known)]:
+        group = group_of(model, names, stats, seed=seed, tags=tags)
         after = rewritten(group, chain)
         changes += [change(s, made) for s, made in zip(group, after, strict=True)]
-        set_expressions(model, {s.name: s.now for s in after})
+        put(model, after)
         if taps:
             set_taps(model, {s.name: s.tap for s in after})
         notes += group.notes
         if step:
             step(len(names))
     return changes, notes
+
+
+def _on(chain: Sequence[Step]) -> tuple[str, ...]:
+    """The tags that every step is for. Errors: OptionError if they differ."""
+    kinds = {s.method: get(s.method).sites for s in chain}
+    if len(set(kinds.values())) > 1:
+        got = "; ".join(f"{n}: {', '.join(on)}" for n, on in kinds.items())
+        want, fix = "steps for the same sites", "apply one method after the other"
+        raise OptionError("these steps go to other sites", where="chain", got=got, want=want, fix=fix)
+    return next(iter(kinds.values()), MATRIX)
 
 
 def _sharing(model: nn.Module, names: Sequence[str], notes: list[tuple[str, str]]) -> list[tuple[str, ...]]:

@@ -28,6 +28,7 @@ from weft.expr.tree import (
     stack,
     terms_of,
     total,
+    unfrozen,
     valueless,
 )
 
@@ -35,7 +36,7 @@ __all__ = [
     "CHUNK", "NM", "NODES", "SIDES", "Basis", "Blocks", "Codebook", "Dense", "Diagonal", "Expr", "Field", "Hadamard", "Kronecker",
     "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "SparseDelta", "Sum", "between", "build",
     "dense_copy", "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of", "total",
-    "valueless",
+    "unfrozen", "valueless",
 ]  # fmt: skip
 
 for _found in iter_modules(__path__):

@@ -233,6 +233,12 @@ def _own(t: Tensor) -> Tensor:
     return nn.Parameter(t.detach().clone()) if t.requires_grad else t.detach()
 
 
+def unfrozen(expr: Expr) -> Dense:
+    """The value as one plain matrix that trains: a copy, in float32 or, of float64 tensors, in float64."""
+    value = expr.dense().detach()
+    return Dense(nn.Parameter(value.to(torch.promote_types(value.dtype, torch.float32), copy=True)))
+
+
 def spec(expr: Expr) -> dict[str, Any]:
     """The tree without its tensors, as JSON: node names and plain fields."""
     made: dict[str, Any] = {"node": type(expr).__name__}

@@ -17,6 +17,7 @@ from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import models
 from weft.lab.bootstrap import Interval, interval
+from weft.lab.probing import probed
 from weft.lab.trial import Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.store.cache import Cache, default
@@ -159,16 +160,32 @@ class Lab:
         arms = {arm: f"{name} within {b:.0%} of bfloat16" for arm, (name, b) in given.items()}
         return self._judge(runs, arms, [ours, baseline, "rtn"], 1.0, "less")
 
-    def tune(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], share: float) -> Claim:
-        """Holds if LoRA with options `ours` gains, on another domain, at least `share` of what `baseline` gains.
+    def tune(self, *, ours: Steps, baseline: Steps, share: float) -> Claim:
+        """Holds if what `ours` makes trainable gains, on another domain, at least `share` of what `baseline` gains.
 
         The gain is the untuned score minus the tuned one on test documents; it has to be one. Both arms take the same
-        steps and choose from the same learning rates.
+        steps and choose from the same learning rates. Rewrites of weights go to every Linear but the output head, other
+        methods to all that they are for.
         """
-        chains = {"ours": _chain([("lora", ours)]), "baseline": _chain([("lora", baseline)])}
+        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
         runs: dict[str, Run] = {arm: partial(gained, chain=c) for arm, c in chains.items()}
         arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
-        return self._judge({**runs, "floor": untouched}, arms, ["lora"], share, "more")
+        methods = [s.method for c in chains.values() for s in c]
+        return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
+
+    def probe(self, *, ours: Steps, baseline: Steps, probe: tuple[str, Mapping[str, Any]], number: str) -> Claim:
+        """Holds if a probe's number, over weights, is larger after tuning `ours` than after `baseline`, which gains no less.
+
+        The arm that gains more at its best rate takes fewer steps, until it gains what the other does.
+        """
+        ours_, theirs, look = _chain(ours), _chain(baseline), Step.of(probe[0], **probe[1])
+        runs: dict[str, Run] = {
+            "ours": partial(probed, chain=ours_, other=theirs, below=True, probe=look, number=number),
+            "baseline": partial(probed, chain=theirs, other=ours_, below=False, probe=look, number=number),
+        }
+        arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
+        methods = [s.method for s in (*ours_, *theirs, look)]
+        return self._judge(runs, arms, methods, 1.0, "more")
 
     def _judge(
         self,

@@ -28,6 +28,11 @@ def _less(
     return Known(verb, text, lambda lab: lab.compare(ours=ours, baseline=baseline, factor=factor, at=at))
 
 
+def _gains(verb: str, text: str, ours: Steps, baseline: Steps, *, share: float) -> Known:
+    """`ours`, tuned, gains at least `share` of what `baseline` gains."""
+    return Known(verb, text, lambda lab: lab.tune(ours=ours, baseline=baseline, share=share))
+
+
 def _rtn(bits: int, **options: Any) -> Steps:
     return [("rtn", {"bits": bits, **options})]
 
@@ -63,6 +68,9 @@ KNOWN: dict[str, Known] = {
     ),
     "rank": _less(
         "factor", "rank 32 restores more than rank 8", _after_rtn("svd_residual", rank=32), _after_rtn("svd_residual", rank=8)
+    ),
+    "full": _gains(
+        "adapt", "LoRA of rank 64 gains at least 80 % of what full fine-tuning gains", [("lora", {"rank": 64})], [("full", {})], share=0.8
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The tuned arms of a claim: an adapter trained for a few steps on another domain, at the best of a few rates."""
+"""The tuned arms of a claim: what a chain makes trainable, trained for a few steps on another domain, at the best of some rates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from weft.engine import get
 from weft.engine.run import Chain, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -16,9 +17,10 @@ from weft.lab.trial import Arm, Trial, task_of
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
 from weft.model import fork
+from weft.store.cache import key
 
-RATES = (1e-3, 3e-3, 1e-2)
-"""Learning rates that every arm chooses from, on the select set; for pairs a fifth of them."""
+RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
+"""Learning rates that every arm chooses from: from what all weights bear to what a few vectors need."""
 STEPS = 24
 BATCH = 8
 TOKENS = 128
@@ -32,16 +34,26 @@ CHOICE = 48
 
 
 def gained(trial: Trial, chain: Chain) -> Arm:
-    """How much lower the test scores are after this adapter was trained on the tuning task."""
+    """How much lower the test scores are after what this chain made trainable was trained on the tuning task."""
     before, task = untuned(trial), _task(trial)
 
     def make() -> metrics.Scores:
-        runs = [_tuned(trial, task, chain, rate) for rate in _rates(trial)]
-        best = int(np.argmin([score for score, _ in runs]))
-        values, weights = _score(trial, runs[best][1], task.test)
+        _, model = tuned(trial, chain, rate(trial, chain))
+        values, weights = _score(trial, model, task.test)
         return before.values - values, weights
 
-    return trial.arm("gain", [chain_key(chain), _rates(trial), *_recipe(task)], make, _metric(trial))
+    return trial.arm("gain", [chain_key(chain), RATES, *recipe(trial)], make, _metric(trial))
+
+
+def rate(trial: Trial, chain: Chain) -> float:
+    """The rate at which the first seed scores best on the select set; every seed is trained at it."""
+    first = Trial(trial.subject, 0, trial.store, trial.code)
+
+    def best() -> dict[str, float]:
+        return {"rate": RATES[int(np.argmin([tuned(first, chain, r)[0] for r in RATES]))]}
+
+    name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, *recipe(first))
+    return float(trial.store.json("lab-rates", name, best)["rate"])
 
 
 def untouched(trial: Trial) -> Arm:
@@ -53,7 +65,7 @@ def untouched(trial: Trial) -> Arm:
 def untuned(trial: Trial) -> Arm:
     """Test scores of the original."""
     task = _task(trial)
-    return trial.arm("untuned", _recipe(task), lambda: _score(trial, trial.subject.model, task.test), _metric(trial))
+    return trial.arm("untuned", recipe(trial), lambda: _score(trial, trial.subject.model, task.test), _metric(trial))
 
 
 def _metric(trial: Trial) -> tuple[str, str]:
@@ -68,21 +80,22 @@ def _task(trial: Trial) -> tasks.Task:
     )
 
 
-def _rates(trial: Trial) -> list[float]:
-    return [rate / 5 if trial.subject.embeds else rate for rate in RATES]
-
-
-def _recipe(task: tasks.Task) -> list[Any]:
-    """What a tuned arm depends on besides its adapter."""
+def recipe(trial: Trial) -> list[Any]:
+    """What a tuned arm depends on besides its chain."""
+    task = _task(trial)
     return [STEPS, BATCH, TOKENS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
 
 
-def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[float, nn.Module]:
-    """The select score after training at this rate (infinite if it diverged), and the model."""
-    model, tokenizer = fork(trial.subject.model), trial.subject.tokenizer
-    apply(model, chain, at="all-linear", seed=trial.seed)
+def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> tuple[float, nn.Module]:
+    """The select score after so many steps (`STEPS`) at this rate, infinite if it diverged, and the model."""
+    task, model, tokenizer = _task(trial), fork(trial.subject.model), trial.subject.tokenizer
+    for step in chain:
+        method = get(step.method)
+        at = "*" if method.on else "all-linear"
+        apply(model, (step,), at=at, stats=trial.stats if method.needs else None, seed=trial.seed)
+    how: dict[str, Any] = {"batch": BATCH, "length": TOKENS, "lr": rate, "seed": trial.seed}
     try:
-        train(model, task.train, tokenizer=tokenizer, steps=STEPS, batch=BATCH, length=TOKENS, lr=rate, seed=trial.seed)
+        train(model, task.train, tokenizer=tokenizer, steps=steps or STEPS, **how)
         values, weights = _score(trial, model.cpu(), task.select)
     except NumericError:
         return np.inf, model.cpu()

@@ -48,7 +48,7 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         loss = self.loss_of(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
-            problem = _diverged(f"step {self.state.global_step + 1}", f"a loss of {float(loss)}")
+            problem = _diverged(f"step {self.state.global_step + 1}", f"a loss of {float(loss.detach())}")
             raise problem
         return (loss, None) if return_outputs else loss
 

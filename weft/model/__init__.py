@@ -9,6 +9,7 @@ from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
+from weft.model.sites import MATRIX, TAGS, match, put, site, tagged, vectors
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
@@ -17,22 +18,22 @@ from weft.model.weave import (
     expression,
     expressions,
     fingerprint,
+    first_vectors,
     fork,
     is_woven,
-    match,
     output_sites,
     places,
     plain_tensors,
     set_expressions,
-    site,
     taps,
     unweave,
     weave,
 )
 
 __all__ = [
-    "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate", "Rounding", "Scale", "Select",
-    "Site", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven",
-    "match", "mode", "must_be_whole", "output_sites", "places", "plain_tensors", "refusals", "rotation", "set_expressions", "set_taps",
-    "site", "take_apart", "taps", "transport", "untap", "untie", "unweave", "weave",
+    "MATRIX", "TAGS", "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate",
+    "Rounding", "Scale", "Select", "Site", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint",
+    "finite", "first_vectors", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "places",
+    "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps", "site", "tagged", "take_apart", "taps",
+    "transport", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -19,6 +19,14 @@ def axes(model: nn.Module) -> dict[str, Axis]:
     return {a.name: a for a in _Axes(model).all()}
 
 
+def layers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The sites that make keys and values, and those that read the inside of feed-forward parts: name and `key`, `value` or `down`.
+
+    A weight that makes queries, keys and values at once is both. Errors: as `axes`.
+    """
+    return _Axes(model).layers()
+
+
 def family(model: nn.Module) -> Family:
     """The description of a model's family. Errors: ConflictError with those that have one."""
     config: Any = getattr(model, "config", None)
@@ -56,6 +64,14 @@ class _Axes:
         norms = list(self.norms())
         yield from (self.norm_axis(n) for n in norms)
         yield self.residual(norms)
+
+    def layers(self) -> Iterator[tuple[str, str]]:
+        parts = [(b, p) for s in self.family.stacks for b in self.blocks(s) for p in s.parts]
+        for block, part in parts:
+            held = {"key": part.k, "value": part.v} if isinstance(part, Attention) else {"down": part.down}
+            for tag, name in held.items():
+                paths = self.every(f"{block}.{name.partition('[')[0]}")
+                yield from ((self.owner[p], tag) for p in paths if p in self.owner)
 
     def path(self, name: str) -> str:
         """The module's path: a base model has no prefix."""

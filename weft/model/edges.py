@@ -8,8 +8,9 @@ from typing import Any, cast
 from torch import nn
 
 from weft.error import ConflictError, ShapeError, WeftError, raise_all
+from weft.model.sites import match
 from weft.model.taps import Tap, unmoved
-from weft.model.weave import Place, expressions, match, places, set_expressions, tap_at
+from weft.model.weave import Place, expressions, places, set_expressions, tap_at
 
 
 def refusals(model: nn.Module, names: Iterable[str]) -> list[WeftError]:

@@ -18,7 +18,7 @@ from weft.linalg.lowrank import roots
 from weft.model.rounding import Rounding
 from weft.model.taps import Tap, moved
 
-Kind = Literal["linear", "conv1d", "conv", "embedding"]
+Kind = Literal["linear", "conv1d", "conv", "embedding", "vector"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Site:
     seed: int = 0
     tap: Tap | None = None
     """What its input goes through first; expression, pretrained value and evidence are those behind it."""
+    tags: frozenset[str] = frozenset()
+    """Of what the method's `on` names, what it is."""
 
     @property
     def original(self) -> Float[Tensor, "m n"]:

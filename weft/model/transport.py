@@ -15,7 +15,7 @@ from weft.model.axes import axes
 from weft.model.axis import KINDS, Axis, Norm, Part
 from weft.model.taps import Tap
 from weft.model.transforms import Rotate, Scale, Select, Transform, carried, selectable
-from weft.model.weave import Original, Place, expression, expressions, places, taps
+from weft.model.weave import Original, Place, expression, expressions, first_vectors, places, taps
 
 
 def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[str, str]]:
@@ -51,8 +51,10 @@ def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[
 def _carry(model: nn.Module, axis: Axis, by: Transform, part: Part, *, reads: bool) -> None:
     """One part in the new coordinates."""
     if part.name not in places(model):
-        parameter = model.get_parameter(part.name)
+        parameter, first = model.get_parameter(part.name), first_vectors(model)
         parameter.data = by.on(parameter.data, part, axis.blocks, axis.size, reads=reads)
+        if (was := first.get(part.name)) is not None:
+            first[part.name] = Original(lambda: by.on(was(), part, axis.blocks, axis.size, reads=reads))
         return
     place = places(model)[part.name]
     made = carried(expression(model, place), by, part, axis.blocks, axis.size, reads=reads)
@@ -150,6 +152,15 @@ def _folded(model: nn.Module, axis: Axis) -> list[tuple[str, str]]:
     if stuck:
         want, fix = "a reader with a bias", "leave the residual axis as it is"
         raise ConflictError("a norm's bias cannot be folded", where="residual", got=stuck[0], want=want, fix=fix)
+    folded = {f"{n.name}.{leaf}" for n in axis.norms for leaf in ("weight", "bias")}
+    folded |= {f"{_reader(model, p)}.bias" for n in axis.norms for p in n.readers}
+    if changed := [n for n in first_vectors(model) if n in folded]:
+        got, want = (
+            "a value that is not the pretrained one",
+            "pretrained norms and biases, which fold into both values of a weight",
+        )
+        fix = "rotate first, or weft.unweave(model) and weave it again: today's values are then the first ones"
+        raise ConflictError("a vector that was changed cannot be folded", where=changed[0], got=got, want=want, fix=fix)
     notes = untie(model)
     for norm in (a for a in axes(model)["residual"].norms):
         weight = model.get_parameter(f"{norm.name}.weight")
@@ -175,18 +186,21 @@ def _moves(model: nn.Module, norm: Norm) -> bool:
 
 def _matrix(model: nn.Module, part: Part) -> Tensor:
     return (
-        expressions(model)[part.name].dense() if part.name in places(model) else model.get_parameter(part.name).data
+        expressions(model)[part.name].dense().detach()
+        if part.name in places(model)
+        else model.get_parameter(part.name).data
     ).float()
+
+
+def _reader(model: nn.Module, part: Part) -> str:
+    """The path of the module that reads."""
+    known = places(model)
+    return known[part.name].modules[-1] if part.name in known else part.name.rpartition(".")[0]
 
 
 def _bias(model: nn.Module, part: Part) -> nn.Parameter | None:
     """The bias of the module that reads."""
-    path = (
-        next(iter(reversed(places(model)[part.name].modules)))
-        if part.name in places(model)
-        else part.name.rpartition(".")[0]
-    )
-    return cast(nn.Parameter | None, getattr(model.get_submodule(path), "bias", None))
+    return cast(nn.Parameter | None, getattr(model.get_submodule(_reader(model, part)), "bias", None))
 
 
 def untie(model: nn.Module) -> list[tuple[str, str]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import hashlib
 import json
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -21,7 +20,7 @@ from weft.model.experts import put_together, take_apart
 from weft.model.layers import PLAIN, layer
 from weft.model.overrides import METHODS
 from weft.model.sharded import must_be_whole
-from weft.model.site import Kind, Site
+from weft.model.site import Kind
 from weft.model.taps import Tap, refuse_roundings, tap_spec, tap_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,7 +113,7 @@ def weave(model: Model) -> Model:
         place.modules += (path,)
         slot = cast(Any, module)
         slot.__class__, slot.compute, slot.stored, slot.expr, slot.tap = woven, weight.dtype, place.stored, expr, None
-    cast(Any, model)._weft = places
+    cast(Any, model)._weft, cast(Any, model)._weft_vectors = places, {}
     for name, method in METHODS.items():
         if hasattr(model, name):
             object.__setattr__(model, name, types.MethodType(method, model))
@@ -141,8 +140,11 @@ def unweave(model: Model, *, original: bool = False) -> Model:
             del module.expr, module.tap, module.compute, module.stored
             module.__dict__.pop("speed", None)
             module.register_parameter("weight", weight)
+    for name, first in first_vectors(model).items() if original else ():
+        p = model.get_parameter(name)
+        p.data = first().to(p).clone()
     put_together(model)
-    del model._weft
+    del model._weft, model._weft_vectors
     for name in METHODS:
         model.__dict__.pop(name, None)
     return model
@@ -164,6 +166,12 @@ def places(model: nn.Module) -> dict[str, Place]:
             fix="weft.weave(model)",
         )
     return model.__dict__["_weft"]
+
+
+def first_vectors(model: nn.Module) -> dict[str, Original]:
+    """The pretrained values of the vectors that a method changed, by name; all others have them today."""
+    places(model)
+    return model.__dict__["_weft_vectors"]
 
 
 def expression(model: nn.Module, place: Place) -> Expr:
@@ -214,34 +222,6 @@ def set_expressions(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
             model.get_submodule(path).expr = there
 
 
-def match(model: nn.Module, at: str | Iterable[str]) -> list[str]:
-    """Sites whose name fits any of these globs: the full name, without `.weight`, or a trailing part (`q_proj`, `mlp.*`).
-
-    `all-linear` is every linear layer that is not (tied to) the output head. Errors: OptionError for a pattern that fits nothing.
-    """
-    names, out = places(model), set[str]()
-    for pattern in [at] if isinstance(at, str) else at:
-        if pattern == "all-linear":
-            head = output_sites(model)
-            found = [n for n, p in names.items() if p.linear and n not in head]
-        else:
-            found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
-        if not found:
-            raise OptionError(
-                "a pattern matches no site",
-                where="at",
-                got=pattern,
-                want="a name or glob, such as *.mlp.*",
-                fix="weft show lists the sites",
-            )
-        out.update(found)
-    return [n for n in names if n in out]
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-
-
 def output_sites(model: nn.Module) -> set[str]:
     """The sites of the output head, where the model has one."""
     get = getattr(model, "get_output_embeddings", None)
@@ -251,15 +231,6 @@ def output_sites(model: nn.Module) -> set[str]:
         if head is not None
         else set()
     )
-
-
-def site(model: nn.Module, name: str, *, evidence: tuple[Any, ...] = (), seed: int = 0) -> Site:
-    """The site as a method sees it, behind its tap: on the CPU, where evidence is and float64 works, wherever the model is."""
-    place = places(model)[name]
-    now = on(expression(model, place), torch.device("cpu"))
-    tap, source = tap_at(model, place), place.original
-    turned = source if tap is None or not tap.turns() else lambda: copy.deepcopy(tap).cpu().turned(source().float())
-    return Site(name, place.kind, now, turned, evidence, seed, tap)
 
 
 def fork(model: Model) -> Model:

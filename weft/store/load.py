@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, set_taps, weave
+from weft.model import (
+    DeviceMap,
+    dispatch,
+    first_vectors,
+    places,
+    plain_tensors,
+    set_expressions,
+    set_taps,
+    vectors,
+    weave,
+)
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
@@ -219,11 +229,23 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
     _ready(model, folder, compute)
     on_disk = names_on_disk(model, known)
     for place in known.values():
-        place.original = Original(_base_reader(base, place, on_disk[place.name]))
+        place.original = Original(_base_reader(base, place.matrix, on_disk[place.name]))
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
+    first_vectors(model).update(_first(model, manifest.get("vectors", []), base, folder.name))
     model.__dict__["_weft_base"] = base
     return model
+
+
+def _first(model: nn.Module, changed: Any, base: Mapping[str, str] | None, where: str) -> dict[str, Original]:
+    """The pretrained values of the vectors that are said to be changed, read when asked for. Errors: FormatError."""
+    known, said = vectors(model), cast(list[Any], changed if isinstance(changed, list) else [type(changed)])
+    if strange := [n for n in said if not isinstance(n, str) or n not in known]:
+        want, fix = "a list of names of the model's vectors", "copy the folder again"
+        where = f"{where}/{MANIFEST}: vectors"
+        raise FormatError("changed vectors cannot be read", where=where, got=strange[:5], want=want, fix=fix)
+    on_disk = names_on_disk(model, said)
+    return {n: Original(_base_reader(base, lambda t: t, file)) for n, file in on_disk.items()}
 
 
 def _names_a_base(base: Any) -> bool:
@@ -235,7 +257,7 @@ def _names_a_base(base: Any) -> bool:
             return False
 
 
-def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Callable[[], Tensor]:
+def _base_reader(base: Mapping[str, str] | None, lies: Callable[[Tensor], Tensor], name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if base is None or not Path(base["path"]).is_dir():
             raise PathError(
@@ -261,7 +283,7 @@ def _base_reader(base: Mapping[str, str] | None, place: Place, name: str) -> Cal
         if (found := known.get(name) or known.get(near)) is None:
             fix = "restore the base model"
             raise FormatError("the base has no such weight", where=base["path"], got="nothing", want=name, fix=fix)
-        return place.matrix(held.one(found))
+        return lies(held.one(found))
 
     return read
 

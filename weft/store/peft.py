@@ -15,7 +15,7 @@ from torch import nn
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
 from weft.expr.weightnorm import WeightNorm
-from weft.model import expressions, fork, places, set_expressions, taps
+from weft.model import expressions, first_vectors, fork, places, set_expressions, taps
 from weft.model.weave import Original
 from weft.store.lora import CONFIG, TENSORS, key
 from weft.store.save import save
@@ -151,6 +151,9 @@ def _tapped(model: nn.Module) -> list[WeftError]:
 def _same_base(model: nn.Module, out: Path | str) -> None:
     """Refuse a model whose base terms are not the pretrained weights."""
     changed = [n for n, e in expressions(model).items() if not _unchanged(e, places(model)[n].original)]
+    changed += [
+        n for n, first in first_vectors(model).items() if not torch.equal(first().to(p := model.get_parameter(n)), p)
+    ]
     if changed:
         raise ConflictError(
             "the adapter was made for other weights than the pretrained ones",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, raise_all
 from weft.expr import Dense, Expr, identity, spec, tensors, valueless
-from weft.model import Place, Tap, expressions, places, plain_tensors, taps
+from weft.model import Place, Tap, expressions, first_vectors, places, plain_tensors, taps
 from weft.model.taps import refuse_roundings, tap_spec, tap_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -65,6 +65,7 @@ def save(
         "class": type(model).__name__,
         **({"sites": {}} if plain else trees(model)),
         **({"shared": others} if not plain and (others := shared(model)) else {}),
+        **({"vectors": sorted(changed)} if not plain and (changed := first_vectors(model)) else {}),
         "bytes": total,
         "base": base(model),
         **(manifest or {}),

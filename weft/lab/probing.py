@@ -1,0 +1,51 @@
+"""The arms of a claim on what tuning does to weights: two chains, trained until they gain alike, and then probed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weft.engine import Findings, get
+from weft.engine.run import Chain, Step, chain_key
+from weft.lab import metrics
+from weft.lab.trial import Arm, Trial
+from weft.lab.tuning import STEPS, rate, recipe, tuned
+from weft.store.cache import key
+
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, STEPS)
+"""Steps that an arm which gains more than the other is trained for instead."""
+
+
+def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step, number: str) -> Arm:
+    """A number that a probe gives of every weight, after training this chain at its rate for the steps of `steps_of`."""
+
+    def make() -> metrics.Scores:
+        _, model = tuned(trial, chain, rate(trial, chain), steps_of(trial, chain, other, below))
+        found: Findings = get(probe.method)(model, **dict(probe.options))
+        values = np.array([float(at[number]) for at in found.sites.values()])
+        return values, np.ones_like(values)
+
+    what = [chain_key(chain), chain_key(other), below, chain_key((probe,)), number, *recipe(trial)]
+    return trial.arm("probe", what, make, (number, "a weight"))
+
+
+def steps_of(trial: Trial, chain: Chain, other: Chain, below: bool) -> int:
+    """All steps for the chain that gains less on the select set; for the better one as many as leave it next to that gain.
+
+    Of the ladder, the most steps that gain no more (`below`; one step at least), or the fewest that gain no less.
+    """
+    goal = max(_score(trial, c, LADDER[-1]) for c in (chain, other))
+    if _score(trial, chain, LADDER[-1]) >= goal:
+        return LADDER[-1]
+    low, high = -1, len(LADDER) - 1  # LADDER[high] gains no less than the goal
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _score(trial, chain, LADDER[middle]) <= goal else (middle, high)
+    return LADDER[max(0, low) if below else high]
+
+
+def _score(trial: Trial, chain: Chain, steps: int) -> float:
+    """The select score after so many steps; the lower, the more was gained."""
+    lr = rate(trial, chain)
+    name = key("select", trial.subject.fingerprint, trial.seed, trial.code, chain_key(chain), lr, steps, *recipe(trial))
+    held = trial.store.json("lab-rates", name, lambda: {"score": str(tuned(trial, chain, lr, steps)[0])})
+    return float(held["score"])

@@ -1,0 +1,1 @@
+"""Methods that find out what was done to a model."""

@@ -138,12 +138,18 @@ def test_searches_are_compared_at_the_same_bytes(lab: Lab) -> None:
 def test_tuned_arms_gain(lab: Lab) -> None:
     """The same rank gains half of what it gains, and not twice as much; gains are above nothing."""
     lm = lab.only("tiny")
-    made = lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=0.5)
+    made = lm.tune(ours=[("lora", {"rank": 2})], baseline=[("lora", {"rank": 2})], share=0.5)
     found = made.findings[0]
     assert made.verdict == "reproduced" and found.ours == found.baseline > 0 and found.floor == 0
     assert found.metric == "gain in bits per byte" and made.arms["floor"] == "untuned"
-    assert lm.tune(ours={"rank": 2}, baseline={"rank": 2}, share=2.0).verdict == "contradicted"
-    assert lab.only("tiny-embed").tune(ours={"rank": 2}, baseline={"rank": 1}, share=1.0).findings[0].units == 30
+    assert lm.tune(ours=[("lora", {"rank": 2})], baseline=[("lora", {"rank": 2})], share=2.0).verdict == "contradicted"
+    assert (
+        lab.only("tiny-embed")
+        .tune(ours=[("lora", {"rank": 2})], baseline=[("lora", {"rank": 1})], share=1.0)
+        .findings[0]
+        .units
+        == 30
+    )
 
 
 @pytest.mark.parametrize(

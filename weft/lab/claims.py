@@ -159,16 +159,17 @@ class Lab:
         arms = {arm: f"{name} within {b:.0%} of bfloat16" for arm, (name, b) in given.items()}
         return self._judge(runs, arms, [ours, baseline, "rtn"], 1.0, "less")
 
-    def tune(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], share: float) -> Claim:
-        """Holds if LoRA with options `ours` gains, on another domain, at least `share` of what `baseline` gains.
+    def tune(self, *, ours: Steps, baseline: Steps, share: float) -> Claim:
+        """Holds if what the chain `ours` adds gains, trained on another domain, at least `share` of what `baseline` gains.
 
-        The gain is the untuned score minus the tuned one on test documents; it has to be one. Both arms take the same
-        steps and choose from the same learning rates.
+        Rewrites go to every Linear but the output head, branches to their place. The gain is the untuned score minus the tuned one on
+        test documents; it has to be one. Both arms take the same steps and choose from the same learning rates.
         """
-        chains = {"ours": _chain([("lora", ours)]), "baseline": _chain([("lora", baseline)])}
+        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
         runs: dict[str, Run] = {arm: partial(gained, chain=c) for arm, c in chains.items()}
         arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
-        return self._judge({**runs, "floor": untouched}, arms, ["lora"], share, "more")
+        methods = [s.method for c in chains.values() for s in c]
+        return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
 
     def _judge(
         self,

@@ -1,14 +1,16 @@
-"""The tuned arms of a claim: an adapter trained for a few steps on another domain, at the best of a few rates."""
+"""The tuned arms of a claim: adapters and branches trained for a few steps on another domain, at the best of a few rates."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from weft.engine import branches, get
 from weft.engine.run import Chain, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -32,7 +34,7 @@ CHOICE = 48
 
 
 def gained(trial: Trial, chain: Chain) -> Arm:
-    """How much lower the test scores are after this adapter was trained on the tuning task."""
+    """How much lower the test scores are after what this chain adds was trained on the tuning task."""
     before, task = untuned(trial), _task(trial)
 
     def make() -> metrics.Scores:
@@ -80,7 +82,7 @@ def _recipe(task: tasks.Task) -> list[Any]:
 def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[float, nn.Module]:
     """The select score after training at this rate (infinite if it diverged), and the model."""
     model, tokenizer = fork(trial.subject.model), trial.subject.tokenizer
-    apply(model, chain, at="all-linear", seed=trial.seed)
+    _add(model, chain, trial.seed)
     try:
         train(model, task.train, tokenizer=tokenizer, steps=STEPS, batch=BATCH, length=TOKENS, lr=rate, seed=trial.seed)
         values, weights = _score(trial, model.cpu(), task.select)
@@ -88,6 +90,16 @@ def _tuned(trial: Trial, task: tasks.Task, chain: Chain, rate: float) -> tuple[f
         return np.inf, model.cpu()
     mean = float((values * weights).sum() / weights.sum())
     return (mean if np.isfinite(mean) else np.inf), model
+
+
+def _add(model: nn.Module, chain: Chain, seed: int) -> None:
+    """Run a chain of rewrites, on every linear layer but the head, and of branches."""
+    for added, steps in groupby(chain, lambda s: get(s.method).kind == "branch"):
+        if added:
+            for step in steps:
+                branches.run(model, step, seed=seed)
+        else:
+            apply(model, tuple(steps), at="all-linear", seed=seed)
 
 
 def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:

@@ -2,6 +2,7 @@
 
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
+from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
 from weft.model.devices import DeviceMap, dispatch
 from weft.model.edges import refusals, set_taps, untap
 from weft.model.experts import take_apart
@@ -12,6 +13,7 @@ from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
+from weft.model.virtual import Prefix, Prompt, own_keys, table_of, trunk
 from weft.model.weave import (
     Place,
     expression,
@@ -31,8 +33,9 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate", "Rounding", "Scale", "Select",
-    "Site", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven",
-    "match", "mode", "must_be_whole", "output_sites", "places", "plain_tensors", "refusals", "rotation", "set_expressions", "set_taps",
-    "site", "take_apart", "taps", "transport", "untap", "untie", "unweave", "weave",
+    "BRANCHES", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident",
+    "Rotate", "Rounding", "Scale", "Select", "Site", "Tap", "Transform", "add_branch", "axes", "branches", "dispatch", "expression",
+    "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys",
+    "places", "plain_tensors", "refusals", "rotation", "set_expressions", "set_taps", "site", "table_of", "take_apart", "taps",
+    "transport", "trunk", "unbranch", "untap", "untie", "unweave", "weave",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
-from weft.model import DeviceMap, Place, dispatch, places, plain_tensors, set_expressions, set_taps, weave
+from weft.model import DeviceMap, Place, add_branch, dispatch, places, plain_tensors, set_expressions, set_taps, weave
 from weft.model.weave import Original
 from weft.progress import Progress, Silent
 from weft.store.assign import assign, assign_plain, misfits, names, names_on_disk, skeleton
@@ -22,7 +22,7 @@ from weft.store.files import must_be_text, read_json
 from weft.store.library import stem_in
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import Step, examine, seal
-from weft.store.trees import broken, expressions_of, taps_of
+from weft.store.trees import branches_of, broken, expressions_of, taps_of
 
 WANTED = [
     "*.json", "model*.safetensors", "diffusion_pytorch_model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*",
@@ -210,7 +210,8 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             fix="copy the folder again",
         )
     sites, on, content, problems = taps_of(manifest, content, folder.name)
-    raise_all(problems)
+    added, content, more = branches_of(manifest, content, folder.name)
+    raise_all(problems + more)
     exprs, plain, problems = expressions_of(sites, content, folder.name, manifest.get("shared"))
     problems += [*assign_plain(model, plain, compute, folder.name), *broken(exprs)]
     raise_all(problems)
@@ -222,6 +223,8 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
         place.original = Original(_base_reader(base, place, on_disk[place.name]))
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
+    for branch in added:
+        add_branch(model, branch)
     model.__dict__["_weft_base"] = base
     return model
 

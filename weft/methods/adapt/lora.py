@@ -34,4 +34,4 @@ def lora(
 
 @lora.claim("at rank 16 reaches at least 80 % of what rank 64 gains on a shifted domain, after the same steps")
 def claim(lab: Lab) -> Claim:
-    return lab.tune(ours={"rank": 16}, baseline={"rank": 64}, share=0.8)
+    return lab.tune(ours=[("lora", {"rank": 16})], baseline=[("lora", {"rank": 64})], share=0.8)

@@ -101,7 +101,7 @@ class Prefix(Branch):
             cache = self._filled(host, rows, cache)
         before = cast(DynamicCache, cache).get_seq_length()
         out = call({**_wider(self, host, given, count, past), "past_key_values": cache})
-        if cast(DynamicCache, cache).get_seq_length() != before + length:
+        if cast(DynamicCache, cache).get_seq_length() < before + length:
             got, fix = "a layer that was given no cache", "take the prefix off with weft.unbranch(model)"
             raise _refusal(self, "this model did not read its prefix", got, "a model that reads its cache", fix)
         if not keep:
@@ -227,6 +227,11 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
         if mask.shape[1] != past + length:
             got, want = f"a mask of {mask.shape[1]}", f"one of {past + length}: {past} tokens before, {length} now"
             raise _refusal(branch, "a mask does not fit the text", got, want, _AS)
+        if _windowed(host) and not bool(mask[:, 0].all()):
+            got, want = "padding on the left, which moves virtual tokens away from the text", "padding on the right"
+            raise _refusal(
+                branch, "layers see a window of tokens, not of text", got, want, "pad on the right, or run text by text"
+            )
         wide["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
     if positions is not None:
         following = torch.arange(past, past + length, device=positions.device)
@@ -235,6 +240,11 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
             raise _refusal(branch, "packed texts cannot share virtual tokens", got, want, _AS)
         wide["position_ids"] = positions + count
     return wide
+
+
+def _windowed(host: nn.Module) -> bool:
+    """Whether layers see a window of what came before, or a state of it, in which padding has room."""
+    return {type(c) for c in DynamicCache(config=cast(Any, host).config).layers} - {DynamicLayer} != set()
 
 
 _AS = "call the model as weft.generate and weft.train do; or take the branch off with weft.unbranch(model)"

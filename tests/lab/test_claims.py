@@ -152,6 +152,14 @@ def test_tuned_arms_gain(lab: Lab) -> None:
     )
 
 
+def test_tuned_arms_are_chains(lab: Lab) -> None:
+    """Rewrites and branches one after another; of a model of embeddings too."""
+    chain: Any = [("rtn", {"bits": 8, "group": 0}), ("prompt", {"length": 2}), ("lora", {"rank": 1})]
+    made = lab.tune(ours=chain, baseline=[("prompt", {"length": 1})], share=1.0)
+    assert made.arms["ours"].startswith("rtn(bits=8, group=0) then prompt(length=2) then lora(")
+    assert set(made.methods) == {"rtn", "prompt", "lora"} and all(f.ours != f.baseline for f in made.findings)
+
+
 @pytest.mark.parametrize(
     ("spans", "side", "verdict"),
     [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weft.engine.registry import get
 from weft.engine.run import Change, Step
 from weft.error import ConflictError, OptionError
-from weft.model import add_branch, own_keys, places, table_of, trunk
+from weft.model import add_branch, must_be_whole, own_keys, places, table_of, trunk
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,12 @@ class Trunk:
 
 
 def run(model: nn.Module, step: Step, *, seed: int = 0) -> tuple[list[Change], list[tuple[str, str]]]:
-    """Add the branch that a method makes, in place: what changed, and the fallbacks (none). Errors: those of method and branch."""
+    """Add the branch that a method makes, in place: what changed, and the fallbacks (none).
+
+    Errors: those of method and branch; ConflictError if parameters are spread over processes.
+    """
     places(model)
+    must_be_whole(model.named_parameters())
     method = get(step.method)
     if method.kind != "branch":
         want, fix = "a branch", "weft methods shows kinds"

@@ -96,7 +96,7 @@ class Prefix(Branch):
         asked = given.get("use_cache")
         keep = cache is not None or (config.use_cache if asked is None else asked)
         entered, past = _past(self, host, given)
-        count, (rows, length) = self.keys.shape[2], _size(given)
+        count, (rows, length) = self.keys.shape[2], _size(self, given)
         if not entered:
             cache = self._filled(host, rows, cache)
         before = cast(DynamicCache, cache).get_seq_length()
@@ -154,7 +154,7 @@ def empty_cache(model: nn.Module, where: str) -> DynamicCache:
 
 
 def own_keys(model: nn.Module, at: str, ids: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's keys [1 h k d] and values [1 h k e] for these tokens (one, if not given), without branches and dropout.
+    """Every layer's keys [1 h k d] and values [1 h k e] for these tokens (one, if not given), without the host's branches and dropout.
 
     Errors: ConflictError for a layer that keeps none of its own.
     """
@@ -201,9 +201,11 @@ def _mark(cache: Any, key: str, count: int) -> None:
         vars(cache)[_MARK] = {**vars(cache).get(_MARK, {}), key: count}
 
 
-def _size(given: dict[str, Any]) -> tuple[int, int]:
-    """Rows and tokens of the input."""
-    x = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+def _size(branch: Branch, given: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of the input. Errors: ConflictError if there is none."""
+    x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if x is None:
+        raise _refusal(branch, "there is no text", "neither tokens nor embeddings", "one of them", _AS)
     return int(x.shape[0]), int(x.shape[1])
 
 
@@ -212,7 +214,7 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
 
     Errors: ConflictError for arguments that do not say of each token where it is and what it sees, one row a text.
     """
-    wide, (_, length) = dict(given), _size(given)
+    wide, (_, length) = dict(given), _size(branch, given)
     others = [n for n, t in given.items() if isinstance(t, Tensor) and t.dim() and n not in _KNOWN]
     flat = all(given[n].dim() == 2 for n in _KNOWN - {"inputs_embeds"} if isinstance(given.get(n), Tensor))
     mask, positions = given.get("attention_mask"), given.get("position_ids")

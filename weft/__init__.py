@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from weft.fitting.settings import Settings
     from weft.harness import TaskScore, evaluate_tasks
     from weft.lab.prove import prove, stale
-    from weft.model import axes, expressions, fork, gathered, mode, transport, untap, unweave, weave
+    from weft.model import axes, expressions, fork, gathered, mode, transport, unbranch, untap, unweave, weave
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate, tokenizer
     from weft.store.mend import import_
@@ -53,7 +53,7 @@ _HOME = {
     "weft.fitting.settings": ("Settings",),
     "weft.harness": ("TaskScore", "evaluate_tasks"),
     "weft.lab.prove": ("prove", "stale"),
-    "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "untap", "unweave", "weave"),
+    "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "unbranch", "untap", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
     "weft.score": ("evaluate", "generate", "tokenizer"),
@@ -63,7 +63,7 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "WeftError", "apply", "attach", "axes", "evaluate", "evaluate_tasks", "export",
     "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan", "probe",
-    "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport", "untap", "unweave", "verify", "weave",
+    "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

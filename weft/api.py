@@ -13,6 +13,7 @@ from torch import nn
 from weft import store
 from weft.catalog import Entry, entries
 from weft.engine import Findings, get, transports
+from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merged
@@ -22,7 +23,7 @@ from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.train import History
-from weft.model import DeviceMap, expressions, taps
+from weft.model import DeviceMap, branches, expressions, taps
 from weft.progress import Progress, Silent
 from weft.score import examples, tokenizer
 from weft.store.cache import default
@@ -40,10 +41,13 @@ class Changes(list[Change]):
 
 @dataclass(frozen=True)
 class Row:
-    """One weight as `show` lists it; `bits` are stored bits per weight, scales and all; `input` is the tap on what it reads."""
+    """One weight as `show` lists it; `bits` are stored bits per weight, scales and all; `input` is the tap on what it reads.
+
+    A branch has no shape.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     expression: str
     bytes: int
     bits: float
@@ -101,25 +105,30 @@ def apply(
     progress: Progress | None = None,
     **options: Any,
 ) -> Changes:
-    """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches.
+    """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches, or add a branch.
 
     `at` is a glob, several, or `all-linear`; by default low-rank adapters and taps go to `all-linear`, every other rewrite to all
-    sites that it is for, a transport to all of its axes.
+    sites that it is for, a transport to all of its axes. A branch has a place of its own, and takes no `at`.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
-    keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method that is no rewrite or
-    transport, and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
+    keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method of another kind,
+    and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
     """
     whole(0, seed=seed)
     chosen = get(method)
     if chosen.kind not in KINDS:
         raise OptionError(
-            "this method does not rewrite weights",
+            "this method does not change a model",
             where=method,
             got=f"a {chosen.kind} method",
-            want="a rewrite or a transport",
+            want="a rewrite, a transport or a branch",
             fix="weft methods shows kinds",
         )
     step, bars = Step.of(method, **options), progress or Silent()
+    if chosen.kind == "branch":
+        if at is not None:
+            want, fix = "nothing: its place is its own", "leave it out"
+            raise OptionError("a branch goes to no sites", where=f"{method}: at", got=at, want=want, fix=fix)
+        return Changes(*branching.run(model, step, seed=seed))
     if chosen.kind == "transport":
         count = transports.reach(model, method, at)
         stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
@@ -271,12 +280,13 @@ def verify(folder: str | Path, progress: Progress | None = None) -> list[str]:
 
 
 def show(model: nn.Module) -> list[Row]:
-    """Every weight: its name, shape, expression, bytes and bits per weight, and what its input goes through first."""
+    """Every weight: its name, shape, expression, bytes and bits per weight, and what its input goes through first; then every branch."""
     on = {name: tap.describe() for name, tap in taps(model).items()}
-    return [
+    rows = [
         Row(n, e.shape, e.describe(), e.nbytes(), e.bits_per_weight(), on.get(n, ""))
         for n, e in expressions(model).items()
     ]
+    return rows + [Row(b.key, (), b.describe(), b.nbytes(), 8 * b.nbytes() / b.numbers) for b in branches(model)]
 
 
 def methods() -> list[Entry]:

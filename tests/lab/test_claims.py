@@ -151,6 +151,14 @@ def test_tuned_arms_gain(lab: Lab) -> None:
     assert lab.only("tiny-embed").tune(ours=lora(2), baseline=lora(1), share=1.0).findings[0].units == 30
 
 
+def test_tuned_arms_are_chains(lab: Lab) -> None:
+    """Rewrites and branches one after another; of a model of embeddings too."""
+    chain: Any = [("rtn", {"bits": 8, "group": 0}), ("prompt", {"length": 2}), ("lora", {"rank": 1})]
+    made = lab.tune(ours=chain, baseline=[("prompt", {"length": 1})], share=1.0)
+    assert made.arms["ours"].startswith("rtn(bits=8, group=0) then prompt(length=2) then lora(")
+    assert set(made.methods) == {"rtn", "prompt", "lora"} and all(f.ours != f.baseline for f in made.findings)
+
+
 def test_arms_are_chains_of_any_methods(lab: Lab, subject: Subject) -> None:
     """Each goes where it goes by default, with evidence where it needs some; all methods that took part are named."""
     chain = [("gptq", {"bits": 8}), *lora(2)]

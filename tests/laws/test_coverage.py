@@ -9,7 +9,7 @@ import pytest
 from weft.engine import get, names
 from weft.expr import NODES
 
-from . import test_nodes, test_probes, test_rewrites, test_routed, test_searches, test_transports
+from . import test_branches, test_nodes, test_probes, test_rewrites, test_routed, test_searches, test_transports
 from .cases import KINDS, REWRITES, instances
 
 LEAST = 3
@@ -31,6 +31,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "rewrite": len(test_rewrites.LAWS) + 2 * len(REWRITES) - 1,
         "search": len(test_searches.LAWS),
         "probe": len(test_probes.LAWS),
+        "branch": len(test_branches.MODELS) + len(test_branches.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from weft import __version__
+from weft import apply as apply_method
 from weft.engine.run import Step, apply
 from weft.expr import (
     NM,
@@ -34,7 +35,8 @@ from weft.expr import (
     Sum,
 )  # fmt: skip
 from weft.grid import GRIDS, SCALES, grid
-from weft.model import expressions, set_expressions, taps, weave
+from weft.model import branches, expressions, plain_tensors, set_expressions, taps, weave
+from weft.model.branch import branch_spec
 from weft.store import save
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +124,24 @@ def test_the_reader_in_the_document_reads_tapped_weights(tmp_path: Path) -> None
     for name, tap in taps(model).items():
         want = tap.back(expressions(model)[name].dense())
         torch.testing.assert_close(torch.tensor(found[name]).float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reader_in_the_document_reads_branches(tmp_path: Path) -> None:
+    """What the manifest says of each, in order, and its tensors."""
+    model = tiny()
+    apply_method(model, "prefix", length=2)
+    apply_method(model, "prompt", length=3, name="two")
+    save(model, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text("utf8"), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(code, "files.md", "exec"), space)
+    found = list(space["branches"](tmp_path / "out"))
+    assert [said for said, _ in found] == [branch_spec(b) for b in branches(model)]
+    for branch, (_, held) in zip(branches(model), found, strict=True):
+        want = dict(branch.named_parameters())
+        assert held.keys() == want.keys()
+        assert all(torch.equal(torch.tensor(t), want[n]) for n, t in held.items())
+    assert set(space["read"](tmp_path / "out")) == set(plain_tensors(model)) | set(expressions(model))
 
 
 def commands() -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Methods, how they are found, and how they run."""
 
+from weft.engine.branches import Trunk
 from weft.engine.findings import Findings
 from weft.engine.method import METHODS, Beats, Method, method
 from weft.engine.registry import get, names
@@ -7,6 +8,7 @@ from weft.engine.transports import Span
 from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site
 
 __all__ = [
-    "METHODS", "Beats", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Span", "get", "method",
+    "METHODS", "Beats", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Span", "Trunk", "get",
+    "method",
     "names",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from weft.engine import get
-from weft.engine.run import Chain, apply, chain_key
+from weft.engine import branches, get
+from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
 from weft.lab.trial import Arm, Trial, task_of
@@ -90,9 +90,7 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
     """The select score after so many steps (`STEPS`) at this rate, infinite if it diverged, and the model."""
     task, model, tokenizer = _task(trial), fork(trial.subject.model), trial.subject.tokenizer
     for step in chain:
-        method = get(step.method)
-        at = "*" if method.on else "all-linear"
-        apply(model, (step,), at=at, stats=trial.stats if method.needs else None, seed=trial.seed)
+        _add(trial, model, step)
     how: dict[str, Any] = {"batch": BATCH, "length": TOKENS, "lr": rate, "seed": trial.seed}
     try:
         train(model, task.train, tokenizer=tokenizer, steps=steps or STEPS, **how)
@@ -101,6 +99,16 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
         return np.inf, model.cpu()
     mean = float((values * weights).sum() / weights.sum())
     return (mean if np.isfinite(mean) else np.inf), model
+
+
+def _add(trial: Trial, model: nn.Module, step: Step) -> None:
+    """Run a step: rewrites of weights on every linear layer but the head, others where they go by themselves."""
+    method = get(step.method)
+    if method.kind == "branch":
+        branches.run(model, step, seed=trial.seed)
+        return
+    at = "*" if method.on else "all-linear"
+    apply(model, (step,), at=at, stats=trial.stats if method.needs else None, seed=trial.seed)
 
 
 def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:

@@ -2,6 +2,7 @@
 
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
+from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
 from weft.model.devices import DeviceMap, dispatch
 from weft.model.edges import refusals, set_taps, untap
 from weft.model.experts import take_apart
@@ -13,6 +14,7 @@ from weft.model.sites import MATRIX, TAGS, match, put, site, tagged, vectors
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
+from weft.model.virtual import Prefix, Prompt, own_keys, table_of, trunk
 from weft.model.weave import (
     Place,
     expression,
@@ -31,9 +33,9 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "MATRIX", "TAGS", "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate",
-    "Rounding", "Scale", "Select", "Site", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint",
-    "finite", "first_vectors", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "places",
-    "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps", "site", "tagged", "take_apart", "taps",
-    "transport", "untap", "untie", "unweave", "vectors", "weave",
+    "BRANCHES", "MATRIX", "TAGS", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Prefix",
+    "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Tap", "Transform", "add_branch", "axes", "branches",
+    "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fork", "gathered", "is_woven", "match", "mode",
+    "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps",
+    "site", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from weft.error import ConflictError, OptionError, WeftError, raise_all
 from weft.expr import Expr
 from weft.model.axes import axes
 from weft.model.axis import KINDS, Axis, Norm, Part
+from weft.model.branch import refuse_branches
 from weft.model.taps import Tap
 from weft.model.transforms import Rotate, Scale, Select, Transform, carried, selectable
 from weft.model.weave import Original, Place, expression, expressions, first_vectors, places, taps
@@ -27,8 +28,9 @@ def transport(model: nn.Module, changes: Mapping[str, Transform]) -> list[tuple[
     unties a tied head.
     Errors, all at once and before anything changes: OptionError for no such axis; ConflictError for what an axis does not
     admit, with the reason, and for readers behind a tap; ShapeError for a transform of another size; NumericError for one
-    that is not finite or has no inverse.
+    that is not finite or has no inverse; ConflictError for branches, which are in today's coordinates.
     """
+    refuse_branches(model, "a change of coordinates")
     known, exprs, on = axes(model), expressions(model), taps(model)
     problems = [p for name, by in changes.items() for p in _refusals(known, name, by, exprs, on)]
     raise_all(problems + list(_uneven(known, changes)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError, raise_all
 from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.model.branch import branch_spec, branch_tensors, branches, inside_branches, refuse_branches, unbranch
 from weft.model.devices import device_of, on
 from weft.model.experts import put_together, take_apart
 from weft.model.layers import PLAIN, layer
@@ -124,11 +125,13 @@ def unweave(model: Model, *, original: bool = False) -> Model:
     """Plain weights again, in place: today's values, or the pretrained ones, in the dtype that the model computes in.
 
     Turns of inputs are folded into the weights. Errors, before anything changes: ConflictError naming weights whose value depends
-    on the input, and those whose input is rounded; neither if `original`.
+    on the input, those whose input is rounded, and branches; none of it if `original`, where they are taken off.
     """
     if not original:
         raise_all(valueless(expressions(model)))
         refuse_roundings(taps(model), "a plain model")
+        refuse_branches(model, "a plain model")
+    unbranch(model)
     for place in places(model).values():
         tap = tap_at(model, place) or Tap()
         value = place.original() if original else tap.back(expression(model, place).dense())
@@ -249,9 +252,9 @@ def fork(model: Model) -> Model:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers that belong to no expression: norms, biases, position tables."""
+    """Parameters and saved buffers that belong to no expression, tap or branch: norms, biases, position tables."""
     inside = {f"{path}.{k}." for place in places(model).values() for path in place.modules for k in ("expr", "tap")}
-    prefixes = tuple(inside)
+    prefixes = (*inside, *inside_branches(model))
     made = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(prefixes)}
     first = {id(v): k for k, v in reversed(made.items())}
     return {k: v for k, v in made.items() if first[id(v)] == k}
@@ -260,7 +263,9 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fingerprint(model: nn.Module) -> str:
     """Hash of every value of a woven model, 32 hex digits."""
     word = hashlib.blake2b(digest_size=16)
-    items: dict[str, Tensor] = dict(plain_tensors(model))
+    items: dict[str, Tensor] = plain_tensors(model) | branch_tensors(model)
+    for branch in branches(model):
+        word.update(json.dumps(branch_spec(branch), sort_keys=True).encode())
     for name, expr in expressions(model).items():
         word.update(json.dumps([name, spec(expr)], sort_keys=True).encode())
         items |= {f"{name}:{k}": t for k, t in tensors(expr).items()}

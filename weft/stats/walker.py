@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, FormatError, NumericError
 from weft.model import places
 from weft.model.blocks import blocks
+from weft.model.branch import refuse_branches
 from weft.stats.sums import InputSums
 
 Batch = Mapping[str, Tensor]
@@ -33,10 +34,11 @@ class Walker:
     The model is run once with its blocks replaced by recorders, which gives the first hidden state and every block's
     other arguments. Batch 0 is checked against the plain model. Hidden states stay on the CPU.
     Errors: ConflictError for a model whose blocks cannot be replayed (the hidden state must be their first argument
-    and result, and their other arguments must not depend on it).
+    and result, and their other arguments must not depend on it), and for branches.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, check: bool = True) -> None:
+        refuse_branches(model, "evidence")
         self.model, self.batches = model, batches
         self.path, self.blocks = blocks(model)
         self.hidden: list[Float[Tensor, "b t d"]] = []

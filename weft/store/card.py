@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from weft.model import expressions, taps
+from weft.model import branches, expressions, taps
 from weft.store.library import library
 
 _LICENCE = re.compile(r"license: ([A-Za-z0-9.-]{1,64})")
@@ -38,6 +38,8 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
         if on := Counter(tap.describe() for tap in taps(model).values()):
             lines += ["", "| weights | read their input through |", "| ---: | --- |"]
             lines += [f"| {n} | {form} |" for form, n in on.most_common(20)]
+        if added := branches(model):
+            lines += ["", "| branch | is |", "| --- | --- |", *(f"| `{b.key}` | {b.describe()} |" for b in added)]
     load = 'weft.load("FOLDER")' if kind == "weft" else f'{home}.{name}.from_pretrained("FOLDER")'
     use = [f"import {load.partition('.')[0]}", "", f"model = {load}"]
     return "\n".join([*lines, "", "```python", *use, "```", ""])

@@ -14,6 +14,7 @@ from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, Quantized, Sum, valueless
 from weft.grid import pack, packed_bytes
 from weft.model import Place, Rounding, Tap, expressions, places, plain_tensors, taps
+from weft.model.branch import refuse_branches
 from weft.store.card import card
 from weft.store.library import config_of, library
 from weft.store.save import later, may_write, narrow, travel, write_shards
@@ -73,6 +74,7 @@ def export_compressed(model: nn.Module, out: Path | str, *, replace: bool = Fals
         )
     exprs, where = expressions(model), places(model)
     on = taps(model)
+    refuse_branches(model, "a compressed-tensors checkpoint")
     problems = [p for n, e in exprs.items() if (p := _refusal(where[n], e) or _tapped(n, e, on.get(n)))]
     raise_all(valueless(exprs) or problems)
     packed = {n: e for n, e in exprs.items() if where[n].kind == "linear" and isinstance(e, Quantized)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weft.error import ChangedError, FormatError, PathError, WeftError, raise_all
 from weft.model import (
     DeviceMap,
+    add_branch,
     dispatch,
     first_vectors,
     places,
@@ -32,7 +33,7 @@ from weft.store.files import must_be_text, read_json
 from weft.store.library import stem_in
 from weft.store.swap import MANIFEST, digest, read_manifest
 from weft.store.tensors import Step, examine, seal
-from weft.store.trees import broken, expressions_of, taps_of
+from weft.store.trees import branches_of, broken, expressions_of, taps_of
 
 WANTED = [
     "*.json", "model*.safetensors", "diffusion_pytorch_model*.safetensors", "weft*.safetensors", "*.txt", "*.model", "1_Pooling/*",
@@ -220,7 +221,8 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             fix="copy the folder again",
         )
     sites, on, content, problems = taps_of(manifest, content, folder.name)
-    raise_all(problems)
+    added, content, more = branches_of(manifest, content, folder.name)
+    raise_all(problems + more)
     exprs, plain, problems = expressions_of(sites, content, folder.name, manifest.get("shared"))
     problems += [*assign_plain(model, plain, compute, folder.name), *broken(exprs)]
     raise_all(problems)
@@ -233,6 +235,8 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
         for path in place.modules:
             cast(Any, model.get_submodule(path)).compute = compute
     first_vectors(model).update(_first(model, manifest.get("vectors", []), base, folder.name))
+    for branch in added:
+        add_branch(model, branch)
     model.__dict__["_weft_base"] = base
     return model
 

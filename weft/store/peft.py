@@ -16,6 +16,7 @@ from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
 from weft.expr.weightnorm import WeightNorm
 from weft.model import expressions, first_vectors, fork, places, set_expressions, taps
+from weft.model.branch import refuse_branches
 from weft.model.weave import Original
 from weft.store.lora import CONFIG, TENSORS, key
 from weft.store.save import save
@@ -31,7 +32,7 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
     `base` names a folder that it is written to, as an ordinary checkpoint without the adapters. The manifest holds the
     fingerprint of what the adapter belongs to.
     Errors: ConflictError, naming every site, for adapters that are no LoRA of a linear layer; for a changed base
-    without `base`; for inputs that go through taps; for a model without adapters; for folders that exist.
+    without `base`; for inputs that go through taps, and branches; for a model without adapters; for folders that exist.
     """
     adapters = {n: a for n, e in expressions(model).items() if (a := _adapters(e))}
     if not adapters:
@@ -42,6 +43,7 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
             want="one",
             fix='weft.apply(model, "lora"), then train',
         )
+    refuse_branches(model, "a PEFT LoRA")
     raise_all([p for n, terms in adapters.items() for p in _no_lora(model, n, terms)] + _tapped(model))
     if base is None:
         _same_base(model, out)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, raise_all
 from weft.expr import Dense, Expr, identity, spec, tensors, valueless
-from weft.model import Place, Tap, expressions, first_vectors, places, plain_tensors, taps
+from weft.model import Place, Tap, branches, expressions, first_vectors, places, plain_tensors, taps
+from weft.model.branch import branch_spec, branch_tensors, refuse_branches
 from weft.model.taps import refuse_roundings, tap_spec, tap_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -44,15 +45,17 @@ def save(
 ) -> None:
     """Write a model folder, whole or not at all, with one tensor in memory at a time.
 
-    If every expression is a plain matrix, or with `dense`, the folder is an ordinary checkpoint of the model's library.
+    If every expression is a plain matrix and there is no branch, or with `dense`, the folder is an ordinary checkpoint of the model's
+    library.
     Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
     `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced or,
-    `dense`, for a weight whose value depends on the input or whose input is rounded; NumericError for one that is not
+    `dense`, for a weight whose value depends on the input or whose input is rounded, and for branches; NumericError for one that is not
     finite; ResourceError for a full disk; PathError.
     """
     if dense:
         refuse_roundings(taps(model), "a plain checkpoint")
+        refuse_branches(model, "a plain checkpoint")
     plain = dense or _plain(model)
     content: Content = _dense(model) if dense else stored(model)
     if plain:
@@ -114,6 +117,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     else:
         made = {n: t.detach() for n, t in _named(exprs).items() if n not in others}
     made |= {f"{edge}:tap.{path}": t for edge, tap in edges(model).items() for path, t in tap_tensors(tap).items()}
+    made |= {n: t.detach() for n, t in branch_tensors(model).items()}
     return made | {name: narrow(t) for name, t in plain_tensors(model).items()}
 
 
@@ -131,7 +135,7 @@ def shared(model: nn.Module) -> dict[str, str]:
 
 def _plain(model: nn.Module) -> bool:
     """Whether an ordinary checkpoint holds the model as it is."""
-    return all(isinstance(e, Dense) for e in expressions(model).values()) and not taps(model)
+    return all(isinstance(e, Dense) for e in expressions(model).values()) and not taps(model) and not branches(model)
 
 
 def edges(model: nn.Module) -> dict[str, Tap]:
@@ -141,13 +145,14 @@ def edges(model: nn.Module) -> dict[str, Tap]:
 
 
 def trees(model: nn.Module) -> dict[str, Any]:
-    """What a manifest says of sites and taps, without their tensors."""
+    """What a manifest says of sites, taps and branches, without their tensors."""
     first = {id(tap): name for name, tap in edges(model).items()}
     made = {name: spec(e) for name, e in expressions(model).items()}
     for name, tap in taps(model).items():
         made[name] = {"node": "Tapped", "tap": first[id(tap)], "expr": made[name]}
     on = {name: tap_spec(tap) for name, tap in edges(model).items()}
-    return {"sites": made, "taps": on} if on else {"sites": made}
+    added = [branch_spec(b) for b in branches(model)]
+    return {"sites": made, **({"taps": on} if on else {}), **({"branches": added} if added else {})}
 
 
 def _dense(model: nn.Module) -> Content:

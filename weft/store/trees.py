@@ -1,4 +1,4 @@
-"""A weft folder's expressions: every site's tree from the manifest, its tensors from the files."""
+"""A weft folder's expressions, taps and branches: trees from the manifest, tensors from the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from weft.error import FormatError, NumericError, WeftError
 from weft.expr import Expr, Quantized, build
 from weft.grid import grid
-from weft.model import Tap
+from weft.model import Branch, Tap
+from weft.model.branch import build_branch
 from weft.model.taps import build_tap
 from weft.store.tensors import check_finite
 
@@ -111,6 +112,34 @@ def taps_of(
             problems.append(_left("unexpected tensors", at, held[edge], "those of its tap"))
     bare = {n: t.get("expr") if n in readers else t for n, t in sites.items()}
     return bare, {n: made[e] for n, e in readers.items() if e in made}, rest, problems
+
+
+def branches_of(
+    manifest: Mapping[str, Any], content: Mapping[str, Tensor], where: str
+) -> tuple[list[Branch], dict[str, Tensor], list[WeftError]]:
+    """Every branch, in order; the tensors of no branch; and what cannot be read."""
+    said: Any = manifest.get("branches", [])
+    if not isinstance(said, list) or not all(isinstance(b, dict) for b in said):
+        got, want, fix = type(said).__name__, "a list of branches", "copy the folder again"
+        return [], {}, [FormatError("branches cannot be read", where=where, got=got, want=want, fix=fix)]
+    held: dict[str, dict[str, Tensor]] = {f"{b.get('at')}:branch.{b.get('name')}": {} for b in said}
+    rest: dict[str, Tensor] = {}
+    for key, t in content.items():
+        home, _, path = key.rpartition(".")
+        if home in held:
+            held[home][path] = t
+        else:
+            rest[key] = t
+    made: list[Branch] = []
+    problems: list[WeftError] = []
+    for tree in cast("list[dict[str, Any]]", said):
+        mine = f"{tree.get('at')}:branch.{tree.get('name')}"
+        try:
+            made.append(build_branch(tree, lambda p, mine=mine: _take(held[mine], p, "its tensors")))
+        except WeftError as e:
+            problems.append(type(e)(e.what, where=f"{where}: {mine}: {e.where}", got=e.got, want=e.want, fix=e.fix))
+    problems += [_left("unexpected tensors", f"{where}: {n}", t, "those of its branch") for n, t in held.items() if t]
+    return made, rest, problems
 
 
 def _few(names: Any) -> str:

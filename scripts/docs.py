@@ -58,6 +58,8 @@ def options(method: Method) -> str:
 
 def values(field: dict[str, Any]) -> str:
     """What an option may be."""
+    if "anyOf" in field:
+        return " or ".join("none" if f.get("type") == "null" else values(f) for f in field["anyOf"])
     if "enum" in field:
         return ", ".join(f"`{json.dumps(v)}`" for v in field["enum"])
     low = f"{field['minimum']:g} ≤ " if "minimum" in field else ""

@@ -35,11 +35,12 @@ from weft.store import load, save
 
 TUNED = ("full", "bitfit", "layernorm", "ia3")
 VECTORS = ("full", "bitfit", "layernorm")
+FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
 
 
-def fits(method: str, family: str) -> bool:
-    """Whether the family has what the method trains: a llama has no biases."""
-    return method != "bitfit" or family.startswith("bert")
+CASES = [(m, f) for m in TUNED for f in FAMILIES if m != "bitfit" or f.startswith("bert")]
+"""A llama has no biases."""
+OF_VECTORS = [case for case in CASES if case[0] in VECTORS]
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], steps: int = 2) -> None:
@@ -54,8 +55,6 @@ def step(model: Any, batch: dict[str, torch.Tensor], steps: int = 2) -> None:
 
 def made(tiny: Any, family: str, method: str, batch: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """A woven tiny model with this method, trained if there is a batch."""
-    if not fits(method, family):
-        pytest.skip("a llama has no biases, which is refused")
     model = weave(tiny(family))
     apply(model, [Step.of(method)])
     if batch is not None:
@@ -63,7 +62,7 @@ def made(tiny: Any, family: str, method: str, batch: dict[str, torch.Tensor] | N
     return model
 
 
-@pytest.mark.parametrize("method", TUNED)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_at_first_nothing_changes(method: str, family: str, tiny: Any, batches: Any, run: Any) -> None:
     """The output is what it was, of whole weights and vectors bit for bit; exactly what the method is for is trainable."""
     plain, batch = tiny(family), batches(1)[0]
@@ -84,7 +83,7 @@ def test_at_first_nothing_changes(method: str, family: str, tiny: Any, batches: 
         assert names == (biases if method == "bitfit" else norms)
 
 
-@pytest.mark.parametrize("method", TUNED)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_all_that_is_trainable_learns(method: str, family: str, tiny: Any, batches: Any, run: Any) -> None:
     """Each trainable tensor that the output depends on changes, and no other."""
     batch = batches(1)[0]
@@ -99,7 +98,7 @@ def test_all_that_is_trainable_learns(method: str, family: str, tiny: Any, batch
             assert not torch.equal(p, was[name]), name
 
 
-@pytest.mark.parametrize("method", TUNED)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_saved_and_loaded(method: str, family: str, tiny: Any, batches: Any, run: Any, tmp_path: Path) -> None:
     """Bit for bit the same output; weights and vectors alone make an ordinary checkpoint."""
     batch = batches(1)[0]
@@ -110,7 +109,7 @@ def test_saved_and_loaded(method: str, family: str, tiny: Any, batches: Any, run
     assert (tmp_path / "out" / "model.safetensors").exists() == (method != "ia3")
 
 
-@pytest.mark.parametrize("method", VECTORS)
+@pytest.mark.parametrize(("method", "family"), OF_VECTORS)
 def test_the_first_values_come_back(
     method: str, family: str, tiny: Any, batches: Any, run: Any, tmp_path: Path
 ) -> None:
@@ -138,7 +137,7 @@ def test_the_first_values_come_back(
     assert torch.equal(run(unweave(back, original=True), batch), run(plain, batch))
 
 
-@pytest.mark.parametrize("method", TUNED)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_forks_are_apart(method: str, family: str, tiny: Any, batches: Any) -> None:
     """Training a fork leaves its source alone, and putting vectors on one leaves the other frozen."""
     batch = batches(1)[0]

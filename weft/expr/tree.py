@@ -110,10 +110,14 @@ class Product(Expr):
         yield from self.factors
 
     def dense(self) -> Float[Tensor, "m n"]:
-        *rest, value = (f.dense() for f in self.kids())
+        *rest, last = self.kids()
+        if isinstance(last, Diagonal) and rest:  # a scale of columns
+            *rest, left = rest
+            value = _scaled(left.dense(), last.d)
+        else:
+            value = last.dense()
         for factor in reversed(rest):
-            wide = torch.promote_types(factor.dtype, value.dtype)
-            value = factor.to(wide) @ value.to(wide)
+            value = _times(factor, value)
         return value
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
@@ -135,6 +139,21 @@ class Product(Expr):
 
     def describe(self) -> str:
         return " · ".join(f"({f.describe()})" if isinstance(f, Sum) else f.describe() for f in self.kids())
+
+
+def _times(factor: Expr, value: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """The product of a factor's value and a matrix; a diagonal scales rows."""
+    if isinstance(factor, Diagonal):
+        return _scaled(value, factor.d[:, None])
+    left = factor.dense()
+    wide = torch.promote_types(left.dtype, value.dtype)
+    return left.to(wide) @ value.to(wide)
+
+
+def _scaled(value: Float[Tensor, "m n"], d: Tensor) -> Float[Tensor, "m n"]:
+    """Each entry times its row's or column's number, in float32 at least."""
+    wide = torch.promote_types(torch.promote_types(d.dtype, torch.float32), value.dtype)
+    return value.to(wide) * d.to(wide)
 
 
 @dataclass(frozen=True)

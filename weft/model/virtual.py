@@ -89,18 +89,17 @@ class Prefix(Branch):
             raise ShapeError("a prefix does not fit", where=self.key, got=list(self.keys.shape), want=shown, fix=fix)
 
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
-        if host.training and getattr(host, "is_gradient_checkpointing", False):
+        if host.training and any(getattr(m, "gradient_checkpointing", False) for m in host.modules()):
             got, fix = "gradient checkpointing, which drops the cache that a prefix is in", "train it without"
             raise _refusal(self, "a prefix cannot be trained so", got, "kept activations", fix)
-        config, cache = cast(Any, host).config, given.get("past_key_values")
-        asked = given.get("use_cache")
-        keep = cache is not None or (config.use_cache if asked is None else asked)
         entered, past = _past(self, host, given)
-        count, (rows, length) = self.keys.shape[2], _size(self, given)
+        wide, (rows, length) = _wider(self, host, given, self.keys.shape[2], past), _size(self, given)
+        cache, asked = given.get("past_key_values"), given.get("use_cache")
+        keep = cache is not None or (getattr(cast(Any, host).config, "use_cache", True) if asked is None else asked)
         if not entered:
             cache = self._filled(host, rows, cache)
         before = cast(DynamicCache, cache).get_seq_length()
-        out = call({**_wider(self, host, given, count, past), "past_key_values": cache})
+        out = call({**wide, "past_key_values": cache})
         if cast(DynamicCache, cache).get_seq_length() < before + length:
             got, fix = "a layer that was given no cache", "take the prefix off with weft.unbranch(model)"
             raise _refusal(self, "this model did not read its prefix", got, "a model that reads its cache", fix)
@@ -111,7 +110,8 @@ class Prefix(Branch):
     def _filled(self, host: nn.Module, rows: int, cache: DynamicCache | None) -> DynamicCache:
         """The cache, or a new one, with this prefix for every row."""
         made = DynamicCache(config=cast(Any, host).config) if cache is None else cache
-        dtype = cast(Any, host).get_input_embeddings().weight.dtype
+        table = cast(Any, host).get_input_embeddings()
+        dtype = table.compute if hasattr(table, "compute") else table.weight.dtype
         for i, (k, v) in enumerate(zip(self.keys.to(dtype), self.values.to(dtype), strict=True)):
             made.update(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), i)
         _mark(made, self.key, self.keys.shape[2])
@@ -186,10 +186,10 @@ def _past(branch: Branch, host: nn.Module, given: dict[str, Any]) -> tuple[bool,
         got, fix = type(cache).__name__, "leave cache_implementation out"
         raise _refusal(branch, "virtual tokens do not go into this cache", got, "a DynamicCache", fix)
     held, length = vars(cache).get(_MARK, {}), cache.get_seq_length()
-    entered = branch.key in held
-    if not entered and length != sum(held.values()):
-        got, fix = f"a cache of {length} tokens", "begin with an empty cache"
-        raise _refusal(branch, "a cache was made without this branch", got, "one that was made with it", fix)
+    entered, virtual = branch.key in held, sum(held.values())
+    if length < virtual or (not entered and length != virtual):
+        got, fix = f"{length} tokens, {virtual} of them virtual", "begin with an empty cache"
+        raise _refusal(branch, "a cache was made without this branch, or cut", got, "one that was made with it", fix)
     order = cast("list[Branch]", list(cast(Iterable[Any], host.get_submodule(HELD))))
     inner = [b.key for b in order[: next(i for i, b in enumerate(order) if b is branch) + 1]]
     return entered, length - sum(n for key, n in held.items() if key in inner)

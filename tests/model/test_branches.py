@@ -241,15 +241,22 @@ def test_caches_of_other_text_are_refused(method: str) -> None:
     model, x = added("llama", method), ids()
     cache = DynamicCache(config=model.config)
     logits(plain("llama"), x, past_key_values=cache)
-    with pytest.raises(ConflictError, match="made without this branch"):
+    with pytest.raises(ConflictError, match="without this branch"):
         logits(model, x, past_key_values=cache)
     mine = DynamicCache(config=model.config)
     logits(model, x, past_key_values=mine)
     for given in ({"attention_mask": torch.ones(2, 8 + K)}, {"position_ids": torch.tensor([[7 + K]])}):
         with pytest.raises(ConflictError):
             logits(model, x[:, :1], past_key_values=mine, **given)
+    assert mine.get_seq_length() == 7 + K  # as it was
+    torch.testing.assert_close(
+        logits(model, x[:, :1], past_key_values=mine), logits(model, torch.cat([x, x[:, :1]], 1))[:, -1:]
+    )
     with pytest.raises(ConflictError):  # transformers counts the virtual tokens as text that it has seen
         model.generate(torch.cat([x, x], 1), past_key_values=mine, max_new_tokens=2, pad_token_id=0)
+    mine.crop(-9)
+    with pytest.raises(ConflictError, match="or cut"):
+        logits(model, x, past_key_values=mine)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
+import weft
 from weft.engine.run import Step, apply
 from weft.expr import NODES, Quantized
 from weft.grid import GRIDS
@@ -53,6 +54,17 @@ def made(name: str, layers: int = 2) -> nn.Module:
 def logits(model: Any, length: int = 9) -> Tensor:
     """The model's logits of the first tokens."""
     return model(input_ids=IDS[:, :length], use_cache=False).logits
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_branch_breaks_no_graph(method: str) -> None:
+    """Nothing of it runs outside, and the output is the same."""
+    model = made("dense")
+    weft.apply(model, method, length=3)
+    with torch.no_grad():
+        want = logits(model)
+        assert torch.equal(logits(torch.compile(model, backend="eager")), want)
+        assert torch._dynamo.explain(model)(input_ids=IDS[:, :9], use_cache=False).graph_break_count == 0
 
 
 @pytest.mark.parametrize("name", ["dense", "int4 + lora", "2:4"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float
@@ -89,21 +89,20 @@ class Prefix(Branch):
             raise ShapeError("a prefix does not fit", where=self.key, got=list(self.keys.shape), want=shown, fix=fix)
 
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
-        if host.training and getattr(host, "is_gradient_checkpointing", False):
+        if host.training and any(getattr(m, "gradient_checkpointing", False) for m in host.modules()):
             got, fix = "gradient checkpointing, which drops the cache that a prefix is in", "train it without"
-            raise _refusal(self, "a prefix cannot be trained so", got, "kept activations", fix)
-        config, cache = cast(Any, host).config, given.get("past_key_values")
-        asked = given.get("use_cache")
-        keep = cache is not None or (config.use_cache if asked is None else asked)
+            _refuse(self, "a prefix cannot be trained so", got, "kept activations", fix)
         entered, past = _past(self, host, given)
-        count, (rows, length) = self.keys.shape[2], _size(self, given)
+        wide, (rows, length) = _wider(self, host, given, self.keys.shape[2], past), _size(self, given)
+        cache, asked = given.get("past_key_values"), given.get("use_cache")
+        keep = cache is not None or (getattr(cast(Any, host).config, "use_cache", True) if asked is None else asked)
         if not entered:
             cache = self._filled(host, rows, cache)
         before = cast(DynamicCache, cache).get_seq_length()
-        out = call({**_wider(self, host, given, count, past), "past_key_values": cache})
+        out = call({**wide, "past_key_values": cache})
         if cast(DynamicCache, cache).get_seq_length() < before + length:
             got, fix = "a layer that was given no cache", "take the prefix off with weft.unbranch(model)"
-            raise _refusal(self, "this model did not read its prefix", got, "a model that reads its cache", fix)
+            _refuse(self, "this model did not read its prefix", got, "a model that reads its cache", fix)
         if not keep:
             out.past_key_values = None
         return out
@@ -111,7 +110,8 @@ class Prefix(Branch):
     def _filled(self, host: nn.Module, rows: int, cache: DynamicCache | None) -> DynamicCache:
         """The cache, or a new one, with this prefix for every row."""
         made = DynamicCache(config=cast(Any, host).config) if cache is None else cache
-        dtype = cast(Any, host).get_input_embeddings().weight.dtype
+        table = cast(Any, host).get_input_embeddings()
+        dtype = table.compute if hasattr(table, "compute") else table.weight.dtype
         for i, (k, v) in enumerate(zip(self.keys.to(dtype), self.values.to(dtype), strict=True)):
             made.update(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), i)
         _mark(made, self.key, self.keys.shape[2])
@@ -184,12 +184,12 @@ def _past(branch: Branch, host: nn.Module, given: dict[str, Any]) -> tuple[bool,
         return False, 0
     if not isinstance(cache, DynamicCache):
         got, fix = type(cache).__name__, "leave cache_implementation out"
-        raise _refusal(branch, "virtual tokens do not go into this cache", got, "a DynamicCache", fix)
+        _refuse(branch, "virtual tokens do not go into this cache", got, "a DynamicCache", fix)
     held, length = vars(cache).get(_MARK, {}), cache.get_seq_length()
-    entered = branch.key in held
-    if not entered and length != sum(held.values()):
-        got, fix = f"a cache of {length} tokens", "begin with an empty cache"
-        raise _refusal(branch, "a cache was made without this branch", got, "one that was made with it", fix)
+    entered, virtual = branch.key in held, sum(held.values())
+    if length < virtual or (not entered and length != virtual):
+        got, fix = f"{length} tokens, {virtual} of them virtual", "begin with an empty cache"
+        _refuse(branch, "a cache was made without this branch, or cut", got, "one that was made with it", fix)
     order = cast("list[Branch]", list(cast(Iterable[Any], host.get_submodule(HELD))))
     inner = [b.key for b in order[: next(i for i, b in enumerate(order) if b is branch) + 1]]
     return entered, length - sum(n for key, n in held.items() if key in inner)
@@ -205,7 +205,7 @@ def _size(branch: Branch, given: dict[str, Any]) -> tuple[int, int]:
     """Rows and tokens of the input. Errors: ConflictError if there is none."""
     x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if x is None:
-        raise _refusal(branch, "there is no text", "neither tokens nor embeddings", "one of them", _AS)
+        _refuse(branch, "there is no text", "neither tokens nor embeddings", "one of them", _AS)
     return int(x.shape[0]), int(x.shape[1])
 
 
@@ -220,18 +220,16 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if others or not flat or not isinstance(mask, Tensor | None):
         got = ", ".join(others) or "a mask, positions or types that are not one row of numbers a text"
-        raise _refusal(branch, "virtual tokens do not go with these arguments", got, "tokens, mask and positions", _AS)
+        _refuse(branch, "virtual tokens do not go with these arguments", got, "tokens, mask and positions", _AS)
     if given.get("token_type_ids") is not None and not getattr(cast(Any, host).config, "type_vocab_size", 0):
-        raise _refusal(
-            branch, "virtual tokens have no type here", "token_type_ids", "a model with a table of them", _AS
-        )
+        _refuse(branch, "virtual tokens have no type here", "token_type_ids", "a model with a table of them", _AS)
     if mask is not None:
         if mask.shape[1] != past + length:
             got, want = f"a mask of {mask.shape[1]}", f"one of {past + length}: {past} tokens before, {length} now"
-            raise _refusal(branch, "a mask does not fit the text", got, want, _AS)
+            _refuse(branch, "a mask does not fit the text", got, want, _AS)
         if _windowed(host) and not bool(mask[:, 0].all()):
             got, want = "padding on the left, which moves virtual tokens away from the text", "padding on the right"
-            raise _refusal(
+            _refuse(
                 branch, "layers see a window of tokens, not of text", got, want, "pad on the right, or run text by text"
             )
         wide["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
@@ -239,7 +237,7 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
         following = torch.arange(past, past + length, device=positions.device)
         if mask is None and not torch.equal(positions, following.expand_as(positions)):
             got, want = "positions that do not follow one another, and no mask", "one text a row"
-            raise _refusal(branch, "packed texts cannot share virtual tokens", got, want, _AS)
+            _refuse(branch, "packed texts cannot share virtual tokens", got, want, _AS)
         wide["position_ids"] = positions + count
     return wide
 
@@ -252,8 +250,8 @@ def _windowed(host: nn.Module) -> bool:
 _AS = "call the model as weft.generate and weft.train do; or take the branch off with weft.unbranch(model)"
 
 
-def _refusal(branch: Branch, what: str, got: str, want: str, fix: str) -> ConflictError:
-    return ConflictError(what, where=branch.key, got=got, want=want, fix=fix)
+def _refuse(branch: Branch, what: str, got: str, want: str, fix: str) -> NoReturn:
+    raise ConflictError(what, where=branch.key, got=got, want=want, fix=fix)
 
 
 def _without(branch: Branch, host: nn.Module, out: Any, count: int) -> Any:
@@ -262,7 +260,7 @@ def _without(branch: Branch, host: nn.Module, out: Any, count: int) -> Any:
     Errors: ConflictError for an output with other parts.
     """
     if not isinstance(out, ModelOutput):
-        raise _refusal(branch, "an output has no names", type(out).__name__, "return_dict=True", _AS)
+        _refuse(branch, "an output has no names", type(out).__name__, "return_dict=True", _AS)
     cut: dict[str, Any] = {}
     for name, part in out.items():
         if name == "last_hidden_state":
@@ -274,11 +272,9 @@ def _without(branch: Branch, host: nn.Module, out: Any, count: int) -> Any:
         elif name == "pooler_output":
             cut[name] = cast(Any, host).pooler(cast(Any, out).last_hidden_state[:, count:])
             if cut[name].shape != part.shape:
-                raise _refusal(
-                    branch, "this model pools in its own way", type(host).__name__, "a pooler of states", _AS
-                )
+                _refuse(branch, "this model pools in its own way", type(host).__name__, "a pooler of states", _AS)
         elif name != "past_key_values":
-            raise _refusal(branch, "an output has more parts than tokens", str(name), "hidden states", _AS)
+            _refuse(branch, "an output has more parts than tokens", str(name), "hidden states", _AS)
     for name, part in cut.items():
         setattr(out, name, part)
     return out

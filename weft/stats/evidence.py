@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.error import FormatError
 from weft.memory import release
 from weft.model import Evidence, expression, fingerprint, finite, places
+from weft.model.branch import refuse_branches
 from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients, trim
 from weft.stats.objective import objective
@@ -100,8 +101,9 @@ def collect(
     Sums over tokens, padding left out; the Gram in float32 a batch, merged in float64. With `gradient`, one backward pass
     weighs rows by their output gradients' second moments. Peak memory: one block's Grams, all hidden states.
     Errors: NumericError with site, batch and sample if a value is not finite; FormatError for no batch at all, a sequence
-    without a token, and tokens of another vocabulary.
+    without a token, and tokens of another vocabulary; ConflictError for branches.
     """
+    refuse_branches(model, "evidence")
     _tokens(model, batches)
     place = folder / key(model, batches, seed, gradient)
     if (place / "index.json").exists():

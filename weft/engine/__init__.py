@@ -3,8 +3,9 @@
 from weft.engine.method import METHODS, Beats, Method, method
 from weft.engine.registry import get, names
 from weft.engine.transports import Span
-from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site
+from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site, Sources
 
 __all__ = [
-    "METHODS", "Beats", "Evidence", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Span", "get", "method", "names",
+    "METHODS", "Beats", "Evidence", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Sources", "Span",
+    "get", "method", "names",
 ]  # fmt: skip

@@ -64,6 +64,11 @@ KNOWN: dict[str, Known] = {
     "rank": _less(
         "factor", "rank 32 restores more than rank 8", _after_rtn("svd_residual", rank=32), _after_rtn("svd_residual", rank=8)
     ),
+    "soup": Known(
+        "merge",
+        "a soup of members with other seeds gains at least what their mean does",
+        lambda lab: lab.merge(ours=("soup", {}), baseline="mean", members="seeds"),
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
+from weft.model.sources import Sources
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
@@ -17,6 +18,7 @@ from weft.model.weave import (
     expression,
     expressions,
     fingerprint,
+    fits,
     fork,
     is_woven,
     match,
@@ -32,7 +34,7 @@ from weft.model.weave import (
 
 __all__ = [
     "Axis", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Resident", "Rotate", "Rounding", "Scale", "Select",
-    "Site", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fork", "gathered", "is_woven",
-    "match", "mode", "must_be_whole", "output_sites", "places", "plain_tensors", "refusals", "rotation", "set_expressions", "set_taps",
-    "site", "take_apart", "taps", "transport", "untap", "untie", "unweave", "weave",
+    "Site", "Sources", "Tap", "Transform", "axes", "dispatch", "expression", "expressions", "fingerprint", "finite", "fits", "fork",
+    "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "places", "plain_tensors", "refusals", "rotation",
+    "set_expressions", "set_taps", "site", "take_apart", "taps", "transport", "untap", "untie", "unweave", "weave",
 ]  # fmt: skip

@@ -51,7 +51,7 @@ def lab(tiny: Callable[..., nn.Module], words: Any, tmp_path: Path, monkeypatch:
     """A tiny model with two tasks, and one with none."""
     monkeypatch.setattr(merging, "task_of", small)
     monkeypatch.setattr(merging, "TASKS", {"tiny": ("verbs", "colours")})
-    monkeypatch.setattr(merging, "STEPS", 12)
+    monkeypatch.setattr(merging, "STEPS", 8)
     monkeypatch.setattr(merging, "RATE", 1e-2)
     subjects = [
         Subject(n, weave(tiny("llama", max_position_embeddings=256, seed=i)), words, "x", "x")
@@ -113,7 +113,6 @@ def test_the_best_member_is_chosen_by_other_examples(lab: Lab) -> None:
     of = merging.members(trial, "seeds", None)
     arms = [merging._alone(trial, m, of).values for m in of]
     assert any(np.array_equal(merging.best(trial, of).values, a) for a in arms)
-    assert lab.merge(ours=("soup", {}), baseline="best", members="seeds").arms["baseline"] == "the best member"
 
 
 def test_too_few_tasks_are_refused(lab: Lab) -> None:

@@ -151,9 +151,9 @@ def not_a_number_is_named(name: str) -> None:
 def what_overflows_is_refused(name: str) -> None:
     """A result that the dtype cannot hold is no result."""
     scale = {"scale": 10.0} if "scale" in get(name).options.model_fields else {}
-    big: list[Expr] = [Dense(torch.full((2, 3), 6e4 if scale else 1e6)) for _ in range(count(name))]
+    big: list[Expr] = [Dense(torch.full((20, 30), 6e4 if scale else 1e6)) for _ in range(count(name))]
     with pytest.raises(NumericError, match="w"):
-        get(name)(sources(big, dtype=torch.float16, base=Dense(torch.zeros(2, 3))), **scale)
+        get(name)(sources(big, dtype=torch.float16, base=Dense(torch.zeros(20, 30))), **scale)
 
 
 def options_work_or_are_refused(name: str) -> None:

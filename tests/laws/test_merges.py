@@ -536,26 +536,19 @@ def test_agreeing_buffers_stay() -> None:
     assert int(made_.steps) == 7
 
 
-def test_the_process_does_not_matter(tmp_path: Path) -> None:
+def test_the_process_does_not_matter() -> None:
     """Another hash seed and more threads give the same bits."""
     code = (
-        "import sys, torch; sys.path.insert(0, 'tests'); torch.set_num_threads(int(sys.argv[1]))\n"
-        "from tests.laws.test_merges import family; import weft\n"
-        "from weft.model import fingerprint\n"
-        "for name in ('dare', 'ties', 'slerp'):\n"
-        "    base, models = family(name); print(fingerprint(weft.combine(models, name, base=base)))"
+        "import sys, torch; sys.path[:0] = ['tests']; torch.set_num_threads(2)\n"
+        "from laws.test_merges import marks\n"
+        "print(*marks())"
     )
     root = Path(weft.__file__).parent.parent
-    env = {"PYTHONPATH": str(root), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code, n],
-            capture_output=True,
-            text=True,
-            cwd=root,
-            env=env | {"PYTHONHASHSEED": n},
-            timeout=120,
-        )
-        for n in ("1", "2")
-    ]
-    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.split()) == 3, runs[0].stderr[-800:]
+    env = {"PYTHONPATH": str(root), "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=env, timeout=400)
+    assert done.stdout.split() == marks(), done.stderr[-800:]
+
+
+def marks() -> list[str]:
+    """Of a merge of each kind that is random, votes, or sums over a whole weight."""
+    return [fingerprint(weft.combine(family(n)[1], n, base=family(n)[0])) for n in ("dare", "ties", "slerp")]

@@ -77,7 +77,10 @@ def facts(method: Method) -> str:
     made = [method.kind]
     if method.paper:
         made.append(f"arXiv [{method.paper}](https://arxiv.org/abs/{method.paper})")
-    if method.needs:
+    if method.kind == "merge":
+        made.append("needs the base" if method.needs else "needs no base")
+        made.append(f"takes {method.members or 'any number of'} models")
+    elif method.needs:
         made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
     if method.per == "input":
         made.append("solves the weights that read one input together")

@@ -352,6 +352,7 @@ def snapshot(expr: Expr) -> dict[str, tuple[Any, ...]]:
 # ------------------------------------------------------------------------------------------------------------- rewrites
 
 REWRITES = [name for name in names() if get(name).kind == "rewrite"]
+MERGES = [name for name in names() if get(name).kind == "merge"]
 SEARCHES = [name for name in names() if get(name).kind == "search"]
 
 

@@ -9,7 +9,16 @@ import pytest
 from weft.engine import get, names
 from weft.expr import NODES
 
-from . import test_branches, test_nodes, test_probes, test_rewrites, test_routed, test_searches, test_transports
+from . import (
+    test_branches,
+    test_merges,
+    test_nodes,
+    test_probes,
+    test_rewrites,
+    test_routed,
+    test_searches,
+    test_transports,
+)
 from .cases import KINDS, REWRITES, instances
 
 LEAST = 3
@@ -29,6 +38,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
     """Each method belongs to a kind that has a suite, and every law of it runs: for a rewrite every pair too."""
     least = {
         "rewrite": len(test_rewrites.LAWS) + 2 * len(REWRITES) - 1,
+        "merge": len(test_merges.LAWS) + 3,
         "search": len(test_searches.LAWS),
         "probe": len(test_probes.LAWS),
         "branch": len(test_branches.MODELS) + len(test_branches.LAWS),

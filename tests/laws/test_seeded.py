@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.engine import Group, get
+from weft.engine import Group, Sources, get
 from weft.expr import (
     Codebook,
     Dense,
@@ -33,8 +33,9 @@ from weft.grid import Grid, ScaleFormat, bits
 from weft.linalg import grids, swaps
 from weft.linalg.grids import minmax
 from weft.linalg.lowrank import truncate
+from weft.linalg.votes import elected
 
-from . import test_grids, test_kernels, test_linalg, test_nodes, test_rewrites, test_searches
+from . import test_grids, test_kernels, test_linalg, test_merges, test_nodes, test_rewrites, test_searches
 from .cases import EXPRS, randn, rng, weight
 
 Bug = AbstractContextManager[Any]
@@ -89,8 +90,8 @@ def codes() -> Tensor:
     return torch.randint(0, 8, (3, 11), generator=rng("codes")).to(torch.uint8)
 
 
-RTN = get("rtn").fn
-K, N, G, L, R, S = test_kernels, test_nodes, test_grids, test_linalg, test_rewrites, test_searches
+RTN, DARE, SOUP = get("rtn").fn, get("dare").fn, get("soup").fn
+K, N, G, L, M, R, S = test_kernels, test_nodes, test_grids, test_linalg, test_merges, test_rewrites, test_searches
 ULP: Callable[..., Tensor] = lambda t, *_: torch.nextafter(t, t + 1)  # noqa: E731
 
 BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
@@ -276,6 +277,36 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
     "tables written to": (
         lambda: after_it(get("knapsack"), "fn", lambda made, cost, error, budget: error.zero_()[:, 0].long()),
         of(S.input_is_not_changed, "knapsack"),
+    ),
+    "the first member decides alone": (
+        lambda: patch("weft.methods.merge.ties.elected", lambda votes: elected((w, d) for w, d in [*votes][:1])),
+        lambda: M.test_the_formula_is_the_papers("ties", {}),
+    ),
+    "nothing trimmed": (
+        lambda: patch("weft.methods.merge.ties.trimmed", lambda delta, density: delta),
+        lambda: M.test_the_formula_is_the_papers("ties", {}),
+    ),
+    "dropped and not scaled up": (
+        lambda: swap(
+            get("dare"), "fn", lambda s, *, drop, **o: DARE(s, drop=drop, **{**o, "scale": o["scale"] * (1 - drop)})
+        ),
+        M.test_dare_is_right_on_average,
+    ),
+    "members' weights ignored": (
+        lambda: swap(get("soup"), "fn", lambda s: SOUP(dataclasses.replace(s, weights=(1.0,) * len(s.weights)))),
+        of(M.one_alone_is_itself, "soup"),
+    ),
+    "a member written to": (
+        lambda: swap(get("soup"), "fn", lambda s: s.dense(s.members[0].dense().detach().mul_(2) / 2)),
+        of(M.input_is_not_changed, "soup"),
+    ),
+    "NaN dropped in silence": (
+        lambda: swap(Sources, "_value", lambda self, e, label: e.dense().detach().nan_to_num(0, 0, 0)),
+        of(M.not_a_number_is_named, "ties"),
+    ),
+    "the dtype of a member": (
+        lambda: swap(Sources, "dense", lambda self, value: Dense(value)),
+        of(M.copies_give_it_back, "slerp"),
     ),
 }
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def command(name: str) -> Callable[..., None]:
-    """The command of this method; its options are the method's, then those of every rewrite, or of every probe."""
+    """The command of this method; its options are the method's, then those of every method of its kind."""
     from weft.engine import get
 
     method = get(name)
     own = {n: parameter(n, f) for n, f in method.options.model_fields.items()}
-    act, common = (look, _looked) if method.kind == "probe" else (rewrite, _shared)
+    act, common = {"probe": (look, _looked), "merge": (merge, _of_merges)}.get(method.kind, (rewrite, _shared))
     shared = inspect.signature(common, eval_str=True).parameters
     if twice := set(own) & set(shared):
         want, fix = "names of its own", "rename the method's option"
@@ -85,6 +85,60 @@ def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
         emit([{"site": n, **at} for n, at in found.sites.items()], as_json=False, quiet=quiet, foot=found.says)
+
+
+def _of_merges(
+    *,
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, hub ids or lab models.", metavar="MODEL...", show_default=False)
+    ],
+    base: Annotated[str | None, typer.Option(help="The model that they were tuned from.", metavar="MODEL")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Weight of a model, in order; repeatable. 1 each.")] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights: a glob, or all-linear; repeatable. Others are the base's, or the first model's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; without it nothing is saved.")] = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options that every merge's command has."""
+
+
+def merge(
+    name: str,
+    options: dict[str, Any],
+    *,
+    models: list[str],
+    base: str | None,
+    weight: list[float] | None,
+    at: list[str] | None,
+    seed: int,
+    out: Path | None,
+    replace: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int | None:
+    """Load, merge, save, print what became of each site; 3 if the method fell back anywhere."""
+    import weft
+    from weft.api import Changes
+    from weft.engine.run import Step
+    from weft.merging import combined
+    from weft.store import save
+
+    step = Step.of(name, **options)  # bad options show before the models are loaded
+    members, origin = [load(m, quiet) for m in models], load(base, quiet) if base is not None else None
+    if out is not None:
+        for held in (*members, *([origin] if origin is not None else [])):
+            weft.may_write(held, out, replace=replace)
+    how: dict[str, Any] = {"base": origin, "weights": weight, "at": at or "*", "seed": seed, "progress": bars(quiet)}
+    made, sites, fallbacks = combined(members, name, **how, **options)
+    if out is not None:
+        said = {"models": models, "base": base, "weights": weight, "method": name, "options": dict(step.options)}
+        save(made, out, replace=replace, manifest={"merged": {**said, "seed": seed}}, progress=bars(quiet))
+    return changed(Changes(sites, fallbacks), out, as_json, quiet)
 
 
 def rewrite(

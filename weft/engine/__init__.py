@@ -5,10 +5,9 @@ from weft.engine.findings import Findings
 from weft.engine.method import METHODS, Beats, Method, method
 from weft.engine.registry import get, names
 from weft.engine.transports import Span
-from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site
+from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site, Sources
 
 __all__ = [
-    "METHODS", "Beats", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Span", "Trunk", "get",
-    "method",
-    "names",
+    "METHODS", "Beats", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Sources", "Span",
+    "Trunk", "get", "method", "names",
 ]  # fmt: skip

@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from weft.error import NumericError, OptionError
 from weft.expr import Expr, Quantized, tensors
-from weft.model import MATRIX, TAGS, Group, Site
+from weft.model import MATRIX, TAGS, Group, Sources
 
 Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient", "most"]
+Need = Literal["gram", "gradient", "most", "base"]
 Drop = Literal["zeros"]
 
 
@@ -70,6 +70,10 @@ class Method:
     moves: str
     """The kind of transform that a transport gives: scale, permute, rotate, select."""
     options: type[BaseModel]
+    members: int | None = None
+    """How many models a merge takes; None: any number."""
+    signed: bool = False
+    """Whether weights of members may be negative."""
     proofs: dict[str, Proof] = field(default_factory=dict[str, "Proof"])
     """What it claims, by the name of the proof: the method's own, or with what it is a case of behind a dot."""
 
@@ -108,8 +112,13 @@ class Method:
             ) from None
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        """Run the function with checked options. Errors: OptionError; NumericError naming the site where a rewrite broke down."""
+        """Run the function with checked options. Errors: OptionError; NumericError naming the site where a rewrite or merge broke down."""
         options = self.bind(given)
+        if self.kind == "merge":
+            sources: Sources = args[0]
+            merged = self.fn(sources, **options)
+            _finite(sources.name, merged)
+            return merged
         if self.kind != "rewrite":
             return self.fn(*args, **options)
         group: Group = args[0]
@@ -121,7 +130,7 @@ class Method:
             raise problem from e
         exprs = [s.now for s in made] if isinstance(made, Group) else made if isinstance(made, list) else [made]
         for site, expr in zip(group, exprs, strict=True):
-            _finite(site, expr)
+            _finite(site.name, expr, site.now)
         return made
 
     def claim(self, text: str, *, of: str = "", paper: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -148,20 +157,20 @@ def _hash(file: str, _changed: int, _size: int) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
-def _finite(site: Site, made: Expr) -> None:
-    """Check the tensors that a rewrite made, and the scales inside packed rows. Errors: NumericError."""
-    held = {id(t) for t in tensors(site.now).values()}
+def _finite(where: str, made: Expr, before: Expr | None = None) -> None:
+    """Check the tensors that a method made, and the scales inside packed rows. Errors: NumericError."""
+    held = {id(t) for t in tensors(before).values()} if before is not None else set[int]()
     fresh = [(path, t) for path, t in tensors(made).items() if id(t) not in held and t.is_floating_point()]
     fresh += [("a scale", node.scales()) for node in made.modules() if isinstance(node, Quantized)]
     for path, t in fresh:
         if not bool(torch.isfinite(t).all()):
-            problem = _broken(site.name, f"NaN or infinity in {path} of {made.describe()}")
+            problem = _broken(where, f"NaN or infinity in {path} of {made.describe()}")
             raise problem
 
 
 def _broken(where: str, got: str) -> NumericError:
     return NumericError(
-        "a rewrite gave what is not finite",
+        "a method gave what is not finite",
         where=where,
         got=got,
         want="finite weights",
@@ -185,6 +194,8 @@ def method(
     drops: tuple[Drop, ...] = (),
     beats: Beats | None = None,
     on: tuple[str, ...] = (),
+    members: int | None = None,
+    signed: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
@@ -194,6 +205,7 @@ def method(
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
     drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a
     transport goes to; the tags of the sites that a rewrite goes to (`weft.model.TAGS`), all of them unless told: weights by default.
+    A merge may need a base (`needs={"base"}`), take only so many `members`, and take `signed` weights.
     Errors: OptionError for a promise or a tag that is none.
     """
 
@@ -225,6 +237,8 @@ def method(
             on,
             moves,
             options,
+            members,
+            signed,
         )
         METHODS[made.name] = made
         return made

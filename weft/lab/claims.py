@@ -15,7 +15,7 @@ from jaxtyping import Float
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
-from weft.lab import models
+from weft.lab import merging, models
 from weft.lab.bootstrap import Interval, interval
 from weft.lab.probing import probed
 from weft.lab.trial import Arm, Subject, Trial
@@ -24,6 +24,8 @@ from weft.store.cache import Cache, default
 
 Steps = Sequence[tuple[str, Mapping[str, Any]]]
 """Methods with their options, one after another."""
+Merge = tuple[str, Mapping[str, Any]]
+"""A merge with its options."""
 Verdict = Literal["reproduced", "no detectable difference", "contradicted"]
 Run = Callable[[Trial], Arm]
 SEEDS = 3
@@ -186,6 +188,39 @@ class Lab:
         arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
         methods = [s.method for s in (*ours_, *theirs, look)]
         return self._judge(runs, arms, methods, 1.0, "more")
+
+    def merge(
+        self,
+        *,
+        ours: Merge,
+        baseline: Merge | Literal["mean", "best"],
+        members: merging.Members,
+        share: float = 1.0,
+        count: int | None = None,
+    ) -> Claim:
+        """Holds if merge `ours` gains, on the members' tasks, at least `share` of what `baseline` gains, and more than nothing.
+
+        Members are tuned from the lab model, all linear layers of it: on different tasks, or on one with different seeds; `count` of
+        them. The baseline is another merge, the mean member, or the best one, which other examples choose. Tasks count alike.
+        Errors: ConflictError if no lab model has tasks for such members.
+        """
+        lab = self._with({n for n in self.trials if merging.able(n, members, count)}, "tasks to merge members of")
+        steps = {
+            arm: Step.of(m[0], **m[1])
+            for arm, m in {"ours": ours, "baseline": baseline}.items()
+            if isinstance(m, tuple)
+        }
+
+        def on(run: Callable[[Trial, Sequence[merging.Of]], Arm]) -> Run:
+            return lambda trial: run(trial, merging.members(trial, members, count))
+
+        runs = {arm: on(partial(merging.gained, step)) for arm, step in steps.items()}
+        if not isinstance(baseline, tuple):
+            runs["baseline"] = on(merging.mean if baseline == "mean" else merging.best)
+        runs["floor"] = on(merging.nothing)
+        arms = {"ours": "", "baseline": f"the {baseline} member", "floor": "untuned"}
+        arms |= {arm: f"{step.describe()} of members with other {members}" for arm, step in steps.items()}
+        return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
     def _judge(
         self,

@@ -72,6 +72,11 @@ KNOWN: dict[str, Known] = {
     "full": _gains(
         "adapt", "LoRA of rank 64 gains at least 80 % of what full fine-tuning gains", [("lora", {"rank": 64})], [("full", {})], share=0.8
     ),
+    "soup": Known(
+        "merge",
+        "a soup of members with other seeds gains at least what their mean does",
+        lambda lab: lab.merge(ours=("soup", {}), baseline="mean", members="seeds"),
+    ),
 }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.site import Evidence, Group, Kind, Site, finite
-from weft.model.sites import MATRIX, TAGS, match, put, site, tagged, vectors
+from weft.model.sites import MATRIX, TAGS, fits, match, put, site, tagged, vectors
+from weft.model.sources import Sources
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
@@ -34,8 +35,9 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Prefix",
-    "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Tap", "Transform", "add_branch", "axes", "branches",
-    "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fork", "gathered", "is_woven", "match", "mode",
-    "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps",
-    "site", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Sources", "Tap", "Transform", "add_branch", "axes",
+    "branches", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered",
+    "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals", "rotation",
+    "set_expressions", "set_taps", "site", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap",
+    "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

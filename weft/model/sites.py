@@ -81,7 +81,7 @@ def match(model: nn.Module, at: str | Iterable[str], on: Collection[str] = MATRI
             head = output_sites(model)
             found = [n for n in names if n in known and known[n].linear and n not in head]
         else:
-            found = [n for n in names if _fits(n, pattern) or _fits(n.removesuffix(".weight"), pattern)]
+            found = [n for n in names if fits(n, pattern)]
         if not found:
             raise OptionError(
                 "a pattern matches no site",
@@ -94,8 +94,11 @@ def match(model: nn.Module, at: str | Iterable[str], on: Collection[str] = MATRI
     return [n for n in names if n in out]
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name, with or without `.weight`, or a trailing part of it fits a glob."""
+    return any(
+        fnmatch.fnmatchcase(n, p) for n in (name, name.removesuffix(".weight")) for p in (pattern, f"*.{pattern}")
+    )
 
 
 def site(

@@ -1,0 +1,286 @@
+"""Combine models by a merge: everything is compared first, then merged a weight at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.engine.method import Method
+from weft.engine.registry import get
+from weft.engine.run import Change, Step
+from weft.error import ConflictError, OptionError, ShapeError, WeftError, raise_all
+from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.model import (
+    Place,
+    Sources,
+    expressions,
+    fits,
+    fork,
+    match,
+    places,
+    plain_tensors,
+    set_expressions,
+    site,
+    taps,
+)
+from weft.model.weave import Original
+from weft.store.library import config_of
+from weft.store.tensors import word_sum
+
+
+def run(
+    models: Sequence[nn.Module],
+    step: Step,
+    *,
+    base: nn.Module | None = None,
+    weights: Sequence[float] | None = None,
+    at: str | Sequence[str] = "*",
+    seed: int = 0,
+    strange: Sequence[WeftError] = (),
+    done: Callable[[int], None] | None = None,
+) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
+    """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
+
+    Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model.
+    Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
+    """
+    method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
+    raise_all([*_misused(method, models, given, base), *(refusals(models, base) if models else ()), *strange])
+    named, lead = _named(models, base), base if base is not None else models[0]
+    merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed)
+    made, changes = fork(lead), list[Change]()
+    sites, plain = _chosen(lead, at)
+    for name in sites:
+        held = {label: site(m, name).now for label, m in named.items()}
+        expr = merge(name, held, {label: places(m)[name].dtype for label, m in named.items()})
+        set_expressions(made, {name: expr})
+        before = ", ".join(dict.fromkeys(e.describe() for e in held.values()))
+        changes.append(Change(name, before, expr.describe(), expr.nbytes(), None))
+        if done:
+            done(1)
+    loose, free = {label: plain_tensors(m) for label, m in named.items()}, plain_tensors(made)
+    for name in plain:
+        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in loose.items()}
+        value, there = merge(name, rows, {label: e.w.dtype for label, e in rows.items()}).dense(), free[name]
+        there.data = value.detach().to(there.dtype, copy=True).view(there.shape).to(there.device)
+    _settle(made, list(named.values()), sites)
+    return made.requires_grad_(False), changes, merge.notes
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One step with the weights of its members, by what errors call them."""
+
+    step: Step
+    weights: Mapping[str, float]
+    seed: int
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    def __call__(self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype]) -> Expr:
+        """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
+        labels = sorted(self.weights, key=lambda label: (_mark(held[label]), self.weights[label]))
+        sources = Sources(
+            name=name,
+            members=tuple(held[label] for label in labels),
+            weights=tuple(self.weights[label] for label in labels),
+            dtype=dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
+            base=held.get("base"),
+            seed=self.seed,
+            labels=tuple(labels),
+            notes=self.notes,
+        )
+        return get(self.step.method)(sources, **dict(self.step.options))
+
+
+def _mark(expr: Expr) -> str:
+    """What an expression holds, in short."""
+    return json.dumps([spec(expr), [word_sum(t) for t in tensors(expr).values()]])
+
+
+def _settle(made: nn.Module, models: Sequence[nn.Module], sites: Sequence[str]) -> None:
+    """Tell the merged model what its pretrained values are: the merged ones, but where a base that all models have still stands."""
+    known = [m.__dict__.get("_weft_base") for m in models]
+    one = known[0] is not None and all(k == known[0] for k in known)
+    exprs, kept = expressions(made), True
+    for name in sites:
+        place, expr = places(made)[name], exprs[name]
+        if one and not isinstance(expr, Dense):
+            continue
+        kept = False
+        place.original = Original(functools.partial(_value, expr))
+        place.dtype = expr.w.dtype if isinstance(expr, Dense) else place.dtype
+    if not (one and kept):
+        cast(Any, made)._weft_base = None
+
+
+def _value(expr: Expr) -> Tensor:
+    return expr.dense().detach()
+
+
+def _named(models: Sequence[nn.Module], base: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The models by name, the one that others are compared with first."""
+    held = {"base": base} if base is not None else dict[str, nn.Module]()
+    return held | {f"member {i}": m for i, m in enumerate(models, 1)}
+
+
+def reach(models: Sequence[nn.Module], at: str | Sequence[str], base: nn.Module | None = None) -> int:
+    """How many sites `run` would merge. Errors: OptionError for a pattern that matches nothing."""
+    lead = base if base is not None else next(iter(models), None)
+    return len(_chosen(lead, at)[0]) if lead is not None else 0
+
+
+def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """The sites, and the norms, biases and the like, that these globs match."""
+    globs = [at] if isinstance(at, str) else list(at)
+    loose = [n for n, t in plain_tensors(model).items() if isinstance(t, nn.Parameter) and t.numel()]
+    plain = [n for n in loose if any(fits(n, g) for g in globs)]
+    about = [g for g in globs if not any(fits(n, g) for n in plain) or any(fits(n, g) for n in places(model))]
+    return (match(model, about) if about else []), plain
+
+
+def _misused(
+    method: Method, models: Sequence[nn.Module], weights: Sequence[float], base: nn.Module | None
+) -> list[WeftError]:
+    """What is wrong with the call, whatever the models hold."""
+    wrong: list[tuple[str, object, str, str]] = []
+    if method.kind != "merge":
+        wrong.append(("method", f"a {method.kind} method", "a merge", "weft methods shows kinds"))
+    count = method.members
+    if not models or (count is not None and len(models) != count):
+        want = f"{count} models" if count is not None else "one or more models"
+        wrong.append(("models", len(models), want, "give as many"))
+    if len(weights) != len(models):
+        wrong.append(("weights", f"{len(weights)} for {len(models)} models", "one a model", "give as many, or none"))
+    elif not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+        wrong.append(("weights", weights, "finite numbers", "give others"))
+    elif not method.signed and models and (min(weights) < 0 or math.fsum(weights) <= 0):
+        wrong.append(("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"))
+    if "base" in method.needs and base is None:
+        wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
+    what = f"{method.name} cannot be done so"
+    return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
+
+
+def refusals(models: Sequence[nn.Module], base: nn.Module | None = None) -> list[WeftError]:
+    """Every reason why these models cannot be merged.
+
+    ConflictError for another class or configuration, for weights without a value, taps, and what is tied otherwise; ShapeError for
+    weights that another model lacks or has in another shape, and for buffers that differ.
+    """
+    (first, lead), *others = _named(models, base).items()
+    problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m)]
+    for label, model in others:
+        problems += _strange(label, model, first, lead) or [
+            *_differing(_sites(lead), _sites(model), first, label),
+            *_differing(_plain(lead), _plain(model), first, label),
+            *_unequal(lead, model, first, label),
+        ]
+    return problems
+
+
+def _unmergeable(label: str, model: nn.Module) -> Iterator[WeftError]:
+    yield from valueless({f"{label}: {n}": e for n, e in expressions(model).items()})
+    for name, tap in taps(model).items():
+        want, fix = "weights of the plain inputs", "weft.untap(model) first"
+        what = "a weight behind a tap is not merged"
+        yield ConflictError(what, where=f"{label}: {name}", got=tap.describe(), want=want, fix=fix)
+
+
+def _strange(label: str, model: nn.Module, first: str, lead: nn.Module) -> list[WeftError]:
+    """Another class, or other entries of the configuration than those that say nothing of the weights."""
+    if type(model).__name__ != type(lead).__name__:
+        got, want = f"{label} is {type(model).__name__}", f"{type(lead).__name__}, as {first}"
+        what, fix = "these models are not of one family", "merge models that were tuned from one"
+        return [ConflictError(what, where="class", got=got, want=want, fix=fix)]
+    mine, theirs = _entries(model), _entries(lead)
+    return [
+        ConflictError(
+            "these models are configured otherwise",
+            where=f"config: {key}",
+            got=f"{label}: {mine.get(key, 'nothing')}",
+            want=f"{theirs.get(key, 'nothing')}, as {first}",
+            fix="merge models that were tuned from one",
+        )
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+
+
+_SILENT = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "quantization_config",
+)
+"""Entries of a configuration that say nothing of what weights mean; so do token ids and dropouts."""
+
+
+def _entries(model: nn.Module) -> dict[str, Any]:
+    """The entries of a configuration that weights depend on, nested ones by their path."""
+    return dict(_flat(config_of(model))) if hasattr(model, "config") else {}
+
+
+def _flat(said: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in said.items():
+        if isinstance(value, dict):
+            yield from _flat(cast("dict[str, Any]", value), f"{under}{key}.")
+        elif key not in _SILENT and not key.endswith(("_token_id", "_diffusers_version")) and "dropout" not in key:
+            yield f"{under}{key}", value
+
+
+def _sites(model: nn.Module) -> dict[str, str]:
+    """What must be the same of every site."""
+    return {name: _form(place) for name, place in places(model).items()}
+
+
+def _form(place: Place) -> str:
+    tied = f", tied with {', '.join(place.modules[1:])}" if place.modules[1:] else ""
+    return f"{place.kind} {list(place.shape)}{tied}"
+
+
+def _plain(model: nn.Module) -> dict[str, str]:
+    """What must be the same of every tensor that belongs to no expression."""
+    return {n: f"{'parameter' if _is_free(t) else 'buffer'} {list(t.shape)}" for n, t in plain_tensors(model).items()}
+
+
+def _is_free(t: Tensor) -> bool:
+    return isinstance(t, nn.Parameter) and t.is_floating_point()
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str], first: str, label: str) -> list[WeftError]:
+    what, fix = "these models have other weights", "merge models that were tuned from one"
+    return [
+        ShapeError(
+            what,
+            where=name,
+            got=f"{label}: {theirs.get(name, 'nothing')}",
+            want=f"{ours.get(name, 'nothing')}, as {first}",
+            fix=fix,
+        )
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _unequal(lead: nn.Module, model: nn.Module, first: str, label: str) -> list[WeftError]:
+    """Buffers, and what is not of floating point, that are not the same."""
+    ours, theirs = plain_tensors(lead), plain_tensors(model)
+    both = [n for n, t in ours.items() if not _is_free(t) and n in theirs and theirs[n].shape == t.shape]
+    fix = "give both models the same"
+    return [
+        ShapeError(
+            "a buffer cannot be merged", where=n, got=f"other values in {label}", want=f"those of {first}", fix=fix
+        )
+        for n in both
+        if not torch.equal(ours[n].cpu(), theirs[n].cpu())
+    ]

@@ -1,0 +1,1 @@
+"""Combine several models into one, a weight at a time."""

@@ -1,0 +1,42 @@
+"""Go along the arc between two models."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.engine import Sources, method
+from weft.expr import Dense, Expr
+
+if TYPE_CHECKING:
+    from weft.lab.claims import Claim, Lab
+
+
+@method(kind="merge", members=2)
+def slerp(s: Sources) -> Expr:
+    """sin((1 - t) Ω) / sin Ω · first + sin(t Ω) / sin Ω · second, Ω the angle between the two as vectors, t = w_2 / (w_1 + w_2).
+
+    For weights in one direction that is the straight line. Between opposite ones, and to zero, there is no arc: the straight line
+    is taken, which is declared.
+    """
+    t, xx, xy, yy = s.shares()[1], 0.0, 0.0, 0.0
+    for part in s.slices():
+        x, y = (v.double() for v in part.values())
+        xx, xy, yy = xx + float(x.square().sum()), xy + float((x * y).sum()), yy + float(y.square().sum())
+    size = math.sqrt(xx) * math.sqrt(yy)
+    angle = math.acos(max(-1.0, min(1.0, xy / size))) if size else 0.0
+    arc = 1e-6 < angle < math.pi - 1e-3
+    if not arc and 0 < t < 1 and (angle > 1 or (not size and xx + yy)):
+        s.fallback("there is no arc between opposite or zero weights: the straight line was taken")
+    a, b = (math.sin(share * angle) / math.sin(angle) if arc else share for share in (1 - t, t))
+    made = [s.dense(a * x + b * y if arc else x + b * (y - x)).w for x, y in (part.values() for part in s.slices())]
+    return Dense(torch.cat(made))
+
+
+@slerp.claim(
+    "half way on the arc between members tuned on different tasks serves these tasks better than averaging them does"
+)
+def claim(lab: Lab) -> Claim:
+    return lab.merge(ours=("slerp", {}), baseline=("soup", {}), members="tasks", count=2)

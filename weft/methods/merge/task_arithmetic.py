@@ -1,0 +1,33 @@
+"""Add what tuning changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from weft.engine import Sources, method
+from weft.expr import Expr
+
+if TYPE_CHECKING:
+    from weft.lab.claims import Claim, Lab
+
+
+@method(kind="merge", paper="2212.04089", needs={"base"}, signed=True)
+def task_arithmetic(
+    s: Sources,
+    *,
+    scale: Annotated[float, Field(ge=-10, le=10, description="how much of the sum of task vectors is added")] = 0.4,
+) -> Expr:
+    """base + scale · Σ_k w_k (member_k - base); a negative weight takes away what a member learnt.
+
+    Terms that base and members share stay as they are, and low-rank and sparse ones are added as such.
+    """
+    return s.linear([scale * w for w in s.weights], s.origin)
+
+
+@task_arithmetic.claim(
+    "adding what members learnt on different tasks serves these tasks better than the mean member does"
+)
+def claim(lab: Lab) -> Claim:
+    return lab.merge(ours=("task_arithmetic", {}), baseline="mean", members="tasks")

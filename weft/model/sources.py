@@ -1,0 +1,177 @@
+"""Sources: one weight of several models, as a merge sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weft.error import NumericError, OptionError
+from weft.expr import Dense, Expr, LowRank, SparseDelta, fork, identity, spec, tensors, terms_of, total
+
+Part = tuple[float, Expr]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A weight of every member, with its weight in the merge, and of the base. What is no matrix is one row.
+
+    Members come in an order that depends on their values alone.
+    """
+
+    name: str
+    members: tuple[Expr, ...]
+    weights: tuple[float, ...]
+    dtype: torch.dtype
+    """What a dense result is stored in."""
+    base: Expr | None = None
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    """What errors call the members."""
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """Declared fallbacks: (where, what)."""
+
+    def shares(self) -> list[float]:
+        """The weights, divided by their sum."""
+        whole = math.fsum(self.weights)
+        return [w / whole for w in self.weights]
+
+    def values(self) -> Iterator[Float[Tensor, "m n"]]:
+        """The members' values in float32, one at a time. Errors: NumericError naming the weight and the member."""
+        return (self._value(e, label) for e, label in zip(self.members, self._labels(), strict=True))
+
+    def start(self) -> Float[Tensor, "m n"]:
+        """The base's value in float32. Errors: NumericError; OptionError without a base."""
+        return self._value(self.origin, "base")
+
+    def deltas(self) -> Iterator[Float[Tensor, "m n"]]:
+        """The task vectors, member - base, one at a time. Errors: NumericError; OptionError without a base."""
+        start = self.start()
+        return (value - start for value in self.values())
+
+    @property
+    def origin(self) -> Expr:
+        """The base. Errors: OptionError where there is none."""
+        if self.base is None:
+            want, fix = "the model that the members were tuned from", "give base"
+            raise OptionError("this merge needs a base", where=self.name, got="no base", want=want, fix=fix)
+        return self.base
+
+    def dense(self, value: Float[Tensor, "m n"]) -> Dense:
+        """A result as a plain matrix."""
+        return Dense(value.to(self.dtype))
+
+    def linear(self, shares: Sequence[float], origin: Expr) -> Expr:
+        """origin + Σ_i share_i (member_i - origin), summed in float32, a slice of rows at a time.
+
+        Where all that take part are the same terms but for low-rank or sparse ones, the result is too: the same terms, and one low-rank
+        and one sparse term, both exact. `origin` is the base or a member.
+        """
+        parts = _multiples(shares, self.members, origin)
+        whole = total(terms) if (terms := _by_terms(parts)) is not None else None
+        if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
+            return whole
+        labels = [self._label(e) for _, e in parts]
+        made: list[Tensor] = []
+        for slices in zip(*(e.slices() for _, e in parts), strict=True):
+            *others, start = (self._value(e, label) for e, label in zip(slices, labels, strict=True))
+            value = start.clone()
+            for (c, _), other in zip(parts, others, strict=False):
+                value += c * (other - start)
+            made.append(value.to(self.dtype))
+        return Dense(torch.cat(made))
+
+    def slices(self) -> Iterator[Sources]:
+        """The members in slices of rows, none larger than `CHUNK` entries, without the base."""
+        for parts in zip(*(e.slices() for e in self.members), strict=True):
+            yield replace(self, members=parts, base=None)
+
+    def rng(self, salt: str) -> torch.Generator:
+        """A generator that depends on the seed, the weight's name and `salt` only."""
+        word = hashlib.blake2b(f"{self.seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(word, "little"))
+
+    def fallback(self, what: str) -> None:
+        """Declare that the merge could not do what it says here, and what it did instead."""
+        self.notes.append((self.name, what))
+
+    def _labels(self) -> Sequence[str]:
+        return self.labels or [f"member {i + 1}" for i in range(len(self.members))]
+
+    def _label(self, e: Expr) -> str:
+        return next((n for n, m in zip(self._labels(), self.members, strict=True) if m is e), "base")
+
+    def _value(self, e: Expr, label: str) -> Tensor:
+        value = e.dense().detach()
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        if bad := value.numel() - int(torch.isfinite(value).sum()):
+            got = f"{bad} of {value.numel()} entries NaN or infinite"
+            fix = "leave that model, or this weight, out"
+            raise NumericError(
+                "a weight is not finite", where=f"{self.name} of {label}", got=got, want="finite values", fix=fix
+            )
+        return value
+
+
+def _multiples(shares: Sequence[float], members: Sequence[Expr], origin: Expr) -> list[Part]:
+    """What sums to origin + Σ_i share_i (member_i - origin): multiples that add up to one, without those of zero; the origin last."""
+    made = [(c, e) for c, e in zip(shares, members, strict=True) if c and e is not origin]
+    rest = 1 - math.fsum(c for c, _ in made)
+    return [*made, (rest, origin)] if abs(rest) > 1e-12 else made
+
+
+def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
+    """The sum of these multiples, which add up to one, by its terms: those that all hold alike, and a low-rank and a sparse one.
+
+    None where their bases differ, or another term does.
+    """
+    held = [terms_of(e) for _, e in parts]
+    first, *others = held
+    same = {r: t for r, t in first.items() if all(r in h and alike(h[r], t) for h in others)}
+    rest = [(c, t) for (c, _), h in zip(parts, held, strict=True) for r, t in h.items() if r not in same]
+    low = [(c, t) for c, t in rest if isinstance(t, LowRank)]
+    sparse = [(c, t) for c, t in rest if isinstance(t, SparseDelta)]
+    made: dict[str, Expr] = {}
+    if low:
+        made["adapter:merged"] = _low_rank(low)
+    if sparse:
+        made["adapter:merged-sparse"] = _sparse(sparse)
+    if "base" not in same or len(low) + len(sparse) < len(rest) or made.keys() & same.keys():
+        return None
+    return {r: fork(t) for r, t in same.items()} | made
+
+
+def _low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
+    """Σ c b a = [c₁ b₁ ... c_k b_k] [a₁; ...; a_k]."""
+    b = torch.cat([c * wide(t.b) for c, t in parts], 1)
+    return LowRank(b, torch.cat([wide(t.a) for _, t in parts]))
+
+
+def _sparse(parts: Sequence[tuple[float, SparseDelta]]) -> SparseDelta:
+    """Σ c delta at every place where one of them has an entry."""
+    value, mask = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+    for c, t in parts:
+        value, mask = value + c * t.dense().detach(), mask | t.mask()
+    return SparseDelta.of(value, mask)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32, out of any graph."""
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
+
+def alike(a: Expr, b: Expr) -> bool:
+    """Whether two expressions are the same tree over the same numbers."""
+    if a is b:
+        return True
+    one, two = tensors(a), tensors(b)
+    return spec(a) == spec(b) and all(
+        identity(t) == identity(two[k])
+        or (t.dtype == two[k].dtype and t.shape == two[k].shape and torch.equal(t, two[k]))
+        for k, t in one.items()
+    )

@@ -224,7 +224,7 @@ def train(
     from weft.score import examples
     from weft.store.cache import default, key
 
-    options = {k: v for k, v in {"rank": rank, "name": name}.items() if v is not None}
+    options: dict[str, Any] = {k: v for k, v in {"rank": rank, "name": name}.items() if v is not None}
     chosen = Step.of(method, **options).options
     learned = examples(data, "train", seed)  # bad data shows before the model is loaded
     woven = load(model, quiet)

@@ -106,6 +106,7 @@ def test_saved_and_loaded(method: str, family: str, tiny: Any, batches: Any, run
     save(model, tmp_path / "out")
     back = load(tmp_path / "out")
     assert torch.equal(run(back, batch), run(model, batch)) and not trainable(back)
+    assert fingerprint(back) == fingerprint(model) and weft.verify(tmp_path / "out") == []
     assert (tmp_path / "out" / "model.safetensors").exists() == (method != "ia3")
 
 

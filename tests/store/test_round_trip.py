@@ -25,7 +25,7 @@ from weft.store.audit import header
 from weft.store.save import narrow
 
 CHAINS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
-    **{n: ((n, {}),) for n in names() if get(n).kind == "rewrite"},
+    **{n: ((n, {}),) for n in names() if get(n).kind == "rewrite" and "matrix" in get(n).sites},  # others: test_vectors
     "asymmetric": (("rtn", {"bits": 3, "group": 8, "symmetric": False}),),
     "2:4": (("magnitude", {"pattern": "2:4"}),),
     "2:4 + gptq": (("wanda", {"pattern": "2:4"}), ("gptq", {"bits": 3})),

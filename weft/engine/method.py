@@ -24,7 +24,8 @@ Kind = Literal[
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient", "most"]
+Need = Literal["gram", "gradient", "most", "evaluate", "disturb", "relative", "fisher", "outliers"]
+"""Evidence of inputs; of a search, the methods of the bench that it calls."""
 Drop = Literal["zeros"]
 
 

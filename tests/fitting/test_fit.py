@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -134,6 +135,21 @@ def test_without_data_nothing_is_tuned(lm: Path, small: Settings, tmp_path: Path
     assert (tmp_path / "out" / "report.html").exists() and nbytes(load(tmp_path / "out")) <= made.budgets[0].limit_bytes
 
 
+@pytest.mark.parametrize("search", ["uniform", "owl", "higgs"])
+def test_another_search_makes_the_choice(lm: Path, small: Settings, tmp_path: Path, search: str) -> None:
+    """Within the budget; the arm is built from what that method chose."""
+    quick = dataclasses.replace(small, seeds=1, search=search, bits=(2, 4), groups=(32,))
+    made = fit(lm, budget="30%", settings=quick, cache=tmp_path / "cache")
+    work = Work(str(lm), None, quick, Cache(tmp_path / "cache"), Silent())
+    run, limit = work.run(0), made.budgets[0].limit_bytes
+    choice = run.search.mixed(limit, search)
+    assert run.search.nbytes(choice) <= limit and (len(set(choice)) == 1) == (search == "uniform")
+    work.mixed(run, limit)
+    assert work.mixed(run, limit).chains == {
+        s: run.table.chains[c] for s, c in zip(run.table.sites, run.search.mixed(limit, search), strict=True)
+    }
+
+
 def test_smallest_within_a_loss(lm: Path, examples: Path, small: Settings, tmp_path: Path) -> None:
     """--max-loss gives a model within the loss on the choosing data, smaller than the original."""
     from dataclasses import replace
@@ -159,6 +175,9 @@ def test_refusals(lm: Path, small: Settings, tmp_path: Path) -> None:
         fit(lm, budget="20%", max_loss="1%", settings=small, cache=tmp_path)
     with pytest.raises(ConflictError):
         fit(lm, budget="2%", settings=small, cache=tmp_path)
+    for name in ("rtn", "nothing"):
+        with pytest.raises(OptionError, match="search"):
+            fit(lm, budget="20%", settings=dataclasses.replace(small, search=name), cache=tmp_path)
 
 
 def test_plan_computes_nothing(lm: Path, small: Settings, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from weft.engine import get, names
 from weft.error import OptionError
 from weft.fitting import budget as budgets
 from weft.fitting import result
@@ -68,6 +69,7 @@ def fit(
             want="one of them",
             fix="--budget 27%, or --max-loss 1%",
         )
+    _searches(settings.search)
     for b in limits or [""]:
         if out is not None:
             may_replace(_place(out, b, len(limits)), replace)
@@ -118,7 +120,7 @@ def plan(
         f"model: {model}, {type(work.plain).__name__}, {size.parameters:,} parameters in {sites} sites, "
         f"{size.bf16_bytes:,} bytes in bfloat16",
         f"seeds: {s.seeds}; each: evidence from {s.tokens:,} tokens, then {count} candidates a site ({count * sites:,} in all)",
-        f"choice: by {work.goal.name} ({work.goal.unit}) on {s.select_tokens:,} other tokens",
+        f"choice: {s.search}, by {work.goal.name} ({work.goal.unit}) on {s.select_tokens:,} other tokens",
     ]
     if max_loss:
         lines.append(f"budget: the smallest whose score is at most {max_loss} worse, by bisection")
@@ -131,6 +133,15 @@ def plan(
                 f"  then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) is tuned {s.tune_steps} steps"
             )
     return lines
+
+
+def _searches(name: str) -> None:
+    """Refuse what makes no choices. Errors: OptionError with the searches that there are."""
+    known = [n for n in names() if get(n).kind == "search"]
+    if name not in known:
+        raise OptionError(
+            "this is no search", where="search", got=name, want=", ".join(known), fix="give the name of one of these"
+        )
 
 
 def _place(out: str | Path, label: str, count: int) -> Path:

@@ -47,6 +47,8 @@ class Distance:
 
     def part(self, share: float, draw: int) -> Distance:
         """The same on a share of the sequences, one at least, which `draw` picks: one number, one choice."""
+        if share >= 1:
+            return self
         sizes = [len(b["input_ids"]) for b in self.batches]
         count = max(1, round(share * sum(sizes)))
         drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(draw))[:count]

@@ -51,6 +51,6 @@ def owl(
     return order.gather(1, taken.view(due.shape).sum(1, keepdim=True)).flatten()
 
 
-@owl.claim("at 70 % zeros loses less than the same sparsity everywhere, at the same bytes")
+@owl.claim("at about 70 % zeros loses less than the same sparsity everywhere, at the same bytes")
 def claim(lab: Lab) -> Claim:
     return lab.allocate(ours="owl", baseline="uniform", share=0.33, among="sparsities")

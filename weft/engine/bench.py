@@ -53,7 +53,7 @@ class Bench:
         self.keys = [chain_key(c) for c in chains]
         self.about = key(about, stats.folder.name, seed)
         self.plain = expressions(model)
-        self.placed: dict[str, int] = {}
+        self.placed: dict[str, int | None] = {}
 
     def evaluate(self, choice: Sequence[int] | Tensor, share: float = 1.0, draw: int = 0) -> float:
         """The distance with every site as chosen, on this share of the texts, which `draw` picks."""
@@ -115,20 +115,24 @@ class Bench:
 
     def outliers(self, above: float) -> Float[Tensor, "s"]:
         """The share of a block's scores |w_ij| · ||x_j|| that exceed `above` times their mean; of a site outside the blocks, of its own."""
-        blocks: dict[int | str, list[str]] = {}
-        for name in self.sites:
-            where = block_of(self.model, name)
-            blocks.setdefault(name if where is None else where, []).append(name)
-        self._place({})
-        found: dict[str, float] = {}
-        for names in blocks.values():
-            group = group_of(self.model, names, self.stats, seed=self.seed)
-            scores = [s.now.dense().detach().abs().float() * _sizes(s) for s in group]
-            count = sum(s.numel() for s in scores)
-            mean = float(sum(s.double().sum() for s in scores)) / count
-            share = sum(int((s > above * mean).sum()) for s in scores) / count
-            found |= dict.fromkeys(names, share)
-        return torch.tensor([found[n] for n in self.sites], dtype=torch.float64)
+
+        def make() -> dict[str, float]:
+            blocks: dict[int | str, list[str]] = {}
+            for name in self.sites:
+                where = block_of(self.model, name)
+                blocks.setdefault(name if where is None else where, []).append(name)
+            self._place({})
+            found: dict[str, float] = {}
+            for names in blocks.values():
+                group = group_of(self.model, names, self.stats, seed=self.seed)
+                scores = [s.now.dense().detach().abs().float() * _sizes(s) for s in group]
+                count = sum(s.numel() for s in scores)
+                mean = sum(float(s.double().sum()) for s in scores) / count
+                found |= dict.fromkeys(names, sum(int((s > above * mean).sum()) for s in scores) / count)
+            return found
+
+        held = self.cache.json("measured", key("outliers", self.about, self.sites, above), make)
+        return torch.tensor([held[n] for n in self.sites], dtype=torch.float64)
 
     def rng(self, salt: str) -> torch.Generator:
         """A generator that depends on the seed and `salt` only."""
@@ -140,11 +144,10 @@ class Bench:
         for names in groups(self.model, self.sites, self.stats):
             if all(part.get(n) == self.placed.get(n) for n in names):
                 continue
+            self.placed |= dict.fromkeys(names, -1)  # until all of it is done
             set_expressions(self.model, {n: self.plain[n] for n in names})
             put(self.model, {n: self.chains[part[n]] for n in names if n in part}, self.stats, seed=self.seed)
-            for n in names:
-                self.placed.pop(n, None)
-            self.placed |= {n: part[n] for n in names if n in part}
+            self.placed |= {n: part.get(n) for n in names}
 
     def _together(self) -> Iterator[list[str]]:
         """The sites in lots of no more than `TOGETHER` entries, but one site at least."""

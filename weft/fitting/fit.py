@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from weft.engine import get, names
 from weft.error import OptionError
 from weft.fitting import budget as budgets
 from weft.fitting import result
@@ -69,7 +68,6 @@ def fit(
             want="one of them",
             fix="--budget 27%, or --max-loss 1%",
         )
-    _searches(settings.search)
     for b in limits or [""]:
         if out is not None:
             may_replace(_place(out, b, len(limits)), replace)
@@ -133,15 +131,6 @@ def plan(
                 f"  then an adapter of rank {rank} ({work.adapter_bytes(rank):,} bytes) is tuned {s.tune_steps} steps"
             )
     return lines
-
-
-def _searches(name: str) -> None:
-    """Refuse what makes no choices. Errors: OptionError with the searches that there are."""
-    known = [n for n in names() if get(n).kind == "search"]
-    if name not in known:
-        raise OptionError(
-            "this is no search", where="search", got=name, want=", ".join(known), fix="give the name of one of these"
-        )
 
 
 def _place(out: str | Path, label: str, count: int) -> Path:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from weft.engine import Bench, get
+from weft.engine import Bench, get, names
 from weft.engine.run import Chain
-from weft.error import ConflictError
+from weft.error import ConflictError, OptionError
 from weft.fitting.candidates import Table
 
 Choice = tuple[int, ...]
@@ -95,6 +95,15 @@ class Search:
         o = dict(chain[0].options)
         where = f"g{o['group']}" if o["group"] else "channel"
         return f"{chain[0].method} int{o['bits']} {where}{'' if o['symmetric'] else ' asymmetric'}"
+
+
+def known(name: str) -> None:
+    """Refuse what makes no choices. Errors: OptionError with the searches that there are."""
+    found = [n for n in names() if get(n).kind == "search"]
+    if name not in found:
+        raise OptionError(
+            "this is no search", where="search", got=name, want=", ".join(found), fix="give the name of one of these"
+        )
 
 
 def role(site: str) -> str:

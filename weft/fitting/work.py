@@ -22,7 +22,7 @@ from weft.expr import tensors
 from weft.fitting import budget as budgets
 from weft.fitting.candidates import Table, chains, table, uniform_chains
 from weft.fitting.data import Data, batches, resolve, score
-from weft.fitting.search import Choice, Search
+from weft.fitting.search import Choice, Search, known
 from weft.fitting.settings import ADAPTER_SHARE, ARMS, RANKS, Settings
 from weft.lab.distance import Distance
 from weft.lab.metrics import Scores
@@ -74,6 +74,7 @@ class Work:
     def __init__(self, source: str, data: str | None, settings: Settings, cache: Cache, progress: Progress) -> None:
         from transformers import AutoTokenizer
 
+        known(settings.search)
         self.data, self.settings, self.cache, self.progress = data, settings, cache, progress
         self.plain = load(source)
         self.folder = self.plain.__dict__["_weft_source"]

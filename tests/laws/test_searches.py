@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weft.engine import get
 from weft.error import ConflictError, OptionError
-from weft.linalg.allocation import dynamic, integer
+from weft.linalg.allocation import dynamic, frontier, integer
 
 from .cases import SEARCHES, options, rng
 
@@ -210,6 +210,32 @@ def test_owl_follows_the_outliers(budget: int) -> None:
         assert 0.16 * 2000 - 100 <= int(got.max() - got.min()) <= 0.16 * 2000 + 100
     assert torch.equal(by_share(o * 7 + 2, budget), got), "only how shares compare counts"
     assert len(by_share(torch.full((6,), 0.2), 6 * 700).unique()) == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.08, 0.4])
+def test_owl_is_its_formula(spread: float) -> None:
+    """Every density d is tried: the choice is that of the largest one that fits."""
+    for seed in range(8):
+        cost, error, budget = table(seed, sites=5, candidates=6)
+        o = torch.rand(5, generator=rng("shares", seed), dtype=torch.float64)
+        more = 2 * spread * (o - o.min()) / (o.max() - o.min())
+        levels = [
+            sorted(u.nonzero()[0].tolist(), key=c.tolist().__getitem__)
+            for u, c in zip(frontier(cost, error, budget, ""), cost, strict=True)
+        ]
+        dense = [[int(cost[s, k]) / int(cost[s, ks[-1]]) for k in ks] for s, ks in enumerate(levels)]
+
+        def at(d: float, levels: Any = levels, dense: Any = dense, more: Any = more) -> list[int]:
+            fits = [max(1, sum(x <= d + float(m) for x in xs)) for xs, m in zip(dense, more, strict=True)]
+            return [ks[n - 1] for ks, n in zip(levels, fits, strict=True)]
+
+        tried = [at(x - float(m) + 1e-9) for xs, m in zip(dense, more, strict=True) for x in xs]
+        want = max(
+            (x for x in tried if spent(cost, torch.tensor(x)) <= budget), key=lambda x: spent(cost, torch.tensor(x))
+        )
+        got = get("owl")(cost, error, budget, Measured("owl", error, o), spread=spread)
+        assert spent(cost, got) <= budget and (got.tolist() == want or spread == 0)
+        assert spent(cost, got) >= spent(cost, torch.tensor(want))
 
 
 @pytest.mark.parametrize("cells", [256, 1024])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -134,6 +135,18 @@ def test_without_data_nothing_is_tuned(lm: Path, small: Settings, tmp_path: Path
     assert (tmp_path / "out" / "report.html").exists() and nbytes(load(tmp_path / "out")) <= made.budgets[0].limit_bytes
 
 
+@pytest.mark.parametrize("search", ["uniform", "higgs"])
+def test_another_search_makes_the_choice(lm: Path, small: Settings, tmp_path: Path, search: str) -> None:
+    """Within the budget; the mixed arm is built from what that method chose, and not from the knapsack's choice."""
+    quick = dataclasses.replace(small, seeds=1, search=search, bits=(2, 4), groups=(32,))
+    work = Work(str(lm), None, quick, Cache(tmp_path / "cache"), Silent())
+    run, limit = work.run(0), int(0.3 * work.bytes)
+    built = work.mixed(run, limit)
+    choice, other = run.search.mixed(limit, search), run.search.mixed(limit, "knapsack")
+    assert run.search.nbytes(choice) <= limit and choice != other
+    assert built.chains == {s: run.table.chains[c] for s, c in zip(run.table.sites, choice, strict=True)}
+
+
 def test_smallest_within_a_loss(lm: Path, examples: Path, small: Settings, tmp_path: Path) -> None:
     """--max-loss gives a model within the loss on the choosing data, smaller than the original."""
     from dataclasses import replace
@@ -159,6 +172,9 @@ def test_refusals(lm: Path, small: Settings, tmp_path: Path) -> None:
         fit(lm, budget="20%", max_loss="1%", settings=small, cache=tmp_path)
     with pytest.raises(ConflictError):
         fit(lm, budget="2%", settings=small, cache=tmp_path)
+    for name in ("rtn", "nothing"):
+        with pytest.raises(OptionError, match="search"):
+            fit(lm, budget="20%", settings=dataclasses.replace(small, search=name), cache=tmp_path)
 
 
 def test_plan_computes_nothing(lm: Path, small: Settings, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from weft.engine import get, names
+from weft.engine.run import Step, apply
 from weft.error import ConflictError, NumericError, OptionError
 from weft.lab import claims, known, probing, prove, realism, trial, tuning
 from weft.lab.bootstrap import Interval
@@ -19,7 +20,7 @@ from weft.lab.claims import Lab
 from weft.lab.tasks import Task
 from weft.lab.trial import Subject
 from weft.learn.data import Example, Pair, Text
-from weft.model import expressions, tagged, weave
+from weft.model import expressions, fork, tagged, weave
 from weft.store.cache import Cache
 
 NOUNS = ["cat", "dog", "bird", "mat", "hill", "tree"]
@@ -74,6 +75,7 @@ def lab(subject: Subject, embedder: Subject, tmp_path: Path) -> Lab:
     return Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
 
 
+FINE_STEP = [Step.of("rtn", bits=4, group=0)]
 FINE, COARSE = [("rtn", {"bits": 8, "group": 0})], [("rtn", {"bits": 2, "group": 0})]
 
 
@@ -133,6 +135,36 @@ def test_searches_are_compared_at_the_same_bytes(lab: Lab) -> None:
     made = lab.allocate(ours="knapsack", baseline="uniform", share=0.5)
     assert set(made.methods) == {"knapsack", "uniform", "rtn"} and made.verdict != "contradicted"
     assert lab.allocate(ours="uniform", baseline="uniform", share=0.25, baseline_share=0.5).verdict == "contradicted"
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "higgs", "evolutionary"])
+def test_searches_that_measure_are_given_a_bench(lab: Lab, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lose less with half of the bytes than the best uniform width with a quarter."""
+    short = get(name).bind({"generations": 2, "offspring": 2} if name == "evolutionary" else {})
+    monkeypatch.setattr(get(name), "bind", lambda given: short)
+    made = lab.only("tiny").allocate(ours=name, baseline="uniform", share=0.5, baseline_share=0.25)
+    assert made.verdict == "reproduced" and set(made.methods) == {name, "uniform", "rtn"}
+
+
+def test_searches_choose_among_sparsities_too(lab: Lab) -> None:
+    """Within a share of the model's own bytes."""
+    made = lab.only("tiny").allocate(ours="owl", baseline="uniform", share=0.7, baseline_share=0.3, among="sparsities")
+    assert made.verdict == "reproduced" and set(made.methods) == {"owl", "uniform", "wanda"}
+
+
+@pytest.mark.parametrize("of", ["tiny", "tiny-embed"])
+def test_a_part_of_a_distance_is_some_of_its_sequences(lab: Lab, of: str) -> None:
+    """Each with the distance it has in the whole; another draw is another part, the same draw the same, a share of one all."""
+    held = lab.trials[of][0]
+    other, whole = fork(held.subject.model), held.distance
+    apply(other, FINE_STEP, stats=held.stats)
+    all_, weight = whole.documents(other)
+    parts = [whole.part(0.4, draw).documents(other) for draw in (1, 1, 2)]
+    assert len(parts[0][0]) == round(0.4 * len(all_)) and np.array_equal(parts[0][0], parts[1][0])
+    assert not np.array_equal(parts[0][0], parts[2][0]) and whole.part(1.0, 3) is whole
+    near = np.abs(parts[0][0][:, None] - all_).argmin(1)
+    assert len(set(near)) == len(near) and np.allclose(parts[0][0], all_[near], rtol=1e-3, atol=1e-7)
+    assert np.array_equal(parts[0][1], weight[near]) and len(whole.part(1e-9, 0).documents(other)[0]) == 1
 
 
 def lora(rank: int) -> list[tuple[str, dict[str, int]]]:

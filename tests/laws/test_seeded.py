@@ -31,6 +31,7 @@ from weft.expr import (
 from weft.expr.derived import Derived
 from weft.grid import Grid, ScaleFormat, bits
 from weft.linalg import grids, swaps
+from weft.linalg.allocation import dynamic
 from weft.linalg.grids import minmax
 from weft.linalg.lowrank import truncate
 from weft.linalg.votes import elected
@@ -90,7 +91,7 @@ def codes() -> Tensor:
     return torch.randint(0, 8, (3, 11), generator=rng("codes")).to(torch.uint8)
 
 
-RTN, DARE, SOUP = get("rtn").fn, get("dare").fn, get("soup").fn
+RTN, DARE, SOUP, OWL = (get(name).fn for name in ("rtn", "dare", "soup", "owl"))
 K, N, G, L, M, R, S = test_kernels, test_nodes, test_grids, test_linalg, test_merges, test_rewrites, test_searches
 ULP: Callable[..., Tensor] = lambda t, *_: torch.nextafter(t, t + 1)  # noqa: E731
 
@@ -273,6 +274,25 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
     "greedy instead of exact": (
         lambda: swap(get("knapsack"), "fn", lambda cost, error, budget, **_: get("uniform").fn(cost, error, budget)),
         of(S.nothing_better_fits, "knapsack"),
+    ),
+    "noise that does not count": (
+        lambda: swap(
+            get("higgs"),
+            "fn",
+            lambda cost, error, budget, bench, **_: get("knapsack").fn(cost, bench.relative(), budget),
+        ),
+        of(S.nothing_better_fits, "higgs"),
+    ),
+    "cells that hold more than they do": (
+        lambda: patch(
+            "weft.methods.allocate.sensitivity.dynamic",
+            lambda cost, error, budget, f=dynamic, **o: f(cost, error, budget + 40 * len(cost), **o),
+        ),
+        of(S.the_budget_holds, "sensitivity"),
+    ),
+    "outliers that do not count": (
+        lambda: swap(get("owl"), "fn", lambda *problem, **o: OWL(*problem, **{**o, "spread": 0.0})),
+        lambda: S.test_owl_follows_the_outliers(5000),
     ),
     "tables written to": (
         lambda: after_it(get("knapsack"), "fn", lambda made, cost, error, budget: error.zero_()[:, 0].long()),

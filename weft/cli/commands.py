@@ -69,6 +69,7 @@ def fit(
     seeds: Annotated[int | None, typer.Option(help="Seeds.", min=1)] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens.", min=1)] = None,
     tune_steps: Annotated[int | None, typer.Option(help="Steps of tuning.", min=1)] = None,
+    search: Annotated[str | None, typer.Option(help="Method that makes the mixed choice (weft methods).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, short tuning: a first look.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     replace_: Replace = False,
@@ -80,7 +81,7 @@ def fit(
     import weft
 
     base = weft.Settings.quick() if quick else weft.Settings()
-    given = {"seeds": seeds, "tokens": tokens, "tune_steps": tune_steps}
+    given = {"seeds": seeds, "tokens": tokens, "tune_steps": tune_steps, "search": search}
     settings = replace(base, **{k: v for k, v in given.items() if v is not None})
     limits = [part.strip() for b in budget or [] for part in b.split(",")]
     what: dict[str, Any] = {"budget": limits, "data": data, "max_loss": max_loss, "settings": settings, "cache": cache}

@@ -1,5 +1,6 @@
 """Methods, how they are found, and how they run."""
 
+from weft.engine.bench import Bench
 from weft.engine.branches import Trunk
 from weft.engine.findings import Findings
 from weft.engine.method import METHODS, Beats, Method, method
@@ -8,6 +9,6 @@ from weft.engine.transports import Span
 from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site, Sources
 
 __all__ = [
-    "METHODS", "Beats", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Sources", "Span",
-    "Trunk", "get", "method", "names",
+    "METHODS", "Beats", "Bench", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Sources",
+    "Span", "Trunk", "get", "method", "names",
 ]  # fmt: skip

@@ -24,7 +24,8 @@ Kind = Literal[
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient", "most", "base"]
+Need = Literal["gram", "gradient", "most", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
+"""Evidence of inputs; of a merge, the base; of a search, the methods of the bench that it calls."""
 Drop = Literal["zeros"]
 
 
@@ -199,7 +200,8 @@ def method(
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
-    rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence.
+    rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence; of a search
+    with any, what it asks of the bench, its fourth argument.
     per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
     standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.

@@ -118,7 +118,7 @@ def plan(
         f"model: {model}, {type(work.plain).__name__}, {size.parameters:,} parameters in {sites} sites, "
         f"{size.bf16_bytes:,} bytes in bfloat16",
         f"seeds: {s.seeds}; each: evidence from {s.tokens:,} tokens, then {count} candidates a site ({count * sites:,} in all)",
-        f"choice: by {work.goal.name} ({work.goal.unit}) on {s.select_tokens:,} other tokens",
+        f"choice: {s.search}, by {work.goal.name} ({work.goal.unit}) on {s.select_tokens:,} other tokens",
     ]
     if max_loss:
         lines.append(f"budget: the smallest whose score is at most {max_loss} worse, by bisection")

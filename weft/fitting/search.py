@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from weft.engine import get
-from weft.engine.run import Chain, group_of, groups, run
-from weft.error import ConflictError
+from weft.engine import Bench, get, names
+from weft.engine.run import Chain
+from weft.error import ConflictError, OptionError
 from weft.fitting.candidates import Table
-from weft.memory import release
-from weft.model import expressions, set_expressions
-from weft.stats import Stats
 
 Choice = tuple[int, ...]
 
 
 class Search:
-    """Choices on one table. `measure(choice)` builds from dense evidence and measures; `fixed` bytes are spent in any case."""
+    """Choices on one table. The bench builds from dense evidence and measures; `fixed` bytes are spent in any case."""
 
-    def __init__(self, table: Table, fixed: int, measure: Callable[[Choice], float]) -> None:
-        self.table, self.fixed, self._measure = table, fixed, measure
+    def __init__(self, table: Table, fixed: int, bench: Bench) -> None:
+        self.table, self.fixed, self.bench = table, fixed, bench
         self.roles = [role(s) for s in table.sites]
         self.factor: dict[str, float] = {}
         """Measured over predicted loss of a role's sites, compressed alone."""
@@ -32,7 +28,7 @@ class Search:
     def measure(self, choice: Choice) -> float:
         """The loss of a choice, measured once."""
         if choice not in self.seen:
-            self.seen[choice] = self._measure(choice)
+            self.seen[choice] = self.bench.evaluate(choice)
         return self.seen[choice]
 
     def nbytes(self, choice: Choice) -> int:
@@ -66,14 +62,16 @@ class Search:
         best = sorted(fits, key=self.predicted)[:tries]
         return min(best, key=self.measure) if len(best) > 1 else best[0]
 
-    def mixed(self, limit: int) -> Choice:
-        """The choice of least predicted loss within the limit. Errors: ConflictError with the smallest reachable size."""
+    def mixed(self, limit: int, by: str) -> Choice:
+        """What this search chooses within the limit, from corrected losses. Errors: ConflictError with the smallest reachable size."""
         weight = np.array([self.factor.get(r, 1.0) for r in self.roles])[:, None]
         loss = np.where(np.isfinite(self.table.loss), self.table.loss * weight, np.inf)
-        made = get("knapsack")(torch.tensor(self.table.nbytes), torch.tensor(loss), limit - self.fixed)
+        method = get(by)
+        given = (self.bench,) if method.needs else ()
+        made = method(torch.tensor(self.table.nbytes), torch.tensor(loss), limit - self.fixed, *given)
         return tuple(int(c) for c in made)
 
-    def factors(self, choice: Choice, alone: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
+    def factors(self, choice: Choice) -> dict[str, float]:
         """Measured over predicted loss of each role's sites, compressed alone as in this choice (between 1/4 and 4)."""
         made: dict[str, float] = {}
         for name in dict.fromkeys(self.roles):
@@ -84,7 +82,9 @@ class Search:
             }
             predicted = float(sum(self.table.loss[i, c] for i, c in part.values()))
             if predicted > 1e-9:
-                made[name] = float(np.clip(alone({s: c for s, (_, c) in part.items()}) / predicted, 0.25, 4.0))
+                made[name] = float(
+                    np.clip(self.bench.alone({s: c for s, (_, c) in part.items()}) / predicted, 0.25, 4.0)
+                )
         return made
 
     def label(self, choice: Choice) -> str:
@@ -97,42 +97,17 @@ class Search:
         return f"{chain[0].method} int{o['bits']} {where}{'' if o['symmetric'] else ' asymmetric'}"
 
 
+def known(name: str) -> None:
+    """Refuse what makes no choices. Errors: OptionError with the searches that there are."""
+    found = [n for n in names() if get(n).kind == "search"]
+    if name not in found:
+        raise OptionError(
+            "this is no search", where="search", got=name, want=", ".join(found), fix="give the name of one of these"
+        )
+
+
 def role(site: str) -> str:
     """What a site is in its block: the module's own name."""
     parts = site.removesuffix(".weight").split(".")
     digits = [i for i, p in enumerate(parts) if p.isdigit()]
     return ".".join(parts[digits[-1] + 1 :]) if digits else parts[-1]
-
-
-def put(model: nn.Module, chains: Mapping[str, Chain], stats: Stats, *, seed: int) -> None:
-    """Rewrite these sites in place from dense evidence, each from its pretrained expression."""
-    for names in groups(model, list(chains), stats):
-        group = group_of(model, names, stats, seed=seed)
-        for chain in dict.fromkeys(chains[n] for n in names):
-            part = tuple(s for s in group if chains[s.name] == chain)
-            made = run(type(group)(part, group.notes, group.cache), chain)
-            set_expressions(model, {s.name: e for s, e in zip(part, made, strict=True)})
-        release()
-
-
-class Bench:
-    """A model on which choices are tried and taken back."""
-
-    def __init__(
-        self, model: nn.Module, table: Table, stats: Stats, distance: Callable[[nn.Module], float], seed: int
-    ) -> None:
-        self.model, self.table, self.stats, self.distance, self.seed = model, table, stats, distance, seed
-        self.plain = expressions(model)
-
-    def alone(self, part: Mapping[str, int]) -> float:
-        """The distance with only these sites rewritten."""
-        put(self.model, {s: self.table.chains[c] for s, c in part.items()}, self.stats, seed=self.seed)
-        try:
-            return self.distance(self.model)
-        finally:
-            set_expressions(self.model, self.plain)
-            release()
-
-    def __call__(self, choice: Choice) -> float:
-        """The distance of a whole choice."""
-        return self.alone(dict(zip(self.table.sites, choice, strict=True)))

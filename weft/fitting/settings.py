@@ -27,6 +27,8 @@ class Settings:
     bits: tuple[int, ...] = BITS
     groups: tuple[int, ...] = GROUPS
     """Widths and columns per scale of the roundings that are tried; fewer are faster on a large model."""
+    search: str = "knapsack"
+    """The method that makes the mixed choice."""
     tries: int = 3
     """How many of the best predicted uniform choices are measured."""
     tune_steps: int = 40

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.engine import get
+from weft.engine import Bench, get
 from weft.engine.propagate import propagate
 from weft.engine.run import Chain, Step, apply, chain_key, code_version
 from weft.expr import tensors
 from weft.fitting import budget as budgets
 from weft.fitting.candidates import Table, chains, table, uniform_chains
 from weft.fitting.data import Data, batches, resolve, score
-from weft.fitting.search import Bench, Choice, Search
+from weft.fitting.search import Choice, Search, known
 from weft.fitting.settings import ADAPTER_SHARE, ARMS, RANKS, Settings
 from weft.lab.distance import Distance
 from weft.lab.metrics import Scores
@@ -60,7 +60,6 @@ class Run:
     test: Distance
     """On the test data, where the score is the distance."""
     search: Search
-    bench: Bench
     notes: dict[tuple[str, str], None] = field(default_factory=dict[tuple[str, str], None])
 
     @property
@@ -75,6 +74,7 @@ class Work:
     def __init__(self, source: str, data: str | None, settings: Settings, cache: Cache, progress: Progress) -> None:
         from transformers import AutoTokenizer
 
+        known(settings.search)
         self.data, self.settings, self.cache, self.progress = data, settings, cache, progress
         self.plain = load(source)
         self.folder = self.plain.__dict__["_weft_source"]
@@ -133,14 +133,13 @@ class Work:
                 self.cache,
                 key(print_, "test", s.test_tokens),
             )
-        bench = Bench(fork(self.plain), made, stats, distance, seed)
-        about = (stats.folder.name, print_, s.select_tokens, code_version(), seed)
-        search = Search(
-            made,
-            self._fixed(),
-            lambda c: self.cache.json("measured", key(about, self._chains(made, c)), lambda: bench(c)),
-        )
-        self.runs[seed] = Run(seed, data, stats, calibration, distance, test, search, bench)
+        bench = Bench(
+            fork(self.plain), made.sites, made.chains, torch.tensor(np.isfinite(made.loss)), stats, calibration, self.goal,
+            lambda model, share, draw: distance.part(share, draw)(model), cache=self.cache,
+            about=key(print_, s.select_tokens, code_version("lab")), seed=seed,
+        )  # fmt: skip
+        search = Search(made, self._fixed(), bench)
+        self.runs[seed] = Run(seed, data, stats, calibration, distance, test, search)
         return self.runs[seed]
 
     def _batches(self, examples: Sequence[Example], tokens: int) -> list[dict[str, Tensor]]:
@@ -149,10 +148,6 @@ class Work:
     def _fixed(self) -> int:
         """Bytes of what is never compressed: norms and biases."""
         return self.bytes - sum(e.nbytes() for e in expressions(self.plain).values())
-
-    @staticmethod
-    def _chains(made: Table, choice: Choice) -> dict[str, str]:
-        return {s: chain_key(made.chains[c]) for s, c in zip(made.sites, choice, strict=True)}
 
     def rank(self, limit: int) -> int:
         """Rank of the adapter within a budget; 0 where even rank 1 takes more than its share."""
@@ -185,26 +180,14 @@ class Work:
         search = run.search
         with self.step("choose", f"seed {run.seed}, {limit} bytes, mixed"):
             if not search.factor:
-                search.factor = self._factors(run, search.mixed(limit))
-            choice = search.mixed(limit)
+                search.factor = search.factors(search.mixed(limit, "knapsack"))
+            choice = search.mixed(limit, self.settings.search)
         return self._build(run, "fit", choice)
 
     def least(self, run: Run) -> int:
         """Bytes of the smallest model that the candidates reach."""
         made = run.table
         return self._fixed() + int(np.where(np.isfinite(made.loss), made.nbytes, np.iinfo(np.int64).max).min(1).sum())
-
-    def _factors(self, run: Run, choice: Choice) -> dict[str, float]:
-        """What each role measures alone over what was predicted of it, at this choice."""
-        about = key(
-            "roles",
-            run.stats.folder.name,
-            run.data.fingerprint(),
-            self.settings.select_tokens,
-            code_version(),
-            self._chains(run.table, choice),
-        )
-        return self.cache.json("measured", about, lambda: run.search.factors(choice, run.bench.alone))
 
     def _build(self, run: Run, arm: str, choice: Choice) -> Build:
         chosen = {s: run.table.chains[c] for s, c in zip(run.table.sites, choice, strict=True)}

@@ -18,7 +18,7 @@ from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import merging, models
 from weft.lab.bootstrap import Interval, interval
 from weft.lab.probing import probed
-from weft.lab.trial import Arm, Subject, Trial
+from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.store.cache import Cache, default
 
@@ -152,15 +152,25 @@ class Lab:
         methods = [s.method for c in chains.values() for s in c]
         return self._judge(runs, arms, methods, factor, "less")
 
-    def allocate(self, *, ours: str, baseline: str, share: float, baseline_share: float | None = None) -> Claim:
-        """Holds if search `ours`, within `share` of the bfloat16 bytes, leaves the model closer than `baseline` does.
+    def allocate(
+        self,
+        *,
+        ours: str,
+        baseline: str,
+        share: float,
+        baseline_share: float | None = None,
+        among: Among = "roundings",
+    ) -> Claim:
+        """Holds if search `ours`, within `share` of the bytes, leaves the model closer than `baseline` does.
 
-        Both choose among roundings to 2 to 8 bits by predicted loss. `baseline_share`: another budget for the baseline.
+        Both choose among roundings to 2 to 8 bits, within a share of the bfloat16 bytes, or among sparsities by `wanda`, within
+        a share of the model's own. `baseline_share`: another budget for the baseline.
         """
         given = {"ours": (ours, share), "baseline": (baseline, baseline_share or share)}
-        runs = {arm: partial(Trial.allocated, search=name, share=b) for arm, (name, b) in given.items()}
-        arms = {arm: f"{name} within {b:.0%} of bfloat16" for arm, (name, b) in given.items()}
-        return self._judge(runs, arms, [ours, baseline, "rtn"], 1.0, "less")
+        runs = {arm: partial(Trial.allocated, search=name, share=b, among=among) for arm, (name, b) in given.items()}
+        of = "bfloat16" if among == "roundings" else "the model"
+        arms = {arm: f"{name} within {b:.0%} of {of}" for arm, (name, b) in given.items()}
+        return self._judge(runs, arms, [ours, baseline, "rtn" if among == "roundings" else "wanda"], 1.0, "less")
 
     def tune(self, *, ours: Steps, baseline: Steps, share: float) -> Claim:
         """Holds if what `ours` makes trainable gains, on another domain, at least `share` of what `baseline` gains.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,30 @@ class Distance:
     def _vectors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             return self.goal.vectors(forward(model, batch), batch).float()
+
+    def part(self, share: float, draw: int) -> Distance:
+        """The same on a share of the sequences, one at least, which `draw` picks: one number, one choice."""
+        if share >= 1:
+            return self
+        sizes = [len(b["input_ids"]) for b in self.batches]
+        count = max(1, round(share * sum(sizes)))
+        drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(draw))[:count]
+        made, start = copy(self), 0
+        made.batches, made.held = [], []
+        for batch, ref, size in zip(self.batches, self.held, sizes, strict=True):
+            rows = drawn[(drawn >= start) & (drawn < start + size)].sort()[0] - start
+            start += size
+            if len(rows):
+                parts = ref.split(self._units(batch, ref))
+                made.batches.append({k: v[rows] for k, v in batch.items()})
+                made.held.append(torch.cat([parts[i] for i in rows.tolist()]))
+        return made
+
+    def _units(self, batch: Mapping[str, Tensor], ref: Tensor) -> list[int]:
+        """Rows of the output that belong to each sequence of a batch."""
+        rows = len(batch["input_ids"])
+        kept = "attention_mask" in batch and len(ref) == int(batch["attention_mask"].sum())
+        return batch["attention_mask"].sum(1).tolist() if kept else [len(ref) // rows] * rows
 
     def documents(self, model: nn.Module) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
         """The mean distance of each window or text, and its units (tokens or texts). Errors: NumericError."""

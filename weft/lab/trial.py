@@ -10,16 +10,17 @@ from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.engine import get, transports
+from weft.engine import Bench, get, transports
 from weft.engine.run import Chain, Step, apply, chain_key, group_of, run
 from weft.error import NumericError
+from weft.expr import Expr
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, padded, windows
 from weft.learn.data import Example, Pair, Text
@@ -136,25 +137,34 @@ class Trial:
 
         return self._distances([chain_key(chain), *at], chosen)
 
-    def allocated(self, search: str, share: float) -> Arm:
-        """Distances after every site became the rounding that the search chose within `share` of bfloat16 bytes."""
-        chains = roundings()
+    def allocated(self, search: str, share: float, among: Among) -> Arm:
+        """Distances after every site became the candidate that the search chose within `share` of the bytes."""
+        chains, size = AMONG[among].chains(), AMONG[among].size
 
         def chosen() -> dict[Chain, list[str]]:
-            cost, error = self.table
-            shapes = expressions(self.subject.model)
-            budget = int(share * sum(2 * shapes[n].shape[0] * shapes[n].shape[1] for n in self.sites))
+            cost, error = self.table(among)
+            budget = int(share * sum(size(e) for n, e in expressions(self.subject.model).items() if n in self.sites))
+            method = get(search)
+            given = (self.bench(chains, error.isfinite()),) if method.needs else ()
             made: dict[Chain, list[str]] = {}
-            for name, c in zip(self.sites, get(search)(cost, error, budget).tolist(), strict=True):
+            for name, c in zip(self.sites, method(cost, error, budget, *given).tolist(), strict=True):
                 made.setdefault(chains[c], []).append(name)
             return made
 
         return self._distances([search, get(search).fingerprint(), share, [chain_key(c) for c in chains]], chosen)
 
-    @cached_property
-    def table(self) -> tuple[Tensor, Tensor]:
-        """Bytes and predicted loss [s c] of every site as every rounding; infinite loss where its groups do not fit."""
-        chains = roundings()
+    def bench(self, chains: Sequence[Chain], usable: Tensor) -> Bench:
+        """Where a search measures what it needs, on the calibration texts."""
+        name = key("bench", self.subject.fingerprint, self.data, self.code)
+        near = Distance(self.subject.model, self.batches, self.goal, self.store, name)
+        return Bench(
+            fork(self.subject.model), self.sites, chains, usable, self.stats, self.batches, self.goal,
+            lambda model, share, draw: near.part(share, draw)(model), cache=self.store, about=name, seed=self.seed,
+        )  # fmt: skip
+
+    def table(self, among: Among) -> tuple[Tensor, Tensor]:
+        """Bytes and predicted loss [s c] of every site as every candidate; infinite loss where its groups do not fit."""
+        chains = AMONG[among].chains()
 
         def solve() -> dict[str, Any]:
             rows = [_options(self.subject.model, n, chains, self.stats, self.seed) for n in self.sites]
@@ -218,9 +228,30 @@ class Trial:
         return Arm(np.array(held["values"]), np.array(held["weights"]), held["seconds"], metric)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What a search chooses from, and the bytes that a share of the budget is a share of."""
+
+    chains: Callable[[], list[Chain]]
+    size: Callable[[Expr], int]
+
+
 def roundings() -> list[Chain]:
-    """What searches choose from: 2 to 8 bits in groups of several sizes, with a zero point up to 4 bits."""
+    """2 to 8 bits in groups of several sizes, with a zero point up to 4 bits."""
     return [(Step.of("rtn", bits=b, group=g, symmetric=b > 4),) for b in range(2, 9) for g in (0, 128, 64, 32)]
+
+
+def sparsities() -> list[Chain]:
+    """Wanda with nothing pruned, and at every fiftieth from 40 % to 98 %."""
+    return [(Step.of("wanda", sparsity=s / 50),) for s in (0, *range(20, 50))]
+
+
+Among = Literal["roundings", "sparsities"]
+AMONG: dict[Among, Candidates] = {
+    "roundings": Candidates(roundings, lambda e: 2 * e.shape[0] * e.shape[1]),
+    "sparsities": Candidates(sparsities, Expr.nbytes),
+}
+"""Roundings share the bytes of bfloat16; sparse weights, whose entries stay as they are stored, those of the model."""
 
 
 def texts(examples: Sequence[Example]) -> list[str]:
@@ -238,7 +269,7 @@ def _options(
     group = group_of(model, [name], stats, seed=seed)
     made: list[tuple[int, float | None]] = []
     for chain in chains:
-        if int(dict(chain[0].options)["group"]) >= group.now.shape[1]:
+        if int(dict(chain[0].options).get("group", 0)) >= group.now.shape[1]:
             made.append((0, None))
         else:
             (new,) = run(group, chain)

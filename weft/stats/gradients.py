@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,7 @@ def gradients(
     sums: dict[str, OutputSums] = {path: OutputSums() for place in places(model).values() for path in place.modules}
     units, rng = 0, torch.Generator().manual_seed(seed)
 
-    def light(plain: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(checkpoint, plain, use_reentrant=False)
-
-    lean = forwards(blocks(model)[1], light)
-    with torch.enable_grad(), lean, _heard(model, sums):
+    with torch.enable_grad(), lean(model), _heard(model, sums):
         for b, batch in enumerate(batches):
             for i in range(len(next(iter(batch.values())))):
                 one = trim({k: v[i : i + 1] for k, v in batch.items()})
@@ -53,6 +49,15 @@ def gradients(
             if progress:
                 progress(1)
     return sums, units
+
+
+def lean(model: nn.Module) -> AbstractContextManager[None]:
+    """While open, each block's activations are made again in the backward pass instead of being kept."""
+
+    def light(plain: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, plain, use_reentrant=False)
+
+    return forwards(blocks(model)[1], light)
 
 
 def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:

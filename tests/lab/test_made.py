@@ -44,10 +44,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Any:
-    """One held-out document is enough for a language model here."""
+    """One held-out document, scored once, is enough for a language model here."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (moe, dlm):
             patch.setattr(module, "DOCUMENTS", 1)
+        patch.setattr(dlm, "DRAWS", 1)
         yield
 
 

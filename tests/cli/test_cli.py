@@ -81,8 +81,8 @@ def test_importing_weft_imports_nothing() -> None:
 def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
-    core += ["verify", "cache", "attach", "run"]
-    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "probe"))]:
+    core += ["verify", "cache", "attach", "run", "realism"]
+    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "merge", "probe"))]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 

@@ -16,18 +16,24 @@ from torch import Tensor, nn
 import weft
 from weft.error import ConflictError, NumericError, OptionError, ResourceError
 from weft.lab import made, models
-from weft.lab.made import digits, moe, recipe, seq2seq
+from weft.lab.made import digits, dlm, moe, recipe, seq2seq
 from weft.lab.made.recipe import Recipe, make
 from weft.lab.metrics import Scores
 from weft.store import lock, verify
 
-STEPS = {"ref-vit": 12, "ref-moe": 1, "ref-seq2seq": 12}
+STEPS = {"ref-vit": 12, "ref-moe": 1, "ref-seq2seq": 12, "ref-clip": 12, "ref-dlm": 1}
 """Enough to be better than before, in seconds."""
 KIND = {
     "ref-vit": "ViTForImageClassification",
     "ref-moe": "MixtralForCausalLM",
     "ref-seq2seq": "T5ForConditionalGeneration",
+    "ref-clip": "CLIPModel",
+    "ref-dlm": "EuroBertForMaskedLM",
 }
+DIGITS = ("ref-vit", "ref-clip")
+"""Those that are made of scikit-learn's digits."""
+UPCYCLED = ("ref-moe", "ref-dlm")
+"""Those that start trained."""
 
 
 @pytest.fixture(scope="module", params=made.NAMES)
@@ -38,16 +44,18 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Any:
-    """One held-out document is enough for a language model here."""
+    """One held-out document, scored once, is enough for a language model here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "DOCUMENTS", 1)
+        for module in (moe, dlm):
+            patch.setattr(module, "DOCUMENTS", 1)
+        patch.setattr(dlm, "DRAWS", 1)
         yield
 
 
 @pytest.fixture(scope="module")
 def short(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, dict[str, Any]]:
     """A recipe, the folder that a few steps of it gave, and what it says of that."""
-    if name == "ref-vit":
+    if name in DIGITS:
         pytest.importorskip("sklearn", reason="scikit-learn is not installed (it is in the lab extra)")
     known, out = made.get(name), tmp_path_factory.mktemp("made") / name
     return known, out, make(known, out, steps=STEPS[name])
@@ -69,12 +77,12 @@ def test_every_file_of_the_folder_is_listed() -> None:
 
 
 def test_a_few_steps_help(short: tuple[Recipe, Path, dict[str, Any]]) -> None:
-    """The score is better than before training (ref-moe starts trained), and made.json and the card say what it is."""
+    """The score is better than before training (but of those that start trained), and made.json and the card say what it is."""
     known, out, about = short
     now = mean(known.score(weft.load(out)))
     assert now == pytest.approx(about["score"][known.metric], rel=1e-3)
     torch.manual_seed(0)
-    assert now < mean(known.score(known.model().eval())) or known.name == "ref-moe"
+    assert now < mean(known.score(known.model().eval())) or known.name in UPCYCLED
     assert json.loads((out / "made.json").read_text()) == about
     assert f"| {known.metric} | {about['score'][known.metric]} |" in (out / "README.md").read_text()
 
@@ -129,7 +137,7 @@ def test_batches_are_inputs(short: tuple[Recipe, Path, dict[str, Any]]) -> None:
 class Fake(Recipe):
     """One linear layer in a Hugging Face model's clothes: trains in no time."""
 
-    name, about, steps, rate, metric = "ref-fake", "Nothing.", 3, 1e-2, "bits"
+    name, about, steps, rate, metric, limit = "ref-fake", "Nothing.", 3, 1e-2, "bits", 2.0
     calls = 0
     act: Callable[[], None] | None = None
 
@@ -195,6 +203,22 @@ def test_training_that_breaks_down_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="out of range"):
         make(fake, tmp_path / "fake", steps=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_has_not_learnt_is_refused(tmp_path: Path) -> None:
+    """After all steps the score has to be less than the recipe's limit, and a number; fewer steps are a look, which is kept."""
+    fake = Fake()
+    for fake.limit in (1.0, 0.5):
+        with pytest.raises(NumericError, match="has not learnt"):
+            make(fake, tmp_path / "fake")
+    fake.limit = 1.0 + 1e-9
+    make(fake, tmp_path / "whole")
+    fake.limit = 0.5
+    make(fake, tmp_path / "look", steps=2)
+    fake.score = lambda model: (np.full(2, np.nan), np.ones(2))  # type: ignore[method-assign]
+    with pytest.raises(NumericError, match="has not learnt"):
+        make(fake, tmp_path / "fake")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["look", "whole"]
 
 
 def test_a_second_process_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

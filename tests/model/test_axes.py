@@ -35,7 +35,7 @@ from weft.store import load, save
 
 from .zoo import batch, build, output
 
-FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bert", "t5", "vit", "mixtral", "qwen3-moe")
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bert", "eurobert", "t5", "vit", "mixtral", "qwen3-moe")
 ROLES = ("residual", "norm", "value", "score", "heads", "feed")
 
 

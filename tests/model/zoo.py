@@ -23,6 +23,7 @@ WHISPER = t.WhisperConfig(
     encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10, max_target_positions=16, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
 )  # fmt: skip
+EUROBERT = t.EuroBertConfig(**CAUSAL, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3)
 GEMMA = t.Gemma3TextConfig(**HEADS, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 CLIP = t.CLIPConfig(
     text_config={"vocab_size": VOCAB, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, **SIZE},
@@ -61,6 +62,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gemma3": lambda: t.Gemma3ForCausalLM(GEMMA),
     "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
     "bert": lambda: t.BertForMaskedLM(t.BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **SIZE)),
+    "eurobert": lambda: t.EuroBertForMaskedLM(EUROBERT),
     "t5": lambda: t.T5ForConditionalGeneration(T5),
     "whisper": lambda: t.WhisperForConditionalGeneration(WHISPER),
     "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**IMAGE, num_labels=5)),
@@ -80,7 +82,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dit": lambda: diffusion("DiTTransformer2DModel", **DIT),
 }
 DIFFUSION = ("unet", "unet-text", "dit")
-GENERATE = [n for n in MODELS if n not in ("bert", "vit", "clip", "resnet", *DIFFUSION)]
+GENERATE = [n for n in MODELS if n not in ("bert", "eurobert", "vit", "clip", "resnet", *DIFFUSION)]
 
 
 def build(name: str) -> nn.Module:

@@ -10,17 +10,19 @@ from weft.lab import made
 from weft.progress import Bars, Progress
 
 ASSETS = Path(__file__).parent / "assets"
+STRESSED = ("ref-lm", "ref-vit", "ref-moe", "ref-seq2seq", "ref-dlm")
+"""Those that have a variant NAME-stress with huge activation channels, which no claim is tried on."""
 
 
 def names() -> list[str]:
     """Names that `resolve` knows."""
-    return ["ref-lm", "minilm", *made.NAMES]
+    return ["ref-lm", "minilm", *made.NAMES, *(f"{n}-stress" for n in STRESSED)]
 
 
 def resolve(model: str | Path, progress: Progress | None = None) -> str:
     """The folder of a lab model's name; anything else (a folder, a hub id) as it is.
 
-    Models of `made` are made when they are first asked for, which takes minutes: bars on standard error say so where
+    Models of `made`, and stress variants, are made when they are first asked for, which takes minutes: bars on standard error say so where
     no `progress` is given. Errors: ResourceError if minilm or a model's data are not installed; those of writing the cache.
     """
     if str(model) == "ref-lm":
@@ -35,4 +37,9 @@ def resolve(model: str | Path, progress: Progress | None = None) -> str:
         from weft.lab.made.recipe import folder
 
         return str(folder(made.get(str(model)), progress or Bars()))
+    base = str(model).removesuffix("-stress")
+    if base != str(model) and base in STRESSED:
+        from weft.lab import stress
+
+        return str(stress.folder(base, Path(resolve(base, progress))))
     return str(model)

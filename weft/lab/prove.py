@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from weft.engine import Method, get
 from weft.engine import names as method_names
+from weft.engine.run import code_version
 from weft.error import OptionError
 from weft.lab import known
 from weft.lab.claims import SEEDS, Claim, Lab, installed
-from weft.lab.realism import card
+from weft.lab.realism import Specimen, card
+from weft.lab.specimens import of, specimens
 from weft.lab.trial import Subject
+from weft.model import fingerprint
 from weft.progress import Progress, Silent
-from weft.store.cache import Cache
+from weft.store.cache import Cache, default, key
 from weft.store.files import read_json, write_json
 
 PROOFS = Path("proofs")
@@ -43,7 +46,7 @@ def prove(
     claimed, folder = _claimed(names), Path(folder)
     lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
     if models is None:
-        write_json(folder / REALISM, {model: card(lab, model) for model in lab.trials})
+        realism([of(trials[0]) for trials in lab.trials.values()], folder=folder, cache=cache)
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
     made: dict[str, Claim] = {}
     with (progress or Silent()).bar("prove", len(claimed)) as step:
@@ -80,6 +83,28 @@ def answer(
             step(1)
     about = {n: {"verb": known.KNOWN[n].verb, "claim": known.KNOWN[n].text, "date": today()} for n in made}
     write_json(Path(folder) / KNOWN_ANSWERS, {n: about[n] | c.as_json() for n, c in made.items()})
+    return made
+
+
+def realism(
+    given: Iterable[Specimen] | None = None,
+    *,
+    folder: str | Path | None = PROOFS,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The realism cards of these lab models, written to `folder`/realism.json beside those of others; if not given of all.
+
+    Models that have to be made first take minutes each. Without a folder nothing is written.
+    """
+    held, made = cache or Cache(default()), dict[str, dict[str, Any]]()
+    code = [code_version("lab", "lab/made", "learn"), *(get(n).fingerprint() for n in ("rtn", "gptq"))]
+    for s in specimens(progress=progress) if given is None else given:
+        name = key("realism", fingerprint(s.model), s.name, code)
+        made[s.name] = held.json("realism", name, lambda s=s: card(s))
+    if folder is not None:
+        path = Path(folder) / REALISM
+        write_json(path, dict(sorted({**(read_json(path) if path.exists() else {}), **made}.items())))
     return made
 
 

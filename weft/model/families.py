@@ -199,7 +199,7 @@ def _t5(gated: bool) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "eurobert"), _LLAMA),
     "qwen3": _QWEN3,
     "gemma3_text": replace(_GEMMA3, offset=1.0),
     "mixtral": _with(_LLAMA, _experts("w3", "w2", "w1")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class InputSums:
     """The largest |x|."""
 
     @classmethod
-    def zero(cls, n: int, device: torch.device) -> InputSums:
+    def zero(cls, n: int, device: torch.device) -> Self:
         """Nothing seen."""
         return cls(0, wide(torch.zeros(n, n, device=device)), *(wide(torch.zeros(n, device=device)) for _ in range(3)))
 

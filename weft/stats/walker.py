@@ -18,6 +18,8 @@ from weft.model.branch import refuse_branches
 from weft.stats.sums import InputSums
 
 Batch = Mapping[str, Tensor]
+OUTPUTS = ("logits", "logits_per_image", "sample", "last_hidden_state")
+"""What a model's main output is called, the first that there is."""
 
 
 @dataclass
@@ -45,20 +47,36 @@ class Walker:
         self.calls: list[list[_Call]] = []
         self.keep = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
         for batch in batches:
-            calls: list[_Call] = []
-            with torch.no_grad(), self._replaced(lambda h, call, calls=calls: calls.append(call) or h) as first:
-                forward(model, batch)
+            first, calls = self._record(batch)
             self.calls.append(calls)
-            self.hidden.append(first[0])
+            self.hidden.append(first)
         self._first = self.hidden[0]
         if check:
             self._check()
+
+    def _record(self, batch: Batch) -> tuple[Tensor, list[_Call]]:
+        """The first hidden state, and how each block is called. Errors: ConflictError where blocks hand on more than it."""
+        calls: list[_Call] = []
+        try:
+            with torch.no_grad(), self._replaced(lambda h, call: calls.append(call) or h) as entered:
+                forward(self.model, batch)
+        except (TypeError, ValueError, IndexError) as e:  # what is missing, the model finds out
+            if self._tuple_result() < 2:
+                raise
+            raise ConflictError(
+                "this model cannot be walked block by block",
+                where=f"{type(self.model).__name__}.{self.path}",
+                got=f"blocks that hand on {self._tuple_result()} things",
+                want="the hidden state alone",
+                fix="use methods that need no data",
+            ) from e
+        return entered[0], calls
 
     @contextmanager
     def _replaced(self, act: Callable[[Tensor, _Call], Tensor]) -> Generator[list[Tensor]]:
         """Blocks that call `act(hidden, call)` instead of computing; yields the hidden states that entered."""
         entered: list[Tensor] = []
-        like = self._tuple_result()
+        like = self._tuple_result() > 0
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
             named = "hidden_states" in kwargs
@@ -70,8 +88,8 @@ class Walker:
         with forwards(self.blocks, lambda _: recorder):
             yield entered
 
-    def _tuple_result(self) -> bool:
-        """Whether blocks return a tuple, found by running the first one once on batch 0."""
+    def _tuple_result(self) -> int:
+        """How many things a block returns in a tuple, 0 for a tensor; found by running the first one once on batch 0."""
         if not hasattr(self, "_tuple"):
             results: list[Any] = []
 
@@ -82,7 +100,7 @@ class Walker:
             with torch.no_grad(), _stop_after(self.blocks[0]):
                 forward(self.model, {k: v[:1] for k, v in self.batches[0].items()})
             hook.remove()
-            self._tuple = isinstance(results[0], tuple)
+            self._tuple = len(results[0]) if isinstance(results[0], tuple) else 0
         return self._tuple
 
     def _check(self) -> None:
@@ -163,27 +181,31 @@ def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], 
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's main output: logits, or the last hidden state of a model without a head.
+    """The model's main output: logits, of images by texts too, or the last hidden state of a model without a head.
 
     Errors: FormatError for a token that the model's vocabulary does not have; ConflictError for a batch on another device.
     """
-    in_vocabulary(model, batch["input_ids"])
-    here, there = batch["input_ids"].device, next(model.parameters()).device
+    if "input_ids" in batch:
+        in_vocabulary(model, batch["input_ids"])
+    here, there = next(iter(batch.values())).device, next(model.parameters()).device
     if here != there:
         raise ConflictError(
             "a batch and its model lie on different devices",
             where=type(model).__name__,
-            got=f"tokens on {here}, the model on {there}",
+            got=f"inputs on {here}, the model on {there}",
             want="one device; evidence and scores are taken on the CPU",
             fix="model.cpu(), and back afterwards",
         )
     out = model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
-    return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+    return next(made for name in OUTPUTS if (made := getattr(out, name, None)) is not None)
 
 
 def in_vocabulary(model: nn.Module, ids: Int[Tensor, "*t"]) -> None:
-    """Refuse token ids that the model has no embedding for. Errors: FormatError."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    """Refuse token ids that the model has no embedding for, where it names its table. Errors: FormatError."""
+    try:
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a model of several towers
+        return
     if not isinstance(table, nn.Embedding) or not ids.numel():
         return
     low, high = (int(end) for end in ids.aminmax())
@@ -218,12 +240,16 @@ class Edges:
             return
         if self._first(name, x):
             edge = self.of[name]
-            sums = self.sums.setdefault(edge, InputSums.zero(x.shape[-1], x.device))
+            sums = self.sums.setdefault(edge, self.zero(x.shape[-1], x.device))
             kept = keep if keep is not None and x.shape[:-1] == keep.shape else None
             if not sums.add(x[kept] if kept is not None else x.reshape(-1, x.shape[-1])):
                 seen = x if kept is None else x.masked_fill(~kept.unsqueeze(-1), 0)
                 problem = not_finite(name, self.calls, seen)
                 raise problem
+
+    def zero(self, n: int, device: torch.device) -> InputSums:
+        """What an edge of n features begins with."""
+        return InputSums.zero(n, device)
 
     def _first(self, name: str, x: Tensor) -> bool:
         """Note that `name` reads x; whether nothing has read it before in this call."""

@@ -40,6 +40,7 @@ class Moe(Recipe):
     steps = 240
     rate = 4e-4
     metric = "bits per byte"
+    limit = 2.0
 
     def model(self) -> nn.Module:
         """ref-lm's weights in Mixtral's places."""

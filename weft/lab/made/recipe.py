@@ -23,6 +23,7 @@ from weft.lab.metrics import Scores
 from weft.model import weave
 from weft.progress import Progress, Silent
 from weft.store.cache import Cache, default, key
+from weft.store.library import library
 from weft.store.lock import turn
 
 REF_LM = Path(__file__).parent.parent / "assets" / "ref-lm"
@@ -42,6 +43,8 @@ class Recipe(ABC):
     """Peak learning rate of AdamW."""
     metric: str
     """What `score` gives; less is better."""
+    limit: float
+    """A model that was trained to the end and does not score less has not learnt, and is refused."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -84,12 +87,13 @@ def folder(recipe: Recipe, progress: Progress | None = None) -> Path:
     code = [p.read_text("utf8") for p in (own, *shared)]
     out = Cache(default()).path("models", f"{recipe.name}-{key(code)[:16]}")
     with turn(out):
-        if not _whole(out):
+        if not sound(out):
             make(recipe, out, progress=progress)
     return out
 
 
-def _whole(out: Path) -> bool:
+def sound(out: Path) -> bool:
+    """Whether the folder is there, and holds what was written."""
     try:
         return not store.verify(out)
     except WeftError:
@@ -101,7 +105,8 @@ def make(
 ) -> dict[str, Any]:
     """Train the model and write it in bfloat16, whole or not at all, with its card. Returns what made.json says.
 
-    Errors: OptionError; NumericError for a loss that is not finite; ResourceError for a package that is missing; those of `save`.
+    Errors: OptionError; NumericError for a loss that is not finite, and for a model that has not learnt after all of the
+    recipe's steps; ResourceError for a package that is missing; those of `save`.
     """
     count, start = recipe.steps if steps is None else steps, time.process_time()
     whole(steps=count)
@@ -110,20 +115,31 @@ def make(
         minutes = (time.process_time() - start) / 60
         _narrow(model)
         values, weights = recipe.score(model)
+        score = float((values * weights).sum() / weights.sum())
+        if count >= recipe.steps:
+            _learnt(recipe, score)
         facts = recipe.facts(model)
     about: dict[str, Any] = {
-        "score": {recipe.metric: _four(float((values * weights).sum() / weights.sum())), "items": len(values)},
+        "score": {recipe.metric: _four(score), "items": len(values)},
         "facts": {k: [_four(x) for x in v] if isinstance(v, list) else _four(v) for k, v in facts.items()},
         "steps": count,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes of one core": round(minutes, 2),
     }
-    model.config.dtype = torch.bfloat16
+    if library(model) == "transformers":
+        model.config.dtype = torch.bfloat16
     texts = {"README.md": _card(recipe, model, about), "made.json": json.dumps(about, indent=1) + "\n"}
     files = {**recipe.files(), **texts}
     store.save(weave(model.to(torch.bfloat16)), out, tokenizer=recipe.words(), replace=True, files=files)
     return about
+
+
+def _learnt(recipe: Recipe, score: float) -> None:
+    if not score < recipe.limit:
+        got, want = f"{score:.4g} {recipe.metric}", f"less than {recipe.limit:g}"
+        fix = "change the recipe: its rate, its steps or its data"
+        raise NumericError("the model has not learnt", where=recipe.name, got=got, want=want, fix=fix)
 
 
 @contextmanager
@@ -189,7 +205,7 @@ def _card(recipe: Recipe, model: nn.Module, about: Mapping[str, Any]) -> str:
     shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in rows.items()}
     head = [
         "---",
-        "library_name: transformers",
+        f"library_name: {library(model)}",
         "license: apache-2.0",
         "tags: [weft]",
         "---",

@@ -35,6 +35,7 @@ class Seq2Seq(Recipe):
     steps = 1500
     rate = 3e-3
     metric = "bits per token of the answer"
+    limit = 0.5
 
     def model(self) -> nn.Module:
         """Two blocks of width 64 on each side."""

@@ -24,6 +24,7 @@ class Vit(Recipe):
     steps = 1500
     rate = 2e-3
     metric = "bits per image"
+    limit = 1.0
 
     def model(self) -> nn.Module:
         """Three blocks of width 64 over sixteen patches."""

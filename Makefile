@@ -35,12 +35,10 @@ demo: $(READY) ## compress and tune the shipped model to three budgets; prints a
 	@$(BIN)/weft fit ref-lm --data cpp --budget 14% --budget 27% --budget 51% --out out/demo --quick --replace
 
 test: lint browser ## lint, types, every test, fresh proofs, docs
-	@if $(CHROMIUM); then $(ONE) WEFT_BROWSER=1 $(BIN)/python -m pytest -n $(WORKERS); \
-	else $(ONE) $(BIN)/python -m pytest -n $(WORKERS); fi
+	@if $(CHROMIUM); then $(ONE) WEFT_BROWSER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; \
+	else $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; fi
 	@$(BIN)/weft prove --stale --json | tr -d ' \n' | grep -qx '\[\]' || { \
 	  $(BIN)/weft prove --stale; echo "These proofs are missing or stale: weft prove METHOD, then python scripts/docs.py."; exit 1; }
-	@$(BIN)/python scripts/docs.py --check
-	@$(BIN)/python scripts/composition.py --check
 	@$(MKDOCS)
 	@$(CHROMIUM) || echo "SKIPPED: the browser tests, as there is no chromium (make test-browser says how)."
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from weft.error import ConflictError, FormatError, NumericError, OptionError, PathError, WeftError
-from weft.store import import_, load, verify
+from weft.store import import_, load, unpickle, verify
 
 from .edits import plain, refused, table, tensors
 
@@ -108,8 +109,29 @@ PICKLES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def _reader(argv: list[str], said: Path) -> None:
+    sys.argv, sys.stderr = argv, said.open("w")
+    sys.exit(unpickle.main())
+
+
+@pytest.fixture
+def forked(fresh: ForkServerContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of pickles has a process of its own as ever, limits and all, but one that need not import torch first."""
+
+    said = tmp_path_factory.mktemp("reader") / "said"
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        process = fresh.Process(target=_reader, args=(command[3:], said))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, b"", said.read_bytes())
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
 @pytest.mark.parametrize("fault", PICKLES)
-def test_pickles_that_are_refused(fault: str, tiny: Any, tmp_path: Path) -> None:
+def test_pickles_that_are_refused(fault: str, tiny: Any, tmp_path: Path, forked: None) -> None:
     """Said in one error; nothing ran, nothing is written, nothing is left."""
     edit, said = PICKLES[fault]
     folder = plain(tiny, tmp_path / "model")

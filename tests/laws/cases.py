@@ -485,6 +485,15 @@ def options(method: Method) -> Iterator[tuple[str, list[Any], list[Any]]]:
             yield name, [low, middle, high], [low - unit, high + unit, "3", None, float("nan")]
 
 
+ROUNDS = {"iters": 8, "steps": 4}
+"""What methods call the number of their rounds, and how many are a few."""
+
+
+def rounds(method: Method) -> dict[str, int]:
+    """A few rounds, of a method that goes in rounds."""
+    return {name: few for name, few in ROUNDS.items() if name in method.options.model_fields}
+
+
 def better(method: Method) -> list[tuple[str, str]]:
     """Options whose schema says which way is better."""
     properties = method.options.model_json_schema()["properties"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -14,6 +15,11 @@ CASES: pytest.StashKey[Counter[str]] = pytest.StashKey()
 _METHODS = set(names())
 
 
+@functools.cache
+def _nodes(kind: str) -> set[str]:
+    return nodes_in(next(instances(kind)))
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Note what this test's parameters stand for, before any test is deselected."""
     given = getattr(item, "callspec", None)
@@ -23,7 +29,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     values = {v for v in given.params.values() if isinstance(v, str)}
     counts.update(values & _METHODS)
     if given.params.get("kind") in KINDS:
-        counts.update(nodes_in(next(instances(given.params["kind"]))))
+        counts.update(_nodes(given.params["kind"]))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -36,12 +37,20 @@ def leaf(m: int, n: int, name: str = "int4", group: int = 32, symmetric: bool = 
     return made
 
 
+_HELD = functools.cache(leaf)
+
+
 def leaves(name: str) -> Iterator[Quantized]:
-    """What a kernel takes of every grid, with and without zero points, in every group and size, in one scale format or another."""
+    """What a kernel takes of every grid, with and without zero points, in every group and size, in one scale format or another.
+
+    Of the groups that hold a whole row, the two smallest: 0, and the least that is no less than the columns.
+    """
     for i, (m, n) in enumerate(SIZES):
         for j, group in enumerate(GROUPS):
+            if group >= n and any(n <= other < group for other in GROUPS):
+                continue
             for k, (place, symmetric) in enumerate(PLACES):
-                e = leaf(m, n, place, group, symmetric, list(SCALES)[(i + j + k) % len(SCALES)])
+                e = _HELD(m, n, place, group, symmetric, list(SCALES)[(i + j + k) % len(SCALES)])
                 if BY_NAME[name].rows(e):
                     yield e
 

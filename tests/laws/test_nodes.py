@@ -469,8 +469,9 @@ TENSORS = [(kind, f) for kind, cls in NODES.items() for f in tensor_fields(cls)]
 PLAIN = [(kind, f.name) for kind, cls in NODES.items() for f in fields(cls) if f.kind != "tensor"]
 
 
+@functools.cache
 def example(node: str) -> Expr:
-    """Some instance of the node."""
+    """Some instance of the node; never changed."""
     return next(e for kind in KINDS for e in instances(kind) if type(e).__name__ == node)
 
 

@@ -45,6 +45,7 @@ def step(model: nn.Module, ids: Tensor, lr: float = 0.1) -> tuple[Tensor, dict[s
 
 def _one(rank: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     where = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save(work(rank, folder), folder / f"{rank}.pt")
@@ -53,6 +54,5 @@ def _one(rank: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) -
 
 def both(work: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """What `work(rank, folder)` returns in each of two processes."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_one, (work, folder), nprocs=2)
+    torch.multiprocessing.start_processes(_one, (work, folder), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -40,7 +40,8 @@ __all__ = [
 ]  # fmt: skip
 
 for _found in iter_modules(__path__):
-    import_module(f"{__name__}.{_found.name}")
+    if not _found.name.startswith("_"):
+        import_module(f"{__name__}.{_found.name}")
 
 
 def __getattr__(name: str) -> type[Expr]:

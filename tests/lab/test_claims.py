@@ -14,7 +14,7 @@ from torch import nn
 from weft.engine import get, names
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, NumericError, OptionError
-from weft.lab import claims, known, probing, prove, realism, specimens, trial, tuning
+from weft.lab import claims, known, probing, prove, realism, specimens, trial, tuning, verdicts
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -249,14 +249,14 @@ def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_verdicts(spans: list[tuple[float, float]], side: Any, verdict: str) -> None:
     """Intervals entirely on one side of zero decide, others do not."""
-    assert claims._verdict([Interval((a + b) / 2, a, b) for a, b in spans], side) == verdict
+    assert verdicts._verdict([Interval((a + b) / 2, a, b) for a, b in spans], side) == verdict
 
 
 def test_the_overall_verdict_needs_every_model() -> None:
     """One contradiction is enough, one doubt too."""
     good, bad, doubt = "reproduced", "contradicted", "no detectable difference"
-    assert claims._overall([good, good]) == good and claims._overall([good, doubt]) == doubt
-    assert claims._overall([doubt, bad, good]) == bad
+    assert verdicts.overall([good, good]) == good and verdicts.overall([good, doubt]) == doubt
+    assert verdicts.overall([doubt, bad, good]) == bad
 
 
 def test_a_score_that_is_not_finite_stops(lab: Lab) -> None:

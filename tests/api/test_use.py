@@ -62,7 +62,7 @@ def test_bad_requests_are_refused(folder: MODELS) -> None:
         (lambda: weft.apply(model, "gptqq"), "unknown method"),
         (lambda: weft.apply(model, "rtn", bits=9), "bits"),
         (lambda: weft.apply(model, "rtn", at="*.nope"), "matches no site"),
-        (lambda: weft.apply(model, "knapsack"), "does not rewrite"),
+        (lambda: weft.apply(model, "knapsack"), "does not change a model"),
         (lambda: weft.load("nowhere-at-all"), "no such model"),
         (lambda: weft.train(model, []), "nothing is trainable"),
         (lambda: weft.evaluate(model, "no-file.jsonl"), "no data there"),

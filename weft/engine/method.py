@@ -224,24 +224,8 @@ def method(
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
         moves = str(hints["return"].kind) if kind == "transport" else ""
-        made = Method(
-            fn,
-            kind,
-            tuple(rows.split()),
-            paper,
-            frozenset(needs),
-            per,
-            whole,
-            rowwise,
-            taps,
-            drops,
-            beats,
-            on,
-            moves,
-            options,
-            members,
-            signed,
-        )
+        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed)
+        made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), *held)
         METHODS[made.name] = made
         return made
 

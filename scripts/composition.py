@@ -91,6 +91,8 @@ def made(node: str, w: Tensor) -> Expr:
             return Sum({"base": Dense(w), "adapter:given": NODES[node](router, [thin, thin.rebuild()], 1)})
         case "Product":
             return NODES[node](NODES["Diagonal"](1 + 0.1 * torch.rand(N, generator=rng)), Dense(w))
+        case "WeightNorm":
+            return NODES[node](1 + 0.1 * torch.rand(N, generator=rng), Sum({"base": Dense(w), "adapter:given": thin}))
         case _:
             return _plain(node, rng)
 

@@ -333,7 +333,7 @@ def tuned(base: Expr, i: int) -> Expr:
     """The same base with an adapter, a trained one."""
     g = rng("adapter", i)
     pair = nn.Parameter(torch.randn(8, 2 + i, generator=g)), nn.Parameter(torch.randn(2 + i, 32, generator=g))
-    return Sum({"base": base.rebuild(), f"adapter:a{i}": LowRank(*pair)})
+    return Sum({"base": base.rebuild(), f"adapter:a{i}": LowRank(*pair, 1.0 + i)})
 
 
 @pytest.mark.parametrize("name", ["soup", "task_arithmetic"])

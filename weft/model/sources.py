@@ -147,8 +147,8 @@ def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
 
 
 def _low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """Σ c b a = [c₁ b₁ ... c_k b_k] [a₁; ...; a_k]."""
-    b = torch.cat([c * wide(t.b) for c, t in parts], 1)
+    """Σ c s b a = [c₁ s₁ b₁ ... c_k s_k b_k] [a₁; ...; a_k], s the terms' scales."""
+    b = torch.cat([c * t.scale * wide(t.b) for c, t in parts], 1)
     return LowRank(b, torch.cat([wide(t.a) for _, t in parts]))
 
 

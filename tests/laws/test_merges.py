@@ -510,6 +510,19 @@ def test_models_of_other_kinds_are_refused(case: str) -> None:
         assert [fingerprint(m) for m in models] == before
 
 
+def test_merged_vectors_are_the_first_ones() -> None:
+    """What a member's norms were before they were trained is not what the merged ones were."""
+    base, (one, *_) = family("soup")
+    tuned_ = fork(one)
+    weft.apply(tuned_, "layernorm")
+    with torch.no_grad():
+        tuned_.model.norm.weight.add_(1.0)
+    merged = weft.combine([tuned_, one], "soup")
+    plain = weft.unweave(fork(merged), original=True)
+    assert torch.equal(plain.model.norm.weight, merged.model.norm.weight)
+    assert not torch.equal(merged.model.norm.weight, base.model.norm.weight)
+
+
 def test_all_problems_are_told_at_once() -> None:
     """A missing base, a strange member and one without a value, together."""
     base, (one, *_) = family("ties")
@@ -524,6 +537,10 @@ def test_all_problems_are_told_at_once() -> None:
         tapped = fork(one)
         weft.apply(tapped, "act_quant")
         weft.combine([one, tapped], "soup", base=base)
+    with pytest.raises(ConflictError, match="branch"):
+        prompted = fork(one)
+        weft.apply(prompted, "prompt", length=2)
+        weft.combine([one, prompted], "soup", base=base)
     short = fork(one)
     del short.model.norm.weight
     with pytest.raises(ShapeError, match=r"model\.norm\.weight"):

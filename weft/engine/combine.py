@@ -20,7 +20,9 @@ from weft.expr import Dense, Expr, spec, tensors, valueless
 from weft.model import (
     Place,
     Sources,
+    branches,
     expressions,
+    first_vectors,
     fits,
     fork,
     match,
@@ -116,6 +118,7 @@ def _settle(made: nn.Module, models: Sequence[nn.Module], sites: Sequence[str]) 
         kept = False
         place.original = Original(functools.partial(_value, expr))
         place.dtype = expr.w.dtype if isinstance(expr, Dense) else place.dtype
+    first_vectors(made).clear()
     if not (one and kept):
         cast(Any, made)._weft_base = None
 
@@ -171,8 +174,8 @@ def _misused(
 def refusals(models: Sequence[nn.Module], base: nn.Module | None = None) -> list[WeftError]:
     """Every reason why these models cannot be merged.
 
-    ConflictError for another class or configuration, for weights without a value, taps, and what is tied otherwise; ShapeError for
-    weights that another model lacks or has in another shape, and for buffers that differ.
+    ConflictError for another class or configuration, for weights without a value, taps, branches, and what is tied otherwise; ShapeError
+    for weights that another model lacks or has in another shape, and for buffers that differ.
     """
     (first, lead), *others = _named(models, base).items()
     problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m)]
@@ -191,6 +194,10 @@ def _unmergeable(label: str, model: nn.Module) -> Iterator[WeftError]:
         want, fix = "weights of the plain inputs", "weft.untap(model) first"
         what = "a weight behind a tap is not merged"
         yield ConflictError(what, where=f"{label}: {name}", got=tap.describe(), want=want, fix=fix)
+    for branch in branches(model):
+        want, fix = "weights alone", "weft.unbranch(model) first"
+        what = "a branch is not merged"
+        yield ConflictError(what, where=f"{label}: {branch.key}", got=branch.describe(), want=want, fix=fix)
 
 
 def _strange(label: str, model: nn.Module, first: str, lead: nn.Module) -> list[WeftError]:

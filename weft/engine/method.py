@@ -24,7 +24,7 @@ Kind = Literal[
     "branch", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "gradient", "most", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
+Need = Literal["gram", "most", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
 """Evidence of inputs; of a merge, the base; of a search, the methods of the bench that it calls."""
 Drop = Literal["zeros"]
 

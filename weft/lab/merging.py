@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.engine import combine
 from weft.engine.run import Step, chain_key
-from weft.expr import Dense
+from weft.expr import Dense, unfrozen
 from weft.lab import metrics, tasks
 from weft.lab.trial import Arm, Trial, task_of
 from weft.learn.data import Example, fingerprint
@@ -92,8 +92,7 @@ def member(trial: Trial, of: Of) -> nn.Module:
 
     def make() -> dict[str, Tensor]:
         model = fork(base)
-        full = {n: Dense(nn.Parameter(expressions(base)[n].dense().detach().float().clone())) for n in sites}
-        set_expressions(model, full)
+        set_expressions(model, {n: unfrozen(expressions(base)[n]) for n in sites})
         rate = RATE / 10 if trial.subject.embeds else RATE
         how: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": TOKENS, "lr": rate, "seed": seed}
         train(model, task.train, tokenizer=trial.subject.tokenizer, **how)

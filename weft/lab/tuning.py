@@ -22,7 +22,7 @@ from weft.store.cache import key
 RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from: from what all weights bear to what a few vectors need."""
 STEPS = 24
-BATCH = 8
+BATCH = 4
 TOKENS = 128
 """Tokens of a training window."""
 PAGE = 1024

@@ -27,7 +27,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny import VOCAB, build_tiny, output  # noqa: E402
+from tiny import VOCAB, build_tiny, output, tokenizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 torch.set_num_threads(1)
@@ -41,34 +41,6 @@ def pytest_collection_finish() -> None:
 
 
 FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sat",
-    "ran",
-    "flew",
-    "on",
-    "under",
-    "over",
-    "mat",
-    "hill",
-    "tree",
-    "red",
-    "blue",
-    "old",
-    ".",
-    ",",
-    "?",
-    "question",
-    "answer",
-    "yes",
-    "no",
-    "user",
-    "assistant",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -126,14 +98,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def words() -> Any:
     """A word tokenizer that fits the tiny models, with end and padding tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {w: i for i, w in enumerate(["<end>", "<pad>", "<unk>", *WORDS])}
-    plain = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    return tokenizer()
 
 
 @pytest.fixture(scope="session")

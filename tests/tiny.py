@@ -8,6 +8,34 @@ import torch
 from torch import Tensor, nn
 
 VOCAB = 96
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "over",
+    "mat",
+    "hill",
+    "tree",
+    "red",
+    "blue",
+    "old",
+    ".",
+    ",",
+    "?",
+    "question",
+    "answer",
+    "yes",
+    "no",
+    "user",
+    "assistant",
+]
 
 
 def build_tiny(
@@ -58,3 +86,15 @@ def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         out = model(**batch)
     return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+
+
+def tokenizer() -> Any:
+    """A word tokenizer that fits the tiny models, with end and padding tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["<end>", "<pad>", "<unk>", *WORDS])}
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")

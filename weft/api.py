@@ -193,37 +193,26 @@ def train(
     model: nn.Module,
     data: str | Path | Sequence[Example],
     *,
-    steps: int = 200,
-    batch: int = 8,
-    length: int = 512,
-    lr: float = 2e-3,
-    seed: int = 0,
+    held_out: str | Path | Sequence[Example] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> History:
     """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
 
-    `out` keeps checkpoints, which a later call goes on from.
-    Errors: OptionError if nothing is trainable; FormatError if no token is a target.
+    `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
+    warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
+    `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
+    Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
+    target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
     """
+    from weft.learn.settings import Training
     from weft.learn.train import train as learn
 
-    whole(0, seed=seed)
+    seed = Training.of(**options).seed
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
-    return learn(
-        model,
-        learned,
-        tokenizer=tokenizer(model),
-        steps=steps,
-        batch=batch,
-        length=length,
-        lr=lr,
-        seed=seed,
-        out=out,
-        progress=progress,
-        **options,
-    )
+    scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
+    return learn(model, learned, tokenizer=tokenizer(model), held_out=scored, out=out, progress=progress, **options)
 
 
 def merge(model: nn.Module, *, to: Literal["dense", "grid"], at: str | Sequence[str] = "*") -> list[Merged]:

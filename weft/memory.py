@@ -1,10 +1,11 @@
-"""Memory that is free goes back to the system: the C library keeps it, in a heap that large and small blocks fragment."""
+"""Memory: what is free goes back to the system (the C library keeps it in a heap of fragments), and how much was in use at most."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import gc
+import sys
 from typing import Any
 
 
@@ -25,3 +26,16 @@ def release(*, models: bool = False) -> None:
         gc.collect()
     if (trim := _trim()) is not None:
         trim(0)
+
+
+def peak() -> int:
+    """The most bytes so far: of CUDA tensors where CUDA is in use, otherwise of the process in memory, mapped files included."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

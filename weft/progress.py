@@ -1,25 +1,28 @@
-"""Progress: `bars.bar(label, total)` is a context that yields `step(n)`. Nothing heavy is imported here."""
+"""Progress: `bars.bar(label, total)` is a context that yields `step(n, note)`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-Step = Callable[[int], None]
-"""Says that `n` more are done."""
+
+class Step(Protocol):
+    """Says that `n` more are done, and what to show beside them."""
+
+    def __call__(self, n: int, note: str = "") -> None: ...
 
 
 class Progress(Protocol):
     """Something that shows how far work is."""
 
     def bar(self, label: str, total: int) -> AbstractContextManager[Step]:
-        """A context for `total` things to do; it yields `step(n)`."""
+        """A context for `total` things to do; it yields `step(n, note)`."""
         ...
 
 
@@ -28,7 +31,7 @@ class Silent:
 
     @contextmanager
     def bar(self, label: str, total: int) -> Generator[Step]:
-        yield lambda n: None
+        yield lambda n, note="": None
 
 
 class Bars:
@@ -52,7 +55,7 @@ class Bars:
         live = self._live = self._live or self._start()
         task = live.add_task(label, total=total)
         try:
-            yield lambda n: live.advance(task, n)
+            yield lambda n, note="": live.update(task, advance=n, description=f"{label}  {note}" if note else label)
         finally:
             live.remove_task(task)
             if outer:
@@ -72,18 +75,19 @@ class Bars:
     def _lines(self, label: str, total: int) -> Generator[Step]:
         begun = time.monotonic()
         due = begun + self.first
-        done, shown = 0, list[int]()
+        done, shown, said = 0, list[int](), ""
 
         def show() -> None:
             nonlocal due
             due = time.monotonic() + self.every
             shown.append(done)
-            self.stream.write(f"{label}: {done}/{total}, {time.monotonic() - begun:.0f} s\n")
+            beside = f", {said}" if said else ""
+            self.stream.write(f"{label}: {done}/{total}, {time.monotonic() - begun:.0f} s{beside}\n")
             self.stream.flush()
 
-        def step(n: int) -> None:
-            nonlocal done
-            done += n
+        def step(n: int, note: str = "") -> None:
+            nonlocal done, said
+            done, said = done + n, note
             if time.monotonic() >= due:
                 show()
 

@@ -13,7 +13,8 @@ from weft.error import ConflictError, NumericError, PathError, whole
 from weft.lab import metrics, tasks
 from weft.lab.answers import exact_match
 from weft.lab.bootstrap import interval
-from weft.learn.data import Example, Pair, Text, read
+from weft.learn.data import Example, Pair, Text
+from weft.learn.read import read
 from weft.stats import objective
 
 

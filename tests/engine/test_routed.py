@@ -16,7 +16,8 @@ from weft.engine.run import Step, apply
 from weft.error import ConflictError
 from weft.expr import Dense, LowRank, Quantized, Routed, Sum, terms_of, total
 from weft.learn.data import Text
-from weft.learn.train import train, trainable
+from weft.learn.train import train
+from weft.learn.trainer import trainable
 from weft.model import expressions, fingerprint, fork, set_expressions, unweave, weave
 from weft.store import load, nbytes, save, stored
 from weft.store.audit import header

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from weft.error import ChangedError, ConflictError, FormatError, NumericError, PathError, ShapeError, WeftError
-from weft.learn.data import read
+from weft.learn.read import read
 from weft.model import fingerprint, weave
 from weft.store import load, save, verify
 from weft.store.audit import header

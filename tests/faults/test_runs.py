@@ -29,9 +29,10 @@ import weft
 from weft.cli.app import build
 from weft.error import ConflictError, FormatError, NumericError, OptionError, PathError, ResourceError, WeftError
 from weft.expr import LowRank, terms_of
-from weft.learn.data import Chat, Pair, Response, Text, encode, read
+from weft.learn.data import Chat, Pair, Response, Text, encode
+from weft.learn.read import read
 from weft.learn.text import LONGEST
-from weft.learn.train import trainable
+from weft.learn.trainer import trainable
 from weft.linalg.columns import inverse_factor
 from weft.model import plain_tensors
 from weft.stats import collect
@@ -611,7 +612,7 @@ class Stop:
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         done = 0
 
-        def step(count: int) -> None:
+        def step(count: int, note: str = "") -> None:
             nonlocal done
             done += count
             if done == 3:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from weft.error import FormatError, PathError
-from weft.learn.data import IGNORE, Chat, Encoded, Pair, Response, Text, encode, fingerprint, read
+from weft.learn.data import IGNORE, Chat, Encoded, Pair, Response, Text, encode, fingerprint
+from weft.learn.read import read
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}"
@@ -307,3 +308,78 @@ def test_a_tokenizer_without_a_template_is_a_format_error(words: Any) -> None:
     """Chats need one; the error says so."""
     with pytest.raises(FormatError):
         encode([Chat(TURNS)], words, length=64)
+
+
+TABLES = (".parquet", ".stream.arrow", ".file.arrow")
+
+
+def table(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write records as a table."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    made, path = pa.Table.from_pylist(rows), folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".parquet"):
+        pq.write_table(made, path)
+    else:
+        new = pa.ipc.new_stream if ".stream." in name else pa.ipc.new_file
+        with new(path, made.schema) as f:
+            f.write_table(made)
+    return path
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize("suffix", TABLES)
+def test_tables_become_examples(suffix: str, kind: str, tmp_path: Path) -> None:
+    """Each kind of record in columns; further columns do no harm, whatever they hold."""
+    record, want = RECORDS[kind]
+    path = table(tmp_path, f"data{suffix}", [{**record, "id": i, "other": [1.5]} for i in range(3)])
+    assert [bare(e) for e in read(path)] == [want] * 3
+
+
+@pytest.mark.parametrize("suffix", TABLES)
+def test_a_broken_table_is_named(suffix: str, tmp_path: Path) -> None:
+    """Cut short, or of other columns: a FormatError that says which file."""
+    path = table(tmp_path, f"data{suffix}", [{"text": "a cat"}] * 50)
+    path.write_bytes(path.read_bytes()[:-40] if suffix == ".parquet" else path.read_bytes()[:60])
+    with pytest.raises(FormatError, match="data"):
+        read(path)
+    with pytest.raises(FormatError, match="row 1"):
+        read(table(tmp_path, f"other{suffix}", [{"words": "a cat"}]))
+
+
+def test_a_saved_data_set_is_read_without_its_notes(tmp_path: Path) -> None:
+    """As the datasets library saves it."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": "a cat"}] * 2).save_to_disk(tmp_path / "one")
+    assert [bare(e) for e in read(tmp_path / "one")] == [Text("a cat")] * 2
+    both = {n: datasets.Dataset.from_list([{"text": n}]) for n in ("train", "test")}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "two")
+    with pytest.raises(FormatError, match="splits"):
+        read(tmp_path / "two")
+    assert [bare(e) for e in read(tmp_path / "two" / "test")] == [Text("test")]
+
+
+def test_of_several_splits_one_has_to_be_chosen(tmp_path: Path) -> None:
+    """A hub folder's test set is not trained on in silence; a pattern chooses."""
+    for name in (
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+        "data/test-00000-of-00001.jsonl",
+    ):
+        put(tmp_path, name, jsonl({"text": name}))
+    with pytest.raises(FormatError, match="test, train"):
+        read(tmp_path)
+    assert [e.text for e in read(str(tmp_path / "data" / "train-*.jsonl"))] == [  # pyright: ignore
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+    ]
+    with pytest.raises(PathError):
+        read(str(tmp_path / "data" / "dev-*.jsonl"))
+
+
+def test_completions_are_responses(tmp_path: Path) -> None:
+    """As TRL calls them."""
+    path = put(tmp_path, "a.jsonl", jsonl({"prompt": "a", "completion": "b"}))
+    assert [bare(e) for e in read(path)] == [Response("a", "b")]

@@ -15,7 +15,8 @@ from weft.engine.run import Step, apply
 from weft.error import FormatError, OptionError, WeftError
 from weft.learn.data import IGNORE, Chat, Pair, Response, Text
 from weft.learn.objective import contrast, likelihood
-from weft.learn.train import TRAINABLE, restore, train, trainable
+from weft.learn.train import train
+from weft.learn.trainer import TRAINABLE, restore, trainable
 from weft.model import expressions, plain_tensors, weave
 from weft.store.tensors import read_tensors, write_tensors
 
@@ -59,7 +60,7 @@ class Until:
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         done = 0
 
-        def step(n: int) -> None:
+        def step(n: int, note: str = "") -> None:
             nonlocal done
             done += n
             if done == self.steps:

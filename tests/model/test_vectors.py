@@ -15,7 +15,7 @@ from weft.engine import get
 from weft.engine.run import Step, apply, reach
 from weft.error import ConflictError, FormatError, OptionError, ShapeError
 from weft.expr import Dense, LowRank, terms_of
-from weft.learn.train import restore, trainable
+from weft.learn.trainer import restore, trainable
 from weft.model import (
     expressions,
     fingerprint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +51,24 @@ def _one(rank: int, work: Callable[[int, Path], dict[str, Any]], folder: Path) -
     dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save(work(rank, folder), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def _launched(rank: int, work: Callable[[int, Path], dict[str, Any]], folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.save(work(rank, folder), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def launched(work: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """What `work(rank, folder)` returns in each of two processes that have the environment which torchrun gives them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.start_processes(_launched, (work, folder, port), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def both(work: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

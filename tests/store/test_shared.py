@@ -197,7 +197,8 @@ def test_a_rewrite_changes_its_own_site_only(chain: tuple[str, ...], model: nn.M
 def test_training_goes_through_the_trainer(tiny: Any, words: Any, tmp_path: Path) -> None:
     """One entry in the checkpoint and in the optimizer; a later run takes it up."""
     from weft.learn.data import Text
-    from weft.learn.train import TRAINABLE, train, trainable
+    from weft.learn.train import train
+    from weft.learn.trainer import TRAINABLE, trainable
 
     ends: list[dict[str, Tensor]] = []
     for _ in range(2):

@@ -10,7 +10,7 @@ import typer
 
 from weft import __version__
 from weft.catalog import Entry, entries
-from weft.cli import commands, files, methods, realism
+from weft.cli import commands, files, methods, realism, train
 from weft.cli.guard import State, guarded
 
 
@@ -29,6 +29,7 @@ def build(argv: Sequence[str] = ()) -> typer.Typer:
         text = inspect.cleandoc(fn.__doc__ or "")
         app.command(fn.__name__.rstrip("_"), help=text, short_help=text.splitlines()[0])(guarded(fn))
     asked = next((a for a in argv if not a.startswith("-")), "")
+    app.command("train", help=train.HELP)(train.command(argv) if asked == "train" else _stub)
     for entry in entries():
         if entry.kind in ("rewrite", "transport", "branch", "merge", "probe"):
             _add(app, entry, entry.name == asked)

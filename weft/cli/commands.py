@@ -201,49 +201,6 @@ def generate(
     say(f"{ran.mode} mode: {ran.total} resident bytes, {ran.derived} of them derived")
 
 
-def train(
-    model: ModelName,
-    data: Annotated[str, typer.Option(help=DATA, show_default=False)],
-    out: Out,
-    method: Annotated[str, typer.Option(help="What makes it trainable: lora, full ..., of the verb adapt.")] = "lora",
-    rank: Annotated[int | None, typer.Option(help="lora: rank of the adapter (8).", min=1)] = None,
-    name: Annotated[str | None, typer.Option(help="lora: its name (default).")] = None,
-    at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
-    batch: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Tokens an example, at most.", min=2)] = 512,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    replace_: Replace = False,
-    cache: CacheFolder = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train an adapter on a model as it is, or its own parameters. Interrupted, the same command goes on."""
-    import weft
-    from weft.engine.run import Step
-    from weft.score import examples
-    from weft.store.cache import default, key
-
-    options: dict[str, Any] = {k: v for k, v in {"rank": rank, "name": name}.items() if v is not None}
-    chosen = Step.of(method, **options).options
-    learned = examples(data, "train", seed)  # bad data shows before the model is loaded
-    woven = load(model, quiet)
-    for place, what in weft.apply(woven, method, at=at, seed=seed, **options).fallbacks:
-        say(f"fallback: {place}: {what}")
-    weft.may_write(woven, out, replace=replace_)
-    about = key(str(Path(model).absolute()), data, method, chosen, at, steps, batch, length, lr, seed)
-    how: dict[str, Any] = {"steps": steps, "batch": batch, "length": length, "lr": lr, "seed": seed}
-    history = weft.train(woven, learned, **how, out=(cache or default()) / "train" / about, progress=bars(quiet))
-    weft.save(woven, out, replace=replace_, progress=bars(quiet))
-    _, loss = history.losses[-1] if history.losses else (0, None)
-    emit(
-        [{"steps": steps, "loss": loss, "tokens": history.tokens, "seconds": history.seconds, "out": str(out)}],
-        as_json=as_json,
-        quiet=quiet,
-    )
-
-
 def merge(
     model: ModelName,
     out: Out,
@@ -327,4 +284,4 @@ def prove(
     return None
 
 
-ALL = (fit, show, methods, eval_, generate, train, merge, export, report, prove)
+ALL = (fit, show, methods, eval_, generate, merge, export, report, prove)

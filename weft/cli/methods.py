@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -203,6 +203,8 @@ def _option_type(hint: Any, name: str) -> Any:
     if hint in (bool, int, float, str):
         return hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and args == (str, ...):
+        return list[str]
     if origin is Literal and all(isinstance(a, str) for a in args):
         return enum.Enum(name, {a: a for a in args}, type=str)
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
@@ -212,6 +214,8 @@ def _option_type(hint: Any, name: str) -> Any:
 
 
 def _chosen(kind: Any, default: Any) -> Any:
+    if isinstance(default, tuple):
+        return list(cast(tuple[str, ...], default))
     return kind(default) if isinstance(kind, type) and issubclass(kind, enum.Enum) else default
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from weft.error import ConflictError, FormatError, whole
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, classes, padded, windows
-from weft.learn.data import Example, Pair, Response, Text, read, render
+from weft.learn.data import Example, Pair, Response, Text, render
 from weft.learn.data import fingerprint as examples_fingerprint
+from weft.learn.read import read
 from weft.stats import objective
 
 Kind = Literal["lm", "response", "retrieval", "distance"]

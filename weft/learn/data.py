@@ -1,20 +1,14 @@
-"""Examples to learn from: how files become them, and how they become tokens with targets."""
+"""Examples to learn from, and how they become tokens with targets."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from weft.error import FormatError, OptionError, PathError, WeftError, raise_all
-from weft.learn.text import decode
-from weft.store.files import MAX_JSON, parse_json
+from weft.error import FormatError, OptionError
 
 IGNORE = -100
 
@@ -62,148 +56,6 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-
-
-def read(source: str | Path) -> list[Example]:
-    """Examples of a `.txt` file (one text), a `.jsonl`, `.json` or `.csv` file (one a record), or a folder of such files.
-
-    Records hold `text`, or `prompt` and `response`, or `messages`, or `query` and `positive`.
-    Errors: PathError; FormatError with every bad record (up to ten), for kinds that are mixed and for no example at all.
-    """
-    found, problems = list[Example](), list[WeftError]()
-    for path in _files(str(source)):
-        try:
-            found += _READERS[path.suffix](path)
-        except WeftError as e:
-            problems.append(e)
-    raise_all(problems)
-    kinds = sorted({type(e).__name__ for e in found})
-    if not kinds:
-        raise FormatError(
-            "the data is empty",
-            where=str(source),
-            got="no text and no record",
-            want="at least one example",
-            fix="check the path and what is there",
-        )
-    if len(kinds) > 1:
-        raise FormatError(
-            "data must be of one kind",
-            where=str(source),
-            got=", ".join(kinds),
-            want="one kind of record",
-            fix="split the file",
-        )
-    return found
-
-
-def _files(source: str) -> list[Path]:
-    """The data files at a path, in order. Errors: PathError if it is neither a folder nor a file of a known kind."""
-    path = Path(source)
-    try:
-        if source and path.is_dir():
-            return [p for p in sorted(path.rglob("*")) if p.suffix in _READERS and not p.is_dir()]
-        got = "no file" if not path.exists() else "no regular file" if not path.is_file() else None
-    except OSError as e:
-        got = e.strerror
-    if got is None and path.suffix in _READERS:
-        return [path]
-    raise PathError(
-        "no data there",
-        where=source or "data",
-        got=got or f"a file that ends in {path.suffix or 'nothing'}",
-        want=f"a folder or a file: {', '.join(_READERS)}",
-        fix="check the path, or convert the data: .jsonl holds any of it",
-    )
-
-
-def _text(path: Path) -> list[Example]:
-    text = decode(path)
-    return [Text(text, path.name)] if text.strip() else []
-
-
-def _lines(path: Path) -> list[Example]:
-    lines = [(i, line) for i, line in enumerate(decode(path).split("\n"), 1) if line.strip()]
-    return _records(
-        path,
-        [(f"line {i}", lambda line=line, i=i: parse_json(line.encode(), f"{path.name} line {i}")) for i, line in lines],
-    )
-
-
-def _array(path: Path) -> list[Example]:
-    if path.is_file() and (size := path.stat().st_size) > MAX_JSON:
-        got, want, fix = f"{size} bytes", f"at most {MAX_JSON}", "use .jsonl: one record a line"
-        raise FormatError("a JSON data file is too large", where=path.name, got=got, want=want, fix=fix)
-    table = parse_json(decode(path, MAX_JSON).encode(), path.name)
-    if not isinstance(table, list):
-        raise FormatError(
-            "a JSON data file holds a list",
-            where=path.name,
-            got=type(table).__name__,
-            want="a list of records",
-            fix="use .jsonl for one record a line",
-        )
-    return _records(path, [(f"record {i}", partial(_itself, r)) for i, r in enumerate(table, 1)])
-
-
-def _table(path: Path) -> list[Example]:
-    csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.StringIO(decode(path)))
-    return _records(path, [(f"row {i}", partial(_itself, r)) for i, r in enumerate(rows, 1)])
-
-
-def _itself(record: Any) -> Any:
-    return record
-
-
-_READERS: dict[str, Any] = {".txt": _text, ".jsonl": _lines, ".json": _array, ".csv": _table}
-
-
-def _records(path: Path, rows: list[tuple[str, Any]]) -> list[Example]:
-    made: list[Example] = []
-    problems: list[WeftError] = []
-    for where, get in rows:
-        try:
-            made.append(_whole(_example(get(), f"{path.name} {where}")))
-        except WeftError as e:
-            problems.append(e)
-            if len(problems) == 10:
-                break
-    raise_all(problems)
-    return made
-
-
-def _example(record: Any, where: str) -> Example:
-    match record:
-        case {"prompt": str(prompt), "response": str(response)}:
-            return Response(prompt, response, where)
-        case {"query": str(query), "positive": str(positive)}:
-            return Pair(query, positive, where)
-        case {"messages": [*turns]} if turns and all(
-            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
-        ):
-            return Chat(tuple((t["role"], t["content"]) for t in turns), where)
-        case {"text": str(text)}:
-            return Text(text, where)
-        case _:
-            got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise FormatError(
-                "a record cannot be used",
-                where=where,
-                got=got,
-                want="text, or prompt and response, or messages, or query and positive (all strings)",
-                fix="rename the fields",
-            )
-
-
-def _whole(example: Example) -> Example:
-    """The example. Errors: FormatError for half a character, as `\\ud800` in JSON is one: no tokenizer takes it."""
-    try:
-        json.dumps(astuple(example)[:-1], ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        where, got, fix = example.name, f"half a surrogate pair: {e.object[e.start]!a}", "write the character as UTF-8"
-        raise FormatError("a record is not text", where=where, got=got, want="whole characters", fix=fix) from None
-    return example
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,3 +27,15 @@ def contrast(queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"]) -> 
     """InfoNCE over the batch: each normalised query against all positives. Nats a query."""
     scores = queries @ positives.T / TEMPERATURE
     return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device))
+
+
+def everyones(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
+    """These rows of every process, in order; where each lowers a loss of them all, the mean of their gradients is the loss's gradient."""
+    if not dist.is_initialized() or (count := dist.get_world_size()) == 1:
+        return vectors
+    rows = [torch.empty_like(vectors) for _ in range(count)]
+    dist.all_gather(rows, vectors.detach().contiguous())
+    rows[dist.get_rank()] = vectors.clone()  # those of others are constants here
+    if vectors.requires_grad:
+        rows[dist.get_rank()].register_hook(lambda g: g * count)
+    return torch.cat(rows)

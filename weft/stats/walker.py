@@ -196,7 +196,8 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
             want="one device; evidence and scores are taken on the CPU",
             fix="model.cpu(), and back afterwards",
         )
-    out = model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+    config = model.config if hasattr(model, "config") else cast(Any, model).module.config  # inside DDP
+    out = model(**batch, **({"use_cache": False} if getattr(config, "use_cache", False) else {}))
     return next(made for name in OUTPUTS if (made := getattr(out, name, None)) is not None)
 
 

@@ -1,0 +1,103 @@
+"""`weft train`: its options are those of training, and of the method that makes something trainable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weft.catalog import entries
+from weft.cli.commands import DATA, AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, load
+from weft.cli.guard import guarded, say
+from weft.cli.methods import parameter, plain
+from weft.cli.output import emit
+
+HELP = "Train an adapter on a model as it is, or its own parameters. Interrupted, the same command goes on."
+DEFAULT = "lora"
+
+
+def command(argv: Sequence[str]) -> Callable[..., None]:
+    """The command, with the options of the method that this command line names.
+
+    An option of the method that is called as one of training has the method's name before it: `--prompt-length`.
+    """
+    from weft.engine import get
+    from weft.learn.settings import Training
+
+    method = _method(argv)
+    known = method in {e.name for e in entries()}
+    fields, own = Training.model_fields, get(method).options.model_fields if known else {}
+    shared = inspect.signature(_shared, eval_str=True).parameters
+    names = {n: f"{method}_{n}" if n in fields or n in shared else n for n in own}
+    asked = [parameter(names[n], f) for n, f in own.items()] + [parameter(n, f) for n, f in fields.items()]
+
+    def run(**given: Any) -> None:
+        options = {n: plain(given.pop(names[n])) for n in own}
+        how = {n: plain(given.pop(n)) for n in fields}
+        _train(options=options, how=how, **given)
+
+    first, *rest = shared.values()
+    whole = [first, *rest, *asked]
+    run.__doc__ = HELP
+    run.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in whole}
+    return guarded(run)
+
+
+def _method(argv: Sequence[str]) -> str:
+    """The method that a command line names."""
+    for i, word in enumerate(argv):
+        if word.startswith("--method="):
+            return word.partition("=")[2]
+        if word == "--method" and i + 1 < len(argv):
+            return argv[i + 1]
+    return DEFAULT
+
+
+def _shared(
+    *,
+    model: ModelName,
+    data: Annotated[str, typer.Option(help=DATA, show_default=False)],
+    out: Out,
+    held_out: Annotated[str | None, typer.Option(help="Data to score on in between; the best step stays.")] = None,
+    method: Annotated[
+        str, typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt.")
+    ] = DEFAULT,
+    at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
+    replace: Replace = False,
+    cache: CacheFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options that are not of training itself."""
+
+
+def _train(
+    *, model: str, data: str, out: Path, held_out: str | None, method: str, at: list[str] | None, replace: bool, cache: Path | None,
+    as_json: bool, quiet: bool, options: dict[str, Any], how: dict[str, Any],
+) -> None:  # fmt: skip
+    import weft
+    from weft.engine.run import Step
+    from weft.learn.settings import Training
+    from weft.score import examples
+    from weft.store.cache import default, key
+
+    chosen, settings = Step.of(method, **options).options, Training.of(**how)
+    learned = examples(data, "train", settings.seed)  # bad data shows before the model is loaded
+    scored = examples(held_out, "test", settings.seed) if held_out else None
+    woven = load(model, quiet)
+    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **options).fallbacks:
+        say(f"fallback: {place}: {what}")
+    weft.may_write(woven, out, replace=replace)
+    about = key(str(Path(model).absolute()), data, held_out, method, chosen, at, settings.model_dump())
+    work = (cache or default()) / "train" / about
+    history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **how)
+    weft.save(woven, out, replace=replace, progress=bars(quiet))
+    _, loss = history.losses[-1] if history.losses else (0, None)
+    row = {"steps": len(history.losses), "loss": loss, "tokens": history.tokens, "seconds": history.seconds}
+    if history.held_out:
+        row |= {"held_out": dict(history.held_out)[history.best or 0], "best": history.best}
+    emit([{**row, "peak_bytes": history.peak_bytes, "out": str(out)}], as_json=as_json, quiet=quiet)

@@ -1,0 +1,74 @@
+"""How a model is trained: every option, its range and what it is by default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weft.error import OptionError, WeftError, raise_all
+
+
+def _about(text: str, **limits: Any) -> Any:
+    return Field(description=text, **limits)
+
+
+class Training(BaseModel):
+    """Options of a training run; their descriptions are what the command line says of them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    steps: Annotated[int | None, _about("steps; 200, unless epochs are given", ge=1)] = None
+    epochs: Annotated[float | None, _about("times that every example is seen, instead of steps", gt=0)] = None
+    batch: Annotated[int, _about("examples (packed: rows) a step, in all processes together", ge=1)] = 8
+    micro_batch: Annotated[int | None, _about("of these at once in a process; all, if not given", ge=1)] = None
+    length: Annotated[int, _about("tokens an example, at most", ge=2)] = 512
+    pack: Annotated[bool, _about("fill rows of `length` tokens with examples that do not see each other")] = False
+    buckets: Annotated[bool, _about("batches of examples of like lengths: less padding")] = False
+    lr: Annotated[float, _about("peak learning rate", gt=0)] = 2e-3
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        _about("cosine: to a tenth of the peak; linear: to zero; constant, all after the warm-up"),
+    ] = "cosine"
+    warmup: Annotated[float, _about("share of the steps that the rate rises in", ge=0, le=1)] = 0.05
+    weight_decay: Annotated[float, _about("of AdamW", ge=0)] = 0.0
+    clip: Annotated[float, _about("largest norm of the gradients together; 0: any", ge=0)] = 1.0
+    precision: Annotated[Literal["fp32", "bf16"], _about("bf16: products in bfloat16, trained tensors as they are")] = (
+        "fp32"
+    )
+    checkpointing: Annotated[bool, _about("compute activations again going back: less memory, more time")] = False
+    save_every: Annotated[int, _about("steps between checkpoints, which are kept where the run has a folder", ge=1)] = (
+        100
+    )
+    eval_every: Annotated[int | None, _about("steps between scores on held-out data; as checkpoints", ge=1)] = None
+    loggers: Annotated[
+        tuple[str, ...],
+        _about("where numbers go besides: tensorboard, wandb, mlflow, trackio ..., as in transformers", strict=False),
+    ] = ()
+    seed: Annotated[int, _about("of the order of examples, dropout and all that is drawn", ge=0, lt=1 << 32)] = 0
+
+    @classmethod
+    def of(cls, **given: Any) -> Training:
+        """The settings. Errors: OptionError for every option that is unknown or out of range, and for contradictions."""
+        try:
+            made = cls(**given)
+        except ValidationError as e:
+            fix = f"options: {', '.join(cls.model_fields)}"
+            raise_all([_refused(str(p["loc"][0]), p["input"], str(p["msg"]), fix) for p in e.errors()])
+            raise
+        made._agree()
+        return made
+
+    def _agree(self) -> None:
+        problems: list[WeftError] = []
+        if self.steps is not None and self.epochs is not None:
+            got = f"steps {self.steps} and epochs {self.epochs:g}"
+            problems.append(_refused("steps, epochs", got, "one of them", "leave one out"))
+        if self.eval_every is not None and self.save_every % self.eval_every:
+            want = f"a divisor of {self.save_every}, the steps between checkpoints: the best one is kept"
+            problems.append(_refused("eval_every", self.eval_every, want, "change one of them"))
+        raise_all(problems)
+
+
+def _refused(where: str, got: object, want: str, fix: str) -> OptionError:
+    return OptionError("training cannot take this", where=where, got=got, want=want, fix=fix)

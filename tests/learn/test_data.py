@@ -107,7 +107,7 @@ def test_names_tell_where_an_example_is(tmp_path: Path) -> None:
     assert [e.name for e in read(path)] == ["data.jsonl line 2", "data.jsonl line 4"]
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "absent", "data.parquet", "data.bin"])
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent", "data.orc", "data.bin"])
 def test_what_is_not_there_is_a_path_error(name: str, tmp_path: Path) -> None:
     """No such file, or none that can be read."""
     if name.startswith("data"):

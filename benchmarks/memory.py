@@ -32,7 +32,7 @@ from pathlib import Path
 from weft import Bars
 from weft.fitting.fit import fit
 from weft.fitting.settings import Settings
-small = Settings(seeds=1, tokens=1024, select_tokens=512, bits=(4,), groups=(64,), tries=1)
+small = Settings(seeds=1, tokens=1024, select_tokens=512, bits=(3, 4), groups=(64,), tries=1)
 report = fit(sys.argv[1], sys.argv[2], budget="27%", settings=small, cache=Path(sys.argv[3]), progress=Bars())
 for s in report.steps:
     print(f"{s.name:12} {s.seconds:8.1f} s  {s.detail}")

@@ -11,6 +11,8 @@ from torch import Tensor
 from weft.error import NumericError
 
 BLOCK = 128
+PART = 16
+"""Columns of a block that push their errors onto each other one by one: few enough that torch starts no threads for it."""
 ROWS = 1 << 23
 """Entries of a weight that are solved at a time; rows do not depend on each other."""
 
@@ -63,7 +65,7 @@ def solve(
     """Values after settling every column from first to last.
 
     settle(column, j, rows) gives what column j of these rows becomes; the error (w_j - q_j) / U_jj times U_j is taken from the
-    columns to its right, lazily in blocks. start(block values, from, to, rows) is told before each block.
+    columns to its right, lazily in blocks and parts of them. start(block values, from, to, rows) is told before each block.
     """
     out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     factor = upper.float()
@@ -88,12 +90,16 @@ def _solve(
         if start is not None:
             start(x[a:b], a, b, rows)
         error = torch.empty_like(x[a:b])
-        for j in range(a, b):
-            q = settle(x[j], j, rows)
-            torch.sub(x[j], q, out=error[j - a])
-            x[j] = q
-            if j + 1 < b:
-                x[j + 1 : b].addr_(unit[j, j + 1 : b], error[j - a], alpha=-1)
+        for c in range(a, b, PART):
+            d = min(c + PART, b)
+            for j in range(c, d):
+                q = settle(x[j], j, rows)
+                torch.sub(x[j], q, out=error[j - a])
+                x[j] = q
+                if j + 1 < d:
+                    x[j + 1 : d].addr_(unit[j, j + 1 : d], error[j - a], alpha=-1)
+            if d < b:
+                x[d:b].addmm_(unit[c:d, d:b].T, error[c - a : d - a], alpha=-1)
         if b < n:
             x[b:].addmm_(unit[a:b, b:].T, error, alpha=-1)
     return x

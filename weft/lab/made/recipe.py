@@ -127,7 +127,7 @@ def make(
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes of one core": round(minutes, 2),
     }
-    if library(model) == "transformers":
+    if library(model) != "diffusers":
         model.config.dtype = torch.bfloat16
     texts = {"README.md": _card(recipe, model, about), "made.json": json.dumps(about, indent=1) + "\n"}
     files = {**recipe.files(), **texts}

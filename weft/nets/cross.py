@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 class CrossNetworkConfig(PretrainedConfig):
@@ -68,13 +69,7 @@ class CrossNetwork(PreTrainedModel):
         self.categories = nn.Embedding(config.vocab_size, config.embedding_size)
         self.cross = nn.ModuleList(CrossLayer(size) for _ in range(config.num_cross_layers))
         widths = [size, *[wide] * config.num_deep_layers]
-        self.deep = nn.Sequential(
-            *(
-                part
-                for n, m in zip(widths[:-1], widths[1:], strict=True)
-                for part in (nn.Linear(n, m), nn.ReLU())
-            )
-        )
+        self.deep = nn.Sequential(*(part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.ReLU())))
         self.classifier = nn.Linear(size + widths[-1], 2)
         self.post_init()
 

@@ -78,7 +78,7 @@ def _computes(model: nn.Module) -> str:
     table = (
         {
             k: v
-            for k, v in config.to_dict().items()
+            for k, v in (config.to_dict() if hasattr(config, "to_dict") else config).items()
             if k not in {"_name_or_path", "transformers_version", "architectures", "dtype"}
         }
         if config is not None

@@ -24,7 +24,7 @@ FACTORS = 4
 SINGLE, PAIR = 0.35, 0.3
 """Standard deviations of a category's weight, and of each of its factors."""
 BIAS = -2.0
-LOG, HELD_OUT = 400_000, 10_000
+LOG, HELD_OUT = 1_000_000, 10_000
 """Impressions to train on, and others."""
 BATCH = 512
 
@@ -46,18 +46,23 @@ class Clicks:
     test: Log
 
 
-@cache
 def clicks() -> Clicks:
-    """Draw the planted model and its logs: logit = BIAS + sum of w_i + sum over pairs of u_i · u_j, over an impression's categories."""
+    """The logs, drawn once."""
+    return _drawn(LOG)
+
+
+@cache
+def _drawn(size: int) -> Clicks:
+    """The planted model and its logs: logit = BIAS + sum of w_i + sum over pairs of u_i · u_j, over an impression's categories."""
     rng, total = torch.Generator().manual_seed(0), sum(FIELDS)
     single = SINGLE * torch.randn(total, generator=rng)
     factors = PAIR * torch.randn(total, FACTORS, generator=rng)
-    ids = _impressions(LOG + HELD_OUT, rng)
+    ids = _impressions(size + HELD_OUT, rng)
     u = factors[ids]
     pairs = (u.sum(1).square() - u.square().sum(1)).sum(1) / 2
     logits = BIAS + single[ids].sum(1) + pairs
     clicked = (torch.rand(len(ids), generator=rng) < logits.sigmoid()).long()
-    train, test = (Log(*(t[part] for t in (ids, clicked, logits))) for part in (slice(LOG), slice(LOG, None)))
+    train, test = (Log(*(t[part] for t in (ids, clicked, logits))) for part in (slice(size), slice(size, None)))
     return Clicks(train, test)
 
 
@@ -77,9 +82,10 @@ class Ctr(Recipe):
     name = "ref-ctr"
     about = (
         f"A small click-through model of weft's own, CrossNetwork (DCN-V2), trained on {LOG:,} generated impressions of {len(FIELDS)} "
-        f"fields with {FIELDS[0]} to {FIELDS[-1]:,} categories, drawn by a power law. Clicks follow planted weights of categories and of pairs."
+        f"fields with {FIELDS[0]} to {FIELDS[-1]:,} categories, drawn by a power law. "
+        "Clicks follow planted weights of categories and of pairs."
     )
-    steps = 2400
+    steps = 4000
     rate = 2e-3
     metric = "bits per impression"
     limit = 1.0

@@ -85,14 +85,14 @@ class Diffusion(Recipe):
         return {"preprocessor_config.json": PROCESSOR}
 
 
-def between(x: Float[Tensor, "b c h w"], e: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+def between(
+    x: Float[Tensor, "b c h w"], e: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]
+) -> Float[Tensor, "b c h w"]:
     """(1 - t) x + t e."""
     return x + t.view(-1, 1, 1, 1) * (e - x)
 
 
-def errors(
-    model: Any, of: Images, time: Float[Tensor, "b"], noise: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b"]:
+def errors(model: Any, of: Images, time: Float[Tensor, "b"], noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """Each image's mean squared error of the velocity e - x at these times with this noise."""
     seen = between(of.images, noise, time)
     made = model(pixel_values=seen, timestep=time, class_labels=of.labels).sample

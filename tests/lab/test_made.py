@@ -190,6 +190,17 @@ def test_made_once_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (out / "mine.txt").exists()
 
 
+def test_a_class_of_weft_is_code_that_makes_the_model() -> None:
+    """A recipe names it, so that another one is another folder."""
+    fake, places = Fake(), set[Path]()
+    for fake.net in (None, nets.CrossNetwork, nets.FlowTransformer):
+        places.add(recipe.folder(fake))
+    assert len(places) == 3
+    for name in made.NAMES:
+        assert (made.get(name).net is None) == (KIND[name] not in nets.__all__)
+        assert getattr(made.get(name).net, "__name__", KIND[name]) == KIND[name]
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_run_leaves_nothing(stop: type[BaseException], tmp_path: Path) -> None:
     """Nothing is at its place while it is trained, nor afterwards where that was stopped."""

@@ -144,6 +144,25 @@ def test_a_flow_that_knows_the_image() -> None:
     assert float(at.min()) >= 0 and float(at.max()) < 1
 
 
+def test_the_best_linear_estimate() -> None:
+    """From noise alone it says the class's mean; any other share of it errs more on the images that it was fitted to."""
+    pytest.importorskip("sklearn")
+    held = digits.digits().train
+    best, rng = diffusion.Linear(held), torch.Generator().manual_seed(0)
+    noise, time = torch.randn(held.images.shape, generator=rng), torch.rand(len(held.labels), generator=rng)
+    at_one = best(noise, torch.ones(len(noise)), held.labels).sample
+    means = torch.stack([held.images[held.labels == d].mean(0) for d in range(10)])
+    torch.testing.assert_close(at_one, noise - means[held.labels], atol=1e-4, rtol=0)
+
+    def error(share: float) -> float:
+        def scaled(**given: Tensor) -> Any:
+            return type("Out", (), {"sample": share * best(**given).sample})
+
+        return float(diffusion.errors(scaled, held, time, noise).mean())
+
+    assert error(1.0) < min(error(0.95), error(1.05))
+
+
 def test_what_the_card_says_of_generated_digits() -> None:
     """Held-out digits under their own labels are read and vary; under other labels a tenth is read; all alike do not vary."""
     pytest.importorskip("sklearn")

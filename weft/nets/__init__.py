@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from weft.nets.cross import CrossNetwork, CrossNetworkConfig
-from weft.nets.flow import FlowTransformer, FlowTransformerConfig
+from weft.nets.flow import FlowOutput, FlowTransformer, FlowTransformerConfig
 
-__all__ = ["CrossNetwork", "CrossNetworkConfig", "FlowTransformer", "FlowTransformerConfig"]
+__all__ = ["CrossNetwork", "CrossNetworkConfig", "FlowOutput", "FlowTransformer", "FlowTransformerConfig"]

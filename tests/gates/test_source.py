@@ -19,7 +19,7 @@ ROOT = Path(weft.__file__).parent.parent
 FILES = sorted((ROOT / "weft").rglob("*.py"))
 TREES = {f: ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
 ORDER = (
-    "error", "catalog", "progress", "memory", "grid", "expr", "linalg", "model", "store", "stats", "learn",
+    "error", "catalog", "progress", "memory", "nets", "grid", "expr", "linalg", "model", "store", "stats", "learn",
     "engine", "methods", "lab", "report", "fitting", "score", "merging", "harness", "api", "cli",
 )  # fmt: skip
 """Lowest first: a package imports only from those before it, and from itself."""

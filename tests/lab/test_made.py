@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from weft import nets
 from weft.error import ConflictError, NumericError, OptionError, ResourceError
 from weft.lab import made, models
-from weft.lab.made import digits, dlm, moe, recipe, seq2seq
+from weft.lab.made import ctr, digits, dlm, moe, recipe, seq2seq
 from weft.lab.made.recipe import Recipe, make
 from weft.lab.metrics import Scores
 from weft.store import lock, verify
 
-STEPS = {"ref-vit": 12, "ref-moe": 1, "ref-seq2seq": 12, "ref-clip": 12, "ref-dlm": 1}
+STEPS = {
+    "ref-vit": 12,
+    "ref-moe": 1,
+    "ref-seq2seq": 12,
+    "ref-clip": 12,
+    "ref-dlm": 1,
+    "ref-diffusion": 12,
+    "ref-ctr": 12,
+}
 """Enough to be better than before, in seconds."""
 KIND = {
     "ref-vit": "ViTForImageClassification",
@@ -29,8 +38,10 @@ KIND = {
     "ref-seq2seq": "T5ForConditionalGeneration",
     "ref-clip": "CLIPModel",
     "ref-dlm": "EuroBertForMaskedLM",
+    "ref-diffusion": "FlowTransformer",
+    "ref-ctr": "CrossNetwork",
 }
-DIGITS = ("ref-vit", "ref-clip")
+DIGITS = ("ref-vit", "ref-clip", "ref-diffusion")
 """Those that are made of scikit-learn's digits."""
 UPCYCLED = ("ref-moe", "ref-dlm")
 """Those that start trained."""
@@ -44,11 +55,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Any:
-    """One held-out document, scored once, is enough for a language model here."""
+    """One held-out document, scored once, is enough for a language model here, and a short log of clicks."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (moe, dlm):
             patch.setattr(module, "DOCUMENTS", 1)
         patch.setattr(dlm, "DRAWS", 1)
+        patch.setattr(ctr, "LOG", 20_000)
         yield
 
 
@@ -105,7 +117,7 @@ def test_the_folder_is_an_ordinary_checkpoint(short: tuple[Recipe, Path, dict[st
     import transformers
 
     known, out, _ = short
-    cls = getattr(transformers, KIND[known.name])
+    cls = getattr(nets, KIND[known.name], None) or getattr(transformers, KIND[known.name])
     plain, said = cls.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not verify(out)
     values, weights = known.score(plain.eval())
@@ -176,6 +188,17 @@ def test_made_once_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConflictError, match="not weft's to delete"):
         models.resolve("ref-fake")
     assert (out / "mine.txt").exists()
+
+
+def test_a_class_of_weft_is_code_that_makes_the_model() -> None:
+    """A recipe names it, so that another one is another folder."""
+    fake, places = Fake(), set[Path]()
+    for fake.net in (None, nets.CrossNetwork, nets.FlowTransformer):
+        places.add(recipe.folder(fake))
+    assert len(places) == 3
+    for name in made.NAMES:
+        assert (made.get(name).net is None) == (KIND[name] not in nets.__all__)
+        assert getattr(made.get(name).net, "__name__", KIND[name]) == KIND[name]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])

@@ -19,6 +19,7 @@ from weft.error import ConflictError, OptionError
 from weft.expr import Dense
 from weft.lab import claims, made, models, prove, realism, specimens, stress
 from weft.lab.inputs import Inputs, Tails, kurtosis, powers
+from weft.lab.made import ctr
 from weft.lab.realism import Specimen
 from weft.model import axes, expressions, fork, match, set_expressions, weave
 from weft.stats import Walker, forward
@@ -155,12 +156,13 @@ def test_a_stress_variant_never_passes(model: nn.Module, monkeypatch: pytest.Mon
     assert not hard["pass"] and hard["stress"] and all(c["pass"] for c in hard["checks"].values())
 
 
-@pytest.mark.parametrize("name", ["ref-vit", "ref-clip", "ref-seq2seq"])
-def test_every_kind_of_made_model_has_inputs(name: str) -> None:
-    """Images, pairs, and an encoder with its decoder: each linear layer is seen; where blocks cannot be walked it says so."""
-    if name != "ref-seq2seq":
+@pytest.mark.parametrize("name", ["ref-vit", "ref-clip", "ref-seq2seq", "ref-diffusion", "ref-ctr"])
+def test_every_kind_of_made_model_has_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, pairs, an encoder with its decoder, noise, categories: each linear layer is seen; blocks that cannot be walked are named."""
+    if name not in ("ref-seq2seq", "ref-ctr"):
         pytest.importorskip("sklearn")
     torch.manual_seed(0)
+    monkeypatch.setattr(ctr, "LOG", 5000)
     recipe, walks = made.get(name), name != "ref-seq2seq"
     model, some = weave(recipe.model().eval()), recipe.batches()[:1]
     inputs = Inputs(model, some)

@@ -11,6 +11,8 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
+from weft import nets
+
 VOCAB = 96
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 CAUSAL: dict[str, Any] = {"vocab_size": VOCAB, "num_key_value_heads": 2, **SIZE}
@@ -48,12 +50,22 @@ CROSS_DOWN, CROSS_UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlo
 DIT: dict[str, Any] = {
     **PICTURES, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2, "num_embeds_ada_norm": 10
 }  # fmt: skip
+FLOW = nets.FlowTransformerConfig(num_channels=3, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+CROSS = nets.CrossNetworkConfig(vocab_size=VOCAB, num_fields=7, embedding_size=8, intermediate_size=48)
 
 
 def diffusion(name: str, **config: Any) -> nn.Module:
     """A model of diffusers, where it is installed."""
     library = pytest.importorskip("diffusers", reason="diffusers is not installed (it is in the test extra)")
     return getattr(library, name)(**config)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """The model with other values wherever all are zeros, which would hide what is before them."""
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -80,9 +92,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "UNet2DConditionModel", down_block_types=CROSS_DOWN, up_block_types=CROSS_UP, cross_attention_dim=12, **UNET
     ),
     "dit": lambda: diffusion("DiTTransformer2DModel", **DIT),
+    "flow": lambda: awake(nets.FlowTransformer(FLOW)),
+    "cross": lambda: nets.CrossNetwork(CROSS),
 }
 DIFFUSION = ("unet", "unet-text", "dit")
-GENERATE = [n for n in MODELS if n not in ("bert", "eurobert", "vit", "clip", "resnet", *DIFFUSION)]
+OWN = ("flow", "cross")
+"""Those whose classes are weft's own."""
+GENERATE = [n for n in MODELS if n not in ("bert", "eurobert", "vit", "clip", "resnet", *OWN, *DIFFUSION)]
 
 
 def build(name: str) -> nn.Module:
@@ -112,6 +128,9 @@ def batch(name: str) -> dict[str, Tensor]:
         case "dit":
             labels = torch.tensor([1, 7])
             return {"hidden_states": images[..., :8, :8], "timestep": torch.tensor([3, 500]), "class_labels": labels}
+        case "flow":
+            labels, times = torch.tensor([1, 7]), torch.tensor([0.1, 0.9])
+            return {"pixel_values": images[..., :8, :8], "timestep": times, "class_labels": labels}
         case "clip":
             return {"input_ids": torch.cat([ids, torch.full((2, 1), 2)], 1), "pixel_values": images}
         case _:

@@ -1,4 +1,4 @@
-"""Folders of diffusers, and models of neither library: right, or refused with the reason."""
+"""Folders of diffusers, of weft's own classes, and models of no library: right, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.zoo import DIFFUSION, build
+from model.zoo import DIFFUSION, OWN, build
 from torch import nn
 
 import weft
@@ -40,6 +40,41 @@ def test_the_configuration_is_kept(name: str, tmp_path: Path) -> None:
     assert ours == theirs and "architectures" not in ours
     card = (tmp_path / "ours" / "README.md").read_text()
     assert "library_name: diffusers" in card and f"diffusers.{ours['_class_name']}.from_pretrained" in card
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_classes_of_weft_are_known_by_name(name: str, tmp_path: Path) -> None:
+    """Their folders say whose they are, as plain weights too, and go to no other tool's format."""
+    model = weave(build(name))
+    save(model, tmp_path / "ours")
+    weft.apply(back := load(tmp_path / "ours"), "rtn", at="all-linear", bits=4, group=8)
+    weft.export(back, tmp_path / "plain")
+    assert type(load(tmp_path / "plain")) is type(model)
+    for kept in ("ours", "plain"):
+        card = (tmp_path / kept / "README.md").read_text()
+        assert "library_name: weft\n" in card and 'weft.load("FOLDER")' in card and "Hugging Face" not in card
+    with pytest.raises(ConflictError, match="only transformers reads this format"):
+        weft.export(back, tmp_path / "packed", to="compressed-tensors")
+
+
+@pytest.mark.parametrize("name", ["CrossNetworkConfig", "CrossLayer", "cross", "__all__"])
+def test_what_is_no_model_of_weft_is_refused(name: str, tmp_path: Path) -> None:
+    """Only its model classes."""
+    save(weave(build("cross")), tmp_path / "one")
+    change(tmp_path / "one", architectures=[name])
+    with pytest.raises(FormatError, match="unknown architecture"):
+        load(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "said", [{"patch_size": 3}, {"num_attention_heads": 5}, {"hidden_size": 31}, {"patch_size": 0}]
+)
+def test_a_flow_whose_sizes_do_not_fit_is_refused(said: dict[str, int], tmp_path: Path) -> None:
+    """Patches that do not fill the image, heads and waves that cannot share the width."""
+    save(weave(build("flow")), tmp_path / "one")
+    change(tmp_path / "one", **said)
+    with pytest.raises(FormatError, match="makes no model"):
+        load(tmp_path / "one")
 
 
 def test_without_diffusers_its_folders_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

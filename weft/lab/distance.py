@@ -49,7 +49,7 @@ class Distance:
         """The same on a share of the sequences, one at least, which `draw` picks: one number, one choice."""
         if share >= 1:
             return self
-        sizes = [len(b["input_ids"]) for b in self.batches]
+        sizes = [_rows(b) for b in self.batches]
         count = max(1, round(share * sum(sizes)))
         drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(draw))[:count]
         made, start = copy(self), 0
@@ -65,7 +65,7 @@ class Distance:
 
     def _units(self, batch: Mapping[str, Tensor], ref: Tensor) -> list[int]:
         """Rows of the output that belong to each sequence of a batch."""
-        rows = len(batch["input_ids"])
+        rows = _rows(batch)
         kept = "attention_mask" in batch and len(ref) == int(batch["attention_mask"].sum())
         return batch["attention_mask"].sum(1).tolist() if kept else [len(ref) // rows] * rows
 
@@ -79,9 +79,7 @@ class Distance:
                 [self.goal.distance(a, b).double() for a, b in zip(out.split(ROWS), ref.split(ROWS), strict=True)]
             )
             rows = (
-                each.view(len(batch["input_ids"]), -1)
-                if "attention_mask" not in batch or self.goal.embeds
-                else each.unsqueeze(1)
+                each.view(_rows(batch), -1) if "attention_mask" not in batch or self.goal.embeds else each.unsqueeze(1)
             )
             values.append(rows.mean(1).numpy())
             weights.append(np.full(len(rows), rows.shape[1], dtype=np.float64))
@@ -100,6 +98,11 @@ class Distance:
         """The mean distance of a unit."""
         values, weights = self.documents(model)
         return float((values * weights).sum() / weights.sum())
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    """Sequences, texts or images of a batch."""
+    return len(next(iter(batch.values())))
 
 
 LOGITS = 1 << 26

@@ -62,7 +62,7 @@ class Stats:
 
 
 def key(model: nn.Module, batches: Sequence[Batch], seed: int, gradient: bool) -> str:
-    """Content address of the evidence: the model's values, the token ids, the seed."""
+    """Content address of the evidence: the model's values, the inputs, the seed."""
     word = hashlib.blake2b(
         f"{VERSION} {seed} {gradient} {fingerprint(model)} {_computes(model)}".encode(), digest_size=16
     )
@@ -78,7 +78,7 @@ def _computes(model: nn.Module) -> str:
     table = (
         {
             k: v
-            for k, v in config.to_dict().items()
+            for k, v in (config.to_dict() if hasattr(config, "to_dict") else config).items()
             if k not in {"_name_or_path", "transformers_version", "architectures", "dtype"}
         }
         if config is not None
@@ -110,7 +110,7 @@ def collect(
         return Stats(place)
     goal, bars = objective(model), progress or Silent()
     outputs: dict[str, OutputSums] = {}
-    units = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+    units = sum(map(_units, batches))
     if gradient:
         enough = max(1, -(-GRADIENT_TOKENS * len(batches) // max(1, units)))
         some = batches[:: max(1, len(batches) // enough)][:enough]
@@ -120,12 +120,21 @@ def collect(
     return Stats(place)
 
 
+def _units(batch: Batch) -> int:
+    """Tokens that are no padding; where nothing is read in tokens, samples."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+
+
 def _tokens(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Refuse batches that hold nothing, or what the model does not know, before any work. Errors: FormatError."""
     if not batches:
         got, want, fix = "no batch", "at least one", "give more data"
         raise FormatError("there is nothing to calibrate on", where="batches", got=got, want=want, fix=fix)
     for i, batch in enumerate(batches):
+        if "input_ids" not in batch:
+            continue
         in_vocabulary(model, batch["input_ids"])
         kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().any(1)
         if not bool(kept.all()):
@@ -245,7 +254,7 @@ def _counts(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
     hooks = [m.register_forward_pre_hook(hook(p)) for p, m in model.named_modules() if isinstance(m, nn.Embedding)]
     with torch.no_grad():
         for b in batches:
-            for i in range(len(b["input_ids"])):
+            for i in range(len(next(iter(b.values())))):
                 forward(model, trim({k: v[i : i + 1] for k, v in b.items()}))
     for h in hooks:
         h.remove()

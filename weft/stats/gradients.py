@@ -126,11 +126,12 @@ def _lookup(module: nn.Embedding, sums: OutputSums) -> Callable[[Tensor, Tensor]
 
 
 def _hear(sums: OutputSums) -> Callable[..., Any]:
-    """Sums the squared gradient at each output."""
+    """Sums the squared gradient at each output; also where what was read, such as pixels, needs none."""
 
-    def hook(module: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
-        if out.requires_grad:
-            out.register_hook(partial(squares, module.features))
+    def hook(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        heard = out if out.requires_grad else out.detach().requires_grad_()
+        heard.register_hook(partial(squares, module.features))
+        return heard
 
     def squares(features: int, g: Tensor) -> None:
         made = wide(g.movedim(features, -1).flatten(0, -2).float().square().sum(0))

@@ -1,9 +1,11 @@
-"""What a model's output is compared by: KL of its distributions, or the angle between its embeddings."""
+"""What a model's output is compared by: KL of its distributions, the angle between its embeddings, or the squares of a field's errors."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +17,38 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How far a model's output is from the original's, a unit (token or text) at a time.
+    """How far a model's output is from the original's, a unit (token, text or image) at a time.
 
     For distributions over classes: KL(original || model) in nats. For embeddings: 1 - cosine of the mean-pooled vectors.
-    Near the original both are quadratic, 1/2 δᵀ F δ; `probe` gives a loss whose gradients have second moment F.
+    For fields, what a denoiser gives: half the squared distance, the KL in nats of Gaussians of unit variance around them.
+    Near the original all are quadratic, 1/2 δᵀ F δ; `probe` gives a loss whose gradients have second moment F.
     """
 
-    embeds: bool
+    kind: Literal["classes", "embedding", "field"]
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the output is an embedding."""
+        return self.kind == "embedding"
 
     @property
     def name(self) -> str:
         """What is measured."""
-        return "1 - cosine to the original" if self.embeds else "KL to the original"
+        return {
+            "classes": "KL to the original",
+            "embedding": "1 - cosine to the original",
+            "field": "half the squared distance to the original",
+        }[self.kind]
 
     @property
     def unit(self) -> str:
         """Its unit."""
-        return "per text" if self.embeds else "nats/token"
+        return {"classes": "nats/token", "embedding": "per text", "field": "nats/image"}[self.kind]
 
-    def vectors(self, out: Float[Tensor, "b t c"], batch: Batch) -> Float[Tensor, "u c"]:
-        """One row a unit: the logits of every kept position, or each text's normalised embedding."""
+    def vectors(self, out: Float[Tensor, "b ..."], batch: Batch) -> Float[Tensor, "u c"]:
+        """One row a unit: the logits of every kept position, each text's normalised embedding, or each image's field."""
+        if self.kind == "field":
+            return out.flatten(1)
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
         if self.embeds:
             return F.normalize(pool(out, mask), dim=-1)
@@ -44,7 +58,7 @@ class Objective:
 
     def probe(self, vectors: Float[Tensor, "u c"], rng: torch.Generator) -> Float[Tensor, ""]:
         """A random loss, summed over units, whose gradient g has E[g gᵀ] = F: labels drawn from the model, or a random direction."""
-        if self.embeds:
+        if self.kind != "classes":
             return (vectors * torch.randn(vectors.shape, generator=rng).to(vectors)).sum()
         with torch.no_grad():
             logits = vectors.float()
@@ -54,6 +68,8 @@ class Objective:
 
     def distance(self, vectors: Float[Tensor, "u c"], original: Float[Tensor, "u c"]) -> Float[Tensor, "u"]:
         """The distance of each unit."""
+        if self.kind == "field":
+            return (vectors - original).float().square().sum(-1) / 2
         if self.embeds:
             return 1 - (vectors * original).sum(-1)
         p, q = F.log_softmax(original.float(), -1), F.log_softmax(vectors.float(), -1)
@@ -69,7 +85,9 @@ def pool(hidden: Float[Tensor, "b t d"], mask: Tensor | None) -> Float[Tensor, "
 
 
 def objective(model: nn.Module) -> Objective:
-    """The objective that fits the model: embeddings where it has no head, else distributions."""
+    """The objective that fits the model: fields where it is told a time, embeddings where it has no head, else distributions."""
+    if "timestep" in inspect.signature(type(model).forward).parameters:
+        return Objective("field")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     classifier = any(hasattr(model, n) for n in ("classifier", "score"))
-    return Objective(embeds=head is None and not classifier)
+    return Objective("embedding" if head is None and not classifier else "classes")

@@ -28,7 +28,7 @@ _LAYERS, _MOST, _BUFFERS = 10_000, 1 << 40, 1 << 30
 def skeleton(folder: Path, count: int, changes: Mapping[str, Any] | None = None) -> nn.Module:
     """The model's class on `meta`, from config.json and `changes` to it, for a checkpoint of `count` tensors.
 
-    Errors: FormatError for a class that is not transformers' or diffusers' own, for a configuration that makes no model, and for one
+    Errors: FormatError for a class that is not transformers', diffusers' or weft's own, a configuration that makes no model, and for one
     whose model would be far larger than the checkpoint.
     """
     where = f"{folder.name}/config.json"

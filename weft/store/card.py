@@ -12,6 +12,7 @@ from torch import nn
 from weft.model import branches, expressions, taps
 from weft.store.library import library
 
+_CHECKPOINTS = {"weft": "a checkpoint of a model class that is weft's own"}
 _LICENCE = re.compile(r"license: ([A-Za-z0-9.-]{1,64})")
 
 
@@ -28,7 +29,7 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
     lines += [f"Made with weft from `{name_of_base}`." if name_of_base else "Made with weft.", ""]
     exprs = expressions(model)
     if kind == "plain":
-        lines += ["All weights are plain: this is an ordinary Hugging Face checkpoint."]
+        lines += [f"All weights are plain: this is {_CHECKPOINTS.get(home, 'an ordinary Hugging Face checkpoint')}."]
     else:
         bits = (
             8 * sum(e.nbytes() for e in exprs.values()) / max(1, sum(e.shape[0] * e.shape[1] for e in exprs.values()))
@@ -40,7 +41,7 @@ def card(model: nn.Module, kind: Literal["plain", "weft", "compressed-tensors"])
             lines += [f"| {n} | {form} |" for form, n in on.most_common(20)]
         if added := branches(model):
             lines += ["", "| branch | is |", "| --- | --- |", *(f"| `{b.key}` | {b.describe()} |" for b in added)]
-    load = 'weft.load("FOLDER")' if kind == "weft" else f'{home}.{name}.from_pretrained("FOLDER")'
+    load = 'weft.load("FOLDER")' if home == "weft" else f'{home}.{name}.from_pretrained("FOLDER")'
     use = [f"import {load.partition('.')[0]}", "", f"model = {load}"]
     return "\n".join([*lines, "", "```python", *use, "```", ""])
 

@@ -1,4 +1,4 @@
-"""Whose classes a model folder is made of, transformers' or diffusers': how each names its class, configuration and files."""
+"""Whose classes a model folder is made of, transformers', diffusers' or weft's: how each names its class, configuration and files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 from weft.error import FormatError, OptionError, PathError, WeftError
 from weft.store.files import read_json
 
-STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
-"""What each calls its checkpoint's files."""
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "weft": "model"}
+"""What each calls its checkpoint's files. weft's own classes, `weft.nets`, are written as those of transformers."""
 
 
 def library(model: nn.Module) -> str:
-    """`transformers` or `diffusers`. Errors: OptionError for a model that is neither's, which no folder can describe."""
+    """`transformers`, `diffusers` or `weft`. Errors: OptionError for a model that is nobody's, which no folder can describe."""
     import transformers
 
     diffusers: Any = sys.modules.get("diffusers")
     if isinstance(model, transformers.PreTrainedModel):
-        return "transformers"
+        return "weft" if type(model).__module__.startswith("weft.nets.") else "transformers"
     if diffusers is not None and isinstance(model, diffusers.ModelMixin):
         return "diffusers"
     raise OptionError(
@@ -64,12 +64,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 def maker(said: Mapping[str, Any], where: str) -> tuple[str, Callable[[], nn.Module]]:
     """The name of a configuration's class, and what makes a model of it.
 
-    Errors: FormatError for a class that is not the library's own; PathError if diffusers is needed and not installed.
+    Errors: FormatError for a class that is not the library's own, or weft's; PathError if diffusers is needed and not installed.
     """
     listed = said.get("architectures")
     own = _of_diffusers(said)
     name = said["_class_name"] if own else listed[0] if isinstance(listed, list) and listed else None
-    home, base = _diffusers(where) if own else _transformers()
+    home, base = _diffusers(where) if own else _transformers(name)
     cls: Any = getattr(home, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, base) or getattr(cls, "config_class", cls) is None:
         raise FormatError(
@@ -99,10 +99,13 @@ def _of_diffusers(said: Mapping[str, Any]) -> bool:
     return isinstance(said.get("_class_name"), str) and "architectures" not in said
 
 
-def _transformers() -> tuple[Any, type]:
+def _transformers(name: Any) -> tuple[Any, type]:
+    """Where a class of this name is, in weft or in transformers, and what it derives from."""
     import transformers
 
-    return transformers, transformers.PreTrainedModel
+    from weft import nets
+
+    return nets if name in nets.__all__ else transformers, transformers.PreTrainedModel
 
 
 def _diffusers(where: str) -> tuple[Any, type]:

@@ -10,7 +10,7 @@ from weft.error import OptionError
 if TYPE_CHECKING:
     from weft.lab.made.recipe import Recipe
 
-NAMES = ("ref-vit", "ref-moe", "ref-seq2seq", "ref-clip", "ref-dlm")
+NAMES = ("ref-vit", "ref-moe", "ref-seq2seq", "ref-clip", "ref-dlm", "ref-diffusion", "ref-ctr")
 """Every one, each made by the file that its name ends with."""
 
 

@@ -45,6 +45,8 @@ class Recipe(ABC):
     """What `score` gives; less is better."""
     limit: float
     """A model that was trained to the end and does not score less has not learnt, and is refused."""
+    net: type[nn.Module] | None = None
+    """The model's class, where it is weft's own."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -78,13 +80,13 @@ class Recipe(ABC):
 def folder(recipe: Recipe, progress: Progress | None = None) -> Path:
     """The model's folder in the cache, made if it is not there or not whole.
 
-    Its name depends on the code that makes it: its own file, and those that recipes share.
+    Its name depends on the code that makes it: its own file, its class's if that is weft's, and those that recipes share.
     A process that finds another one at work on it waits.
     Errors: those of `make`; ConflictError if the other one takes more than half an hour.
     """
-    own = Path(inspect.getfile(type(recipe)))
+    own = [Path(inspect.getfile(c)) for c in (type(recipe), recipe.net) if c is not None]
     shared = [p for p in sorted(Path(__file__).parent.glob("*.py")) if f"ref-{p.stem}" not in NAMES]
-    code = [p.read_text("utf8") for p in (own, *shared)]
+    code = [p.read_text("utf8") for p in (*own, *shared)]
     out = Cache(default()).path("models", f"{recipe.name}-{key(code)[:16]}")
     with turn(out):
         if not sound(out):
@@ -127,7 +129,7 @@ def make(
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes of one core": round(minutes, 2),
     }
-    if library(model) == "transformers":
+    if library(model) != "diffusers":
         model.config.dtype = torch.bfloat16
     texts = {"README.md": _card(recipe, model, about), "made.json": json.dumps(about, indent=1) + "\n"}
     files = {**recipe.files(), **texts}

@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from weft.fitting.settings import Settings
     from weft.harness import TaskScore, evaluate_tasks
     from weft.lab.prove import prove, stale
+    from weft.learn.tokenizer import tokenizer
     from weft.learn.trainer import Trainer
     from weft.merging import combine
     from weft.model import axes, expressions, fork, gathered, mode, transport, unbranch, untap, unweave, weave
     from weft.progress import Bars, Silent
-    from weft.score import evaluate, generate, tokenizer
+    from weft.score import evaluate, generate
     from weft.store.mend import import_
 
 _HOME = {
@@ -55,19 +56,21 @@ _HOME = {
     "weft.fitting.settings": ("Settings",),
     "weft.harness": ("TaskScore", "evaluate_tasks"),
     "weft.lab.prove": ("prove", "stale"),
+    "weft.learn.tokenizer": ("tokenizer",),
     "weft.learn.trainer": ("Trainer",),
     "weft.merging": ("combine",),
     "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "unbranch", "untap", "unweave", "weave"),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
-    "weft.score": ("evaluate", "generate", "tokenizer"),
+    "weft.score": ("evaluate", "generate"),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "apply", "attach", "axes", "combine", "evaluate", "evaluate_tasks",
-    "export", "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "plan",
-    "probe", "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
+    "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "apply", "attach", "axes", "combine",
+    "evaluate", "evaluate_tasks", "export", "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write",
+    "merge", "methods", "mode", "plan", "probe", "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport",
+    "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

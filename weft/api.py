@@ -22,10 +22,11 @@ from weft.engine.run import Change, Step
 from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.data import Example
+from weft.learn.tokenizer import tokenizer
 from weft.learn.train import History
 from weft.model import DeviceMap, branches, expressions, taps
 from weft.progress import Progress, Silent
-from weft.score import examples, tokenizer
+from weft.score import examples
 from weft.store.cache import default
 
 To = Literal["hf", "peft", "compressed-tensors"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from weft.error import ConflictError, OptionError, PathError, ResourceError, raise_all, whole
-from weft.score import tokenizer
+from weft.learn.tokenizer import tokenizer
 
 RESAMPLES = 1000
 """Resamples of a standard error that has no formula, such as that of an F1 score."""

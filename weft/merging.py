@@ -12,8 +12,8 @@ from torch import nn
 from weft.engine import combine as engine
 from weft.engine.run import Change, Step
 from weft.error import ConflictError, PathError, WeftError, whole
+from weft.learn.tokenizer import source, tokenizer
 from weft.progress import Progress, Silent
-from weft.score import source, tokenizer
 
 
 def combine(

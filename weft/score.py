@@ -9,32 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from weft.error import ConflictError, NumericError, PathError, whole
+from weft.error import ConflictError, NumericError, whole
 from weft.lab import metrics, tasks
 from weft.lab.answers import exact_match
 from weft.lab.bootstrap import interval
 from weft.learn.data import Example, Pair, Text
 from weft.learn.read import read
+from weft.learn.tokenizer import tokenizer
 from weft.stats import objective
-
-
-def tokenizer(model: nn.Module) -> Any:
-    """The tokenizer of the folder or hub id that the model came from. Errors: PathError."""
-    from transformers import AutoTokenizer
-
-    place = source(model)
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as e:
-        where, fix = place or type(model).__name__, "copy them into the model's folder"
-        raise PathError(
-            "the model has no tokenizer", where=where, got=type(e).__name__, want="tokenizer files", fix=fix
-        ) from e
-
-
-def source(model: nn.Module) -> str:
-    """The folder or hub id that the model came from; nothing if it came from none."""
-    return str(model.__dict__.get("_weft_source") or getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def examples(source: str, part: Literal["train", "test"], seed: int = 0) -> list[Example]:

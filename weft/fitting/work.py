@@ -27,6 +27,7 @@ from weft.fitting.settings import ADAPTER_SHARE, ARMS, RANKS, Settings
 from weft.lab.distance import Distance
 from weft.lab.metrics import Scores
 from weft.learn.data import Example, Pair, Text
+from weft.learn.tokenizer import tokenizer
 from weft.learn.train import train
 from weft.memory import release
 from weft.model import expressions, fingerprint, fork, match
@@ -72,13 +73,11 @@ class Work:
     """One model and one data set: everything `fit` does, shared by its budgets, arms and seeds."""
 
     def __init__(self, source: str, data: str | None, settings: Settings, cache: Cache, progress: Progress) -> None:
-        from transformers import AutoTokenizer
-
         known(settings.search)
         self.data, self.settings, self.cache, self.progress = data, settings, cache, progress
         self.plain = load(source)
         self.folder = self.plain.__dict__["_weft_source"]
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        self.tokenizer = tokenizer(self.plain)
         self.goal = objective(self.plain)
         self.size = budgets.size(self.plain)
         self.bytes = nbytes(self.plain)

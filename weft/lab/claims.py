@@ -182,7 +182,7 @@ class Lab:
         return Claim(overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
 
 
-_TASKS = {"minilm": ("docstrings", "docstrings"), "ref-lm": ("python", "cpp")}
+_TASKS = {"minilm": ("docstrings", "naming"), "ref-lm": ("python", "cpp")}
 """The lab models, the leading one first, with the tasks of distances and of tuning."""
 
 

@@ -20,7 +20,7 @@ from weft.learn.train import train
 from weft.model import expressions, fork, match, places, set_expressions
 from weft.store.cache import key
 
-TASKS: Mapping[str, tuple[str, ...]] = {"ref-lm": ("sorting", "dates", "arithmetic"), "minilm": ("docstrings",)}
+TASKS: Mapping[str, tuple[str, ...]] = {"ref-lm": ("sorting", "dates", "arithmetic"), "minilm": ("naming",)}
 """What members of each lab model are tuned on; those that differ by their seed, on the first."""
 Members = Literal["tasks", "seeds"]
 COUNT = 3
@@ -154,7 +154,7 @@ def _names(of: Sequence[Of]) -> list[str]:
 
 def _task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
     """A task, its sets cut short."""
-    held = task_of(name, seed)
+    held = task_of(name, seed, pairs=trial.subject.embeds)
     return dataclasses.replace(held, select=held.select[:CHOICE], test=held.test[:TESTED])
 
 

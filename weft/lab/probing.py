@@ -8,7 +8,7 @@ from weft.engine import Findings, get
 from weft.engine.run import Chain, Step, chain_key
 from weft.lab import metrics
 from weft.lab.trial import Arm, Trial
-from weft.lab.tuning import STEPS, rate, recipe, tuned
+from weft.lab.tuning import STEPS, rate, recipe, selected, tuned
 from weft.store.cache import key
 
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, STEPS)
@@ -19,7 +19,7 @@ def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step
     """A number that a probe gives of every weight, after training this chain at its rate for the steps of `steps_of`."""
 
     def make() -> metrics.Scores:
-        _, model = tuned(trial, chain, rate(trial, chain), steps_of(trial, chain, other, below))
+        model = tuned(trial, chain, rate(trial, chain), steps_of(trial, chain, other, below))
         found: Findings = get(probe.method)(model, **dict(probe.options))
         values = np.array([float(at[number]) for at in found.sites.values()])
         return values, np.ones_like(values)
@@ -47,5 +47,5 @@ def _score(trial: Trial, chain: Chain, steps: int) -> float:
     """The select score after so many steps; the lower, the more was gained."""
     lr = rate(trial, chain)
     name = key("select", trial.subject.fingerprint, trial.seed, trial.code, chain_key(chain), lr, steps, *recipe(trial))
-    held = trial.store.json("lab-rates", name, lambda: {"score": str(tuned(trial, chain, lr, steps)[0])})
+    held = trial.store.json("lab-rates", name, lambda: {"score": str(selected(trial, chain, lr, steps))})
     return float(held["score"])

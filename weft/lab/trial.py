@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import groupby
@@ -23,7 +23,7 @@ from weft.error import NumericError
 from weft.expr import Expr
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, padded, windows
-from weft.learn.data import Example, Pair, Text
+from weft.learn.data import Example, Pair, Response, Text
 from weft.model import expressions, fork, match
 from weft.model import fingerprint as model_fingerprint
 from weft.stats import Stats, collect, objective
@@ -278,6 +278,14 @@ def _options(
 
 
 @cache
-def task_of(name: str, seed: int) -> tasks.Task:
-    """The task, read once."""
-    return tasks.task(name, seed=seed)
+def task_of(name: str, seed: int, pairs: bool = False) -> tasks.Task:
+    """The task, read once; with `pairs`, prompts and responses are pairs that an embedding model has to match."""
+    held = tasks.task(name, seed=seed)
+    if not pairs or held.kind != "response":
+        return held
+    parts = {p: [_pair(e) for e in getattr(held, p)] for p in ("calibration", "train", "select", "test")}
+    return replace(held, kind="retrieval", **parts)
+
+
+def _pair(e: Example) -> Example:
+    return Pair(e.prompt, e.response, e.name) if isinstance(e, Response) else e

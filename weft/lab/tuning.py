@@ -22,14 +22,15 @@ from weft.store.cache import key
 RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from: from what all weights bear to what a few vectors need."""
 STEPS = 24
-BATCH = 4
+BATCH, PAIRS = 4, 8
+"""Examples a step; of pairs, which are told apart from each other, more."""
 TOKENS = 128
 """Tokens of a training window."""
 PAGE = 1024
 """Characters of a document that are trained and tested on."""
 SNIPPET = 160
 """Characters of a pair's positive that are."""
-CHOICE = 48
+CHOICE = 20
 """Examples that a learning rate is chosen by."""
 
 
@@ -38,8 +39,7 @@ def gained(trial: Trial, chain: Chain) -> Arm:
     before, task = untuned(trial), _task(trial)
 
     def make() -> metrics.Scores:
-        _, model = tuned(trial, chain, rate(trial, chain))
-        values, weights = _score(trial, model, task.test)
+        values, weights = _score(trial, tuned(trial, chain, rate(trial, chain)), task.test)
         return before.values - values, weights
 
     return trial.arm("gain", [chain_key(chain), RATES, *recipe(trial)], make, _metric(trial))
@@ -50,7 +50,7 @@ def rate(trial: Trial, chain: Chain) -> float:
     first = Trial(trial.subject, 0, trial.store, trial.code)
 
     def best() -> dict[str, float]:
-        return {"rate": RATES[int(np.argmin([tuned(first, chain, r)[0] for r in RATES]))]}
+        return {"rate": RATES[int(np.argmin([selected(first, chain, r) for r in RATES]))]}
 
     name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, *recipe(first))
     return float(trial.store.json("lab-rates", name, best)["rate"])
@@ -74,7 +74,7 @@ def _metric(trial: Trial) -> tuple[str, str]:
 
 def _task(trial: Trial) -> tasks.Task:
     """The tuning task, its examples cut short."""
-    held = task_of(trial.subject.tuning_task, trial.seed)
+    held = task_of(trial.subject.tuning_task, trial.seed, pairs=trial.subject.embeds)
     return dataclasses.replace(
         held, train=_short(held.train), select=_short(held.select[:CHOICE]), test=_short(held.test)
     )
@@ -83,22 +83,32 @@ def _task(trial: Trial) -> tasks.Task:
 def recipe(trial: Trial) -> list[Any]:
     """What a tuned arm depends on besides its chain."""
     task = _task(trial)
-    return [STEPS, BATCH, TOKENS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
+    return [STEPS, BATCH, PAIRS, TOKENS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
 
 
-def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> tuple[float, nn.Module]:
-    """The select score after so many steps (`STEPS`) at this rate, infinite if it diverged, and the model."""
-    task, model, tokenizer = _task(trial), fork(trial.subject.model), trial.subject.tokenizer
+def selected(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> float:
+    """The score on the select set after so many steps (`STEPS`) at this rate; infinite if it diverged."""
+    try:
+        values, weights = _score(trial, tuned(trial, chain, rate, steps), _task(trial).select)
+    except NumericError:
+        return np.inf
+    mean = float((values * weights).sum() / weights.sum())
+    return mean if np.isfinite(mean) else np.inf
+
+
+def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> nn.Module:
+    """The model after so many steps at this rate. Errors: NumericError if it diverged."""
+    model = fork(trial.subject.model)
     for step in chain:
         _add(trial, model, step)
-    how: dict[str, Any] = {"batch": BATCH, "length": TOKENS, "lr": rate, "seed": trial.seed}
-    try:
-        train(model, task.train, tokenizer=tokenizer, steps=steps or STEPS, **how)
-        values, weights = _score(trial, model.cpu(), task.select)
-    except NumericError:
-        return np.inf, model.cpu()
-    mean = float((values * weights).sum() / weights.sum())
-    return (mean if np.isfinite(mean) else np.inf), model
+    how: dict[str, Any] = {
+        "batch": PAIRS if trial.subject.embeds else BATCH,
+        "length": TOKENS,
+        "lr": rate,
+        "seed": trial.seed,
+    }
+    train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how)
+    return model.cpu()
 
 
 def _add(trial: Trial, model: nn.Module, step: Step) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +37,18 @@ def everyones(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
         return vectors
     rows = [torch.empty_like(vectors) for _ in range(count)]
     dist.all_gather(rows, vectors.detach().contiguous())
-    rows[dist.get_rank()] = vectors.clone()  # those of others are constants here
-    if vectors.requires_grad:
-        rows[dist.get_rank()].register_hook(lambda g: g * count)
+    rows[dist.get_rank()] = _Times.apply(vectors, count)  # those of others are constants here
     return torch.cat(rows)
+
+
+class _Times(torch.autograd.Function):
+    """The same values; gradients times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.count, None

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from weft.error import FormatError, NumericError, OptionError, WeftError
 from weft.learn.settings import Training

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 _HOME = Path(tempfile.mkdtemp(prefix="weft-tests-"))
+_NUMBERS = itertools.count()
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -38,6 +40,15 @@ def pytest_collection_finish() -> None:
     """What is there before the first test stays to the end: a collector that need not look at it is several times faster."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """So does what is left of a file of tests, most of it libraries that it was the first to use."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
@@ -72,16 +83,10 @@ WORDS = [
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a weft cache of its own."""
-    monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "weft-cache"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread, also after code that asked for more."""
+def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a weft cache of its own, and one thread, also after code that asked for more."""
+    monkeypatch.setenv("WEFT_CACHE", str(_HOME / f"weft-{next(_NUMBERS)}"))
     torch.set_num_threads(1)
-    yield
 
 
 def make_batches(

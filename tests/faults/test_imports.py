@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
+import socket
 import subprocess
 import sys
 import zipfile
@@ -60,7 +62,7 @@ def test_f05_a_pickle_is_imported_apart(zipped: bool, tiny: Any, tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_pickled_shards_and_training_states(tiny: Any, tmp_path: Path) -> None:
+def test_pickled_shards_and_training_states(tiny: Any, tmp_path: Path, forked: None) -> None:
     """Shards with their index; and a state dict inside a table."""
     folder = pickled(tiny, tmp_path / "model")
     held = torch.load(folder / BIN, weights_only=True)
@@ -158,7 +160,7 @@ def test_indexes_of_pickles(fault: str, tiny: Any, tmp_path: Path) -> None:
     refused(lambda: import_(folder, tmp_path / "out"), FormatError, tmp_path)
 
 
-def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path) -> None:
+def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path, forked: None) -> None:
     """Refused, both files named."""
     folder = pickled(tiny, tmp_path / "model")
     os.link(folder / BIN, folder / "pytorch_model-2.bin")
@@ -167,23 +169,27 @@ def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path) -> None:
     assert BIN in str(e) and "pytorch_model-2.bin" in str(e)
 
 
-def test_the_process_is_limited() -> None:
+def _limited(said: Path) -> None:
+    before = len(socket.if_nameindex())
+    unpickle.limit(1000)
+    limits = [resource.getrlimit(x)[0] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)]
+    seen = [*limits, before, len(socket.if_nameindex())]
+    try:
+        bytearray(1 << 33)
+    except MemoryError:
+        said.write_text(json.dumps([*seen, "full"]))
+
+
+def test_the_process_is_limited(tmp_path: Path, fresh: ForkServerContext) -> None:
     """Memory, processor time, written bytes; and where the system can, no network."""
-    code = (
-        "import json, resource, socket; from weft.store.unpickle import limit; before = len(socket.if_nameindex())\n"
-        "limit(1000)\n"
-        "print(json.dumps([resource.getrlimit(x)[0] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, "
-        "resource.RLIMIT_CORE)] + [before, len(socket.if_nameindex())]))\n"
-        "try: bytearray(1 << 33)\n"
-        "except MemoryError: print('full')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, last = done.stdout.splitlines()
-    cpu, written, core, before, after = json.loads(first)
+    process = fresh.Process(target=_limited, args=(tmp_path / "said",))
+    process.start()
+    process.join(60)
+    cpu, written, core, before, after, last = json.loads((tmp_path / "said").read_text())
     assert (cpu, written, core) == (60, 2000 + (64 << 20), 0) and after <= before and last == "full"
 
 
-def test_secrets_stay_outside(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_stay_outside(tiny: Any, tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process gets no token."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     seen: list[dict[str, str]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +47,34 @@ def small(name: str, seed: int) -> Task:
     return Task(name, "lm", *texts)
 
 
-@pytest.fixture(autouse=True)
-def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (trial, tuning, specimens):
-        monkeypatch.setattr(module, "task_of", small)
-    monkeypatch.setattr(tuning, "STEPS", 4)
-    monkeypatch.setattr(tuning, "RATES", (3e-2,))
+@pytest.fixture(scope="module", autouse=True)
+def _small_tasks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trial, tuning, specimens):
+            patch.setattr(module, "task_of", small)
+        patch.setattr(tuning, "STEPS", 4)
+        patch.setattr(tuning, "RATES", (3e-2,))
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(tiny: Callable[..., nn.Module], words: Any) -> Subject:
     """A tiny language model."""
     model = weave(tiny("llama", max_position_embeddings=256))
     return Subject("tiny", model, words, "words", "words", calibration=128, units=40, length=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def embedder(tiny: Callable[..., nn.Module], words: Any) -> Subject:
     """A tiny embedding model."""
     model = weave(tiny("bert", max_position_embeddings=256))
     return Subject("tiny-embed", model, words, "pairs", "pairs", calibration=256, units=24, length=32)
 
 
-@pytest.fixture
-def lab(subject: Subject, embedder: Subject, tmp_path: Path) -> Lab:
-    """Both, and a cache."""
-    return Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def lab(subject: Subject, embedder: Subject, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Both, and a cache, which all that only ask them share."""
+    return Lab([embedder, subject], cache=Cache(tmp_path_factory.mktemp("lab")))
 
 
 FINE_STEP = [Step.of("rtn", bits=4, group=0)]
@@ -107,8 +109,9 @@ def test_an_empty_claim_shows_no_difference(lab: Lab) -> None:
     assert made.verdict == "no detectable difference" and made.findings[0].difference.mean == 0
 
 
-def test_results_are_shared_and_resumed(lab: Lab, subject: Subject, embedder: Subject) -> None:
+def test_results_are_shared_and_resumed(subject: Subject, embedder: Subject, tmp_path: Path) -> None:
     """A lab begun anew on the same cache computes nothing again and says the same."""
+    lab = Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
     first = lab.compare(ours=FINE, baseline=COARSE)
     store = lab.trials["tiny"][0].store
     files = sorted((store.folder / "lab").iterdir())

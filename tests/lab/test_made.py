@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import weft
 from weft.error import ConflictError, NumericError, OptionError, ResourceError
 from weft.lab import made, models
+from weft.lab.distance import windows
 from weft.lab.made import digits, dlm, moe, recipe, seq2seq
 from weft.lab.made.recipe import Recipe, make
 from weft.lab.metrics import Scores
@@ -44,10 +45,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Any:
-    """One held-out document, scored once, is enough for a language model here."""
+    """One held-out document, scored once, and a quarter of the tokens of batches are enough for a language model here."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (moe, dlm):
             patch.setattr(module, "DOCUMENTS", 1)
+            patch.setattr(module, "windows", lambda *a, tokens, **how: windows(*a, tokens=tokens // 4, **how))
         patch.setattr(dlm, "DRAWS", 1)
         yield
 

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from multiprocessing.context import ForkServerContext
@@ -29,6 +30,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from apart import read_pickle  # noqa: E402
 from tiny import VOCAB, build_tiny, output  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -145,6 +147,21 @@ def words() -> Any:
 def fresh() -> ForkServerContext:
     """Processes that know nothing of this one, yet need not import all anew: forks of one that has imported weft."""
     return multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def forked(fresh: ForkServerContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of pickles has a process of its own as ever, limits and all, but one that need not import torch first."""
+    said = tmp_path_factory.mktemp("reader") / "said"
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        process = fresh.Process(target=read_pickle, args=(command[3:], said))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, b"", said.read_bytes())
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pickle
 import resource
 import socket
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
@@ -109,27 +108,6 @@ PICKLES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "archive",
     ),
 }
-
-
-def _reader(argv: list[str], said: Path) -> None:
-    sys.argv, sys.stderr = argv, said.open("w")
-    sys.exit(unpickle.main())
-
-
-@pytest.fixture
-def forked(fresh: ForkServerContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader of pickles has a process of its own as ever, limits and all, but one that need not import torch first."""
-
-    said = tmp_path_factory.mktemp("reader") / "said"
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-        process = fresh.Process(target=_reader, args=(command[3:], said))
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(command, process.exitcode, b"", said.read_bytes())
-
-    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.mark.parametrize("fault", PICKLES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,15 +85,10 @@ DIFFUSION = ("unet", "unet-text", "dit")
 GENERATE = [n for n in MODELS if n not in ("bert", "eurobert", "vit", "clip", "resnet", *DIFFUSION)]
 
 
-@functools.cache
-def _built(name: str) -> nn.Module:
-    return MODELS[name]().eval()
-
-
 def build(name: str) -> nn.Module:
-    """The model, the same every time: a copy of one that is kept."""
+    """The model, the same every time."""
     torch.manual_seed(0)
-    return copy.deepcopy(_built(name))
+    return MODELS[name]().eval()
 
 
 def batch(name: str) -> dict[str, Tensor]:
@@ -136,4 +129,4 @@ def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def read(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A folder as the model's own library reads it, in float32, and what it misses there."""
     dtype = {"torch_dtype" if name in DIFFUSION else "dtype": torch.float32}
-    return type(_built(name)).from_pretrained(folder, output_loading_info=True, **dtype)
+    return type(build(name)).from_pretrained(folder, output_loading_info=True, **dtype)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import multiprocessing
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 _HOME = Path(tempfile.mkdtemp(prefix="weft-tests-"))
+_NUMBERS = itertools.count()
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -27,6 +30,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from apart import read_pickle  # noqa: E402
 from tiny import VOCAB, build_tiny, output, tokenizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -40,20 +44,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """So does what is left of a file of tests, most of it libraries that it was the first to use."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 FAMILIES = ("llama", "llama-tied", "bert", "bert-mlm")
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a weft cache of its own."""
-    monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "weft-cache"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread, also after code that asked for more."""
+def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a weft cache of its own, and one thread, also after code that asked for more."""
+    monkeypatch.setenv("WEFT_CACHE", str(_HOME / f"weft-{next(_NUMBERS)}"))
     torch.set_num_threads(1)
-    yield
 
 
 def make_batches(
@@ -105,6 +112,21 @@ def words() -> Any:
 def fresh() -> ForkServerContext:
     """Processes that know nothing of this one, yet need not import all anew: forks of one that has imported weft."""
     return multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def forked(fresh: ForkServerContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of pickles has a process of its own as ever, limits and all, but one that need not import torch first."""
+    said = tmp_path_factory.mktemp("reader") / "said"
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        process = fresh.Process(target=read_pickle, args=(command[3:], said))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, b"", said.read_bytes())
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

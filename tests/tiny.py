@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -38,10 +39,20 @@ WORDS = [
 ]
 
 
+_MADE: dict[str, nn.Module] = {}
+
+
 def build_tiny(
     family: str = "llama", *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, **changed: Any
 ) -> nn.Module:
-    """A plain random model whose norms and biases are not trivial and not exact in bfloat16."""
+    """A plain random model whose norms and biases are not trivial and not exact in bfloat16: a copy of one that is kept."""
+    name = repr((family, seed, layers, dtype, sorted(changed.items())))
+    if name not in _MADE:
+        _MADE[name] = _built(family, seed, layers, dtype, **changed)
+    return copy.deepcopy(_MADE[name])
+
+
+def _built(family: str, seed: int, layers: int, dtype: torch.dtype, **changed: Any) -> nn.Module:
     import transformers as t
 
     if family.startswith("llama"):

@@ -288,7 +288,7 @@ def test_a_recipe_runs(model: Path, texts: Path, tmp_path: Path) -> None:
     assert weft_("run", str(recipe), "no-such-model").exit_code == 2
 
 
-def test_a_broken_checkpoint_is_imported(model: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_imported(model: Path, tmp_path: Path, forked: None) -> None:
     """The error of a model says which option mends it; the table says what was mended."""
     folder, out = tmp_path / "old", tmp_path / "out"
     shutil.copytree(model, folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,41 @@ def told(e: WeftError) -> WeftError:
 
 def plain(tiny: Any, folder: Path) -> Path:
     """An ordinary checkpoint."""
-    tiny().save_pretrained(folder)
-    return folder
+    return written(folder, _plain(tiny))
+
+
+@functools.cache
+def _plain(tiny: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tiny().save_pretrained(folder)
+        return content(Path(folder))
 
 
 def woven(tiny: Any, folder: Path) -> Path:
     """A weft folder."""
+    return unsealed(written(folder, _woven(tiny)))
+
+
+@functools.cache
+def _woven(tiny: Any) -> dict[str, bytes]:
     model = weave(tiny())
     apply(model, [Step.of("rtn")])
-    save(model, folder)
-    return unsealed(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder) / "out")
+        return content(Path(folder) / "out")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """A folder's files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def written(folder: Path, files: dict[str, bytes]) -> Path:
+    """A new folder of these files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, held in files.items():
+        (folder / name).write_bytes(held)
+    return folder
 
 
 def unsealed(folder: Path) -> Path:

@@ -24,6 +24,8 @@ from weft.store import load
 from weft.store.adapter import attach
 from weft.store.peft import export_peft, fingerprint_of_base
 
+from .edits import plain
+
 Table, Tensors = dict[str, Any], dict[str, Tensor]
 Edit = Callable[[Table, Tensors], Any]
 HANG = "([a-z_.0-9]+)+!"
@@ -82,7 +84,7 @@ def state(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def case(tiny: Any, tmp_path: Path) -> Iterator[Case]:
     """A tiny Llama."""
-    tiny().save_pretrained(tmp_path / "base")
+    plain(tiny, tmp_path / "base")
     yield Case(tmp_path / "base", load(tmp_path / "base"), tmp_path / "adapter")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
+import socket
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
@@ -60,7 +61,7 @@ def test_f05_a_pickle_is_imported_apart(zipped: bool, tiny: Any, tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_pickled_shards_and_training_states(tiny: Any, tmp_path: Path) -> None:
+def test_pickled_shards_and_training_states(tiny: Any, tmp_path: Path, forked: None) -> None:
     """Shards with their index; and a state dict inside a table."""
     folder = pickled(tiny, tmp_path / "model")
     held = torch.load(folder / BIN, weights_only=True)
@@ -109,27 +110,6 @@ PICKLES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-def _reader(argv: list[str], said: Path) -> None:
-    sys.argv, sys.stderr = argv, said.open("w")
-    sys.exit(unpickle.main())
-
-
-@pytest.fixture
-def forked(fresh: ForkServerContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader of pickles has a process of its own as ever, limits and all, but one that need not import torch first."""
-
-    said = tmp_path_factory.mktemp("reader") / "said"
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-        process = fresh.Process(target=_reader, args=(command[3:], said))
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(command, process.exitcode, b"", said.read_bytes())
-
-    monkeypatch.setattr(subprocess, "run", run)
-
-
 @pytest.mark.parametrize("fault", PICKLES)
 def test_pickles_that_are_refused(fault: str, tiny: Any, tmp_path: Path, forked: None) -> None:
     """Said in one error; nothing ran, nothing is written, nothing is left."""
@@ -158,7 +138,7 @@ def test_indexes_of_pickles(fault: str, tiny: Any, tmp_path: Path) -> None:
     refused(lambda: import_(folder, tmp_path / "out"), FormatError, tmp_path)
 
 
-def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path) -> None:
+def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path, forked: None) -> None:
     """Refused, both files named."""
     folder = pickled(tiny, tmp_path / "model")
     os.link(folder / BIN, folder / "pytorch_model-2.bin")
@@ -167,23 +147,27 @@ def test_f15_a_tensor_in_two_pickles(tiny: Any, tmp_path: Path) -> None:
     assert BIN in str(e) and "pytorch_model-2.bin" in str(e)
 
 
-def test_the_process_is_limited() -> None:
+def _limited(said: Path) -> None:
+    before = len(socket.if_nameindex())
+    unpickle.limit(1000)
+    limits = [resource.getrlimit(x)[0] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)]
+    seen = [*limits, before, len(socket.if_nameindex())]
+    try:
+        bytearray(1 << 33)
+    except MemoryError:
+        said.write_text(json.dumps([*seen, "full"]))
+
+
+def test_the_process_is_limited(tmp_path: Path, fresh: ForkServerContext) -> None:
     """Memory, processor time, written bytes; and where the system can, no network."""
-    code = (
-        "import json, resource, socket; from weft.store.unpickle import limit; before = len(socket.if_nameindex())\n"
-        "limit(1000)\n"
-        "print(json.dumps([resource.getrlimit(x)[0] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, "
-        "resource.RLIMIT_CORE)] + [before, len(socket.if_nameindex())]))\n"
-        "try: bytearray(1 << 33)\n"
-        "except MemoryError: print('full')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, last = done.stdout.splitlines()
-    cpu, written, core, before, after = json.loads(first)
+    process = fresh.Process(target=_limited, args=(tmp_path / "said",))
+    process.start()
+    process.join(60)
+    cpu, written, core, before, after, last = json.loads((tmp_path / "said").read_text())
     assert (cpu, written, core) == (60, 2000 + (64 << 20), 0) and after <= before and last == "full"
 
 
-def test_secrets_stay_outside(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_stay_outside(tiny: Any, tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process gets no token."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     seen: list[dict[str, str]] = []

@@ -38,19 +38,26 @@ from weft.model import plain_tensors
 from weft.stats import collect
 from weft.store import cache as stored
 
-from .edits import refused, tree
+from .edits import content, refused, tree, written
 
 LINES = ["the cat sat on the mat .", "a dog ran under the old tree .", "the red bird flew over a hill ."]
 ROWS = [{"text": " ".join(LINES[(i + k) % 3] for k in range(6)) + " the" * i} for i in range(24)]
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture
-def folder(tmp_path: Path, tiny: Callable[..., nn.Module], words: Any) -> Iterator[Path]:
-    """A tiny checkpoint with its tokenizer, which no test may change."""
-    place = tmp_path / "model"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., nn.Module], words: Any) -> dict[str, bytes]:
+    """A tiny checkpoint with its tokenizer."""
+    place = tmp_path_factory.mktemp("saved")
     tiny("llama-tied", dtype=torch.bfloat16).save_pretrained(place)
     words.save_pretrained(place)
+    return content(place)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, saved: dict[str, bytes]) -> Iterator[Path]:
+    """That checkpoint, which no test may change."""
+    place = written(tmp_path / "model", saved)
     before = tree(place)
     yield place
     assert tree(place) == before

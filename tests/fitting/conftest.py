@@ -9,8 +9,9 @@ import pytest
 from weft.fitting.settings import Settings
 
 SMALL = Settings(
-    seeds=2, tokens=1024, select_tokens=512, test_tokens=1024, length=32, tries=1, tune_steps=4, tune_batch=2, lr=1e-2
-)
+    seeds=2, tokens=512, select_tokens=256, test_tokens=512, length=32, bits=(2, 3, 4, 8), groups=(0, 32), tries=1,
+    tune_steps=4, tune_batch=2, lr=1e-2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

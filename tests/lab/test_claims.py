@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +47,40 @@ def small(name: str, seed: int) -> Task:
     return Task(name, "lm", *texts)
 
 
-@pytest.fixture(autouse=True)
-def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (trial, tuning, specimens):
-        monkeypatch.setattr(module, "task_of", small)
-    monkeypatch.setattr(tuning, "STEPS", 4)
-    monkeypatch.setattr(tuning, "RATES", (3e-2,))
+@pytest.fixture(scope="module", autouse=True)
+def _small_tasks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trial, tuning, specimens):
+            patch.setattr(module, "task_of", small)
+        patch.setattr(tuning, "STEPS", 4)
+        patch.setattr(tuning, "RATES", (3e-2,))
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(tiny: Callable[..., nn.Module], words: Any) -> Subject:
     """A tiny language model."""
     model = weave(tiny("llama", max_position_embeddings=256))
     return Subject("tiny", model, words, "words", "words", calibration=128, units=40, length=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def embedder(tiny: Callable[..., nn.Module], words: Any) -> Subject:
     """A tiny embedding model."""
     model = weave(tiny("bert", max_position_embeddings=256))
     return Subject("tiny-embed", model, words, "pairs", "pairs", calibration=256, units=24, length=32)
 
 
-@pytest.fixture
-def lab(subject: Subject, embedder: Subject, tmp_path: Path) -> Lab:
-    """Both, and a cache."""
-    return Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """What one test has worked out the others need not."""
+    return Cache(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def lab(subject: Subject, embedder: Subject, store: Cache) -> Lab:
+    """Both models."""
+    return Lab([embedder, subject], cache=store)
 
 
 FINE_STEP = [Step.of("rtn", bits=4, group=0)]
@@ -107,8 +115,9 @@ def test_an_empty_claim_shows_no_difference(lab: Lab) -> None:
     assert made.verdict == "no detectable difference" and made.findings[0].difference.mean == 0
 
 
-def test_results_are_shared_and_resumed(lab: Lab, subject: Subject, embedder: Subject) -> None:
+def test_results_are_shared_and_resumed(subject: Subject, embedder: Subject, tmp_path: Path) -> None:
     """A lab begun anew on the same cache computes nothing again and says the same."""
+    lab = Lab([embedder, subject], cache=Cache(tmp_path / "cache"))
     first = lab.compare(ours=FINE, baseline=COARSE)
     store = lab.trials["tiny"][0].store
     files = sorted((store.folder / "lab").iterdir())
@@ -265,10 +274,12 @@ def test_a_score_that_is_not_finite_stops(lab: Lab) -> None:
         lab.trials["tiny"][0].arm("x", [], lambda: (np.array([np.nan]), np.ones(1)), ("", ""))
 
 
-def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prove_writes_and_proofs_go_stale(
+    subject: Subject, store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file each with everything in it, the same when written again; a method that changes needs a new one."""
     monkeypatch.setattr(prove, "today", lambda: "2026-01-02")
-    folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
+    folder = tmp_path / "proofs"
     (made,) = prove.prove(["rtn"], folder=folder, cache=store, subjects=[subject]).values()
     held = json.loads((folder / "rtn.json").read_text())
     assert held["verdict"] == made.verdict and held["claim"] == get("rtn").proofs["rtn"].claim
@@ -282,20 +293,22 @@ def test_prove_writes_and_proofs_go_stale(subject: Subject, tmp_path: Path, monk
     assert "rtn" in prove.stale(folder)
 
 
-def test_a_first_look_writes_nothing(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_look_writes_nothing(
+    subject: Subject, store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On some of the lab's models, as what comes out is no proof; a claim about another model is refused."""
     monkeypatch.setattr(prove, "installed", lambda names: [subject] if names == ["tiny"] else [])
-    given: Any = {"folder": tmp_path / "proofs", "cache": Cache(tmp_path / "cache"), "models": ["tiny"]}
+    given: Any = {"folder": tmp_path / "proofs", "cache": store, "models": ["tiny"]}
     (made,) = prove.prove(["rtn"], **given).values()
     assert made.models == ["tiny"] and not (tmp_path / "proofs").exists()
     with pytest.raises(ConflictError, match="no lab model is left"):
         prove.prove(["awq"], **given)
 
 
-def test_a_proof_goes_stale_with_its_baseline(subject: Subject, tmp_path: Path) -> None:
+def test_a_proof_goes_stale_with_its_baseline(subject: Subject, store: Cache, tmp_path: Path) -> None:
     """Every method that took part counts."""
     folder = tmp_path / "proofs"
-    prove.prove(["nf4"], folder=folder, cache=Cache(tmp_path / "cache"), subjects=[subject])
+    prove.prove(["nf4"], folder=folder, cache=store, subjects=[subject])
     assert "nf4" not in prove.stale(folder)
     held = json.loads((folder / "nf4.json").read_text())
     held["methods"]["rtn"] = "0"
@@ -315,13 +328,13 @@ def test_methods_without_a_claim_and_too_few_seeds_are_refused(monkeypatch: pyte
 
 
 def test_known_answers_are_written_and_guard(
-    subject: Subject, embedder: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, embedder: Subject, store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that comes out the other way on a model leaves the model out of that verb's claims, and the proof says so."""
     true = known.Known("quantize", "8 bits beat 2", lambda lab: lab.compare(ours=FINE, baseline=COARSE))
     false = known.Known("prune", "2 bits beat 8", lambda lab: lab.compare(ours=COARSE, baseline=FINE))
     monkeypatch.setattr(known, "KNOWN", {"true": true, "false": false})
-    folder, store = tmp_path / "proofs", Cache(tmp_path / "cache")
+    folder = tmp_path / "proofs"
     made = prove.answer(folder=folder, cache=store, subjects=[embedder, subject])
     held = json.loads((folder / prove.KNOWN_ANSWERS).read_text())
     assert [c.verdict for c in made.values()] == ["reproduced", "contradicted"] == [c["verdict"] for c in held.values()]

@@ -232,3 +232,22 @@ def test_checkpointing_needs_a_model_that_can(words: Any) -> None:
     apply(model, [Step.of("lora", rank=1)], at="*")
     with pytest.raises(ConflictError, match="computed again"):
         train(model, [Text("a cat")], tokenizer=words, steps=1, checkpointing=True)
+
+
+@pytest.mark.parametrize("held", [None, HELD])
+def test_a_run_that_was_over_is_not_trained_on(held: Any, tiny: Any, words: Any, tmp_path: Path) -> None:
+    """Called again, it ends with the same bits and says the same; fewer steps than are kept are refused."""
+    options: dict[str, Any] = {
+        "tokenizer": words,
+        "batch": 2,
+        "save_every": 2,
+        "out": tmp_path,
+        "lr": 0.2,
+        "held_out": held,
+    }
+    once, again = adapted(tiny), adapted(tiny)
+    said, theirs = (train(m, TEXTS, steps=5, **options) for m in (once, again))
+    assert same(result(once), result(again)) and said.losses == theirs.losses and said.held_out == theirs.held_out
+    assert said.best == theirs.best and said.tokens == theirs.tokens
+    with pytest.raises(ConflictError, match="longer"):
+        train(adapted(tiny), TEXTS, steps=3, **options)

@@ -33,7 +33,7 @@ def test_a_model_is_tuned_in_4_bits_and_shipped(tmp_path: Path, monkeypatch: pyt
             build(given), [*given, *(["--json"] if scored else ["--quiet"])], catch_exceptions=False
         )
         assert made.exit_code == 0, (given, made.output)
-        scores += [json.loads(made.stdout)["score"]] if scored else []
+        scores += [json.loads(made.stdout)[0]["score"]] if scored else []
     assert len(scores) == 2 and scores[1] < scores[0]
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     assert all((tmp_path / n / "config.json").exists() for n in ("int4", "tuned", "one", "plain", "int4-for-peft"))

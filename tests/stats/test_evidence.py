@@ -363,8 +363,8 @@ def test_cost_is_the_kl_of_small_errors(ref_lm: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ref_lm)
     rows = [
         e.input_ids for e in encode(python_source(HELD_OUT, 60_000), tokenizer, length=128) if len(e.input_ids) == 128
-    ][:24]
-    data = [{"input_ids": torch.tensor(rows[i : i + 8])} for i in range(0, len(rows), 8)]
+    ][:12]
+    data = [{"input_ids": torch.tensor(rows[i : i + 6])} for i in range(0, len(rows), 6)]
     model = load(ref_lm)
     stats = collect(model, data, tmp_path)
     evidence = stats.evidence(list(places(model)))

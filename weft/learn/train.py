@@ -90,7 +90,7 @@ def train(
         run.remove_callback(transformers.PrinterCallback)
         with (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
-            run.train(resume_from_checkpoint=last(work, args) if out else None)
+            run.go(last(work, args) if out else None)
         best = str(run.state.best_model_checkpoint or "").rpartition("-")[2]
     model.eval().to(device)
     _must_be_finite(model)

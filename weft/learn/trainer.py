@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from weft.error import FormatError, NumericError, OptionError, WeftError
+from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError
 from weft.learn.settings import Training
 from weft.memory import peak
 from weft.progress import Step
@@ -43,6 +43,26 @@ class Run(Trainer):
     """One run of `train`: items come in an order of their own, the loss is weft's, held-out batches are scored whole."""
 
     loss_of: Loss
+
+    def go(self, checkpoint: str | None) -> None:
+        """Train, from a checkpoint on if there is one; from the last step's, take what is there, for one more step would be another run.
+
+        Errors: ConflictError for a checkpoint of more steps than are asked for.
+        """
+        held = (
+            transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if checkpoint
+            else None
+        )
+        if held is None or held.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+            return
+        if held.global_step > self.args.max_steps:
+            got, want = f"a checkpoint of {held.global_step} steps", f"{self.args.max_steps} at most"
+            fix = "ask for more steps, or give another folder"
+            raise ConflictError("a longer run is kept there", where=str(checkpoint), got=got, want=want, fix=fix)
+        self.state = held
+        restore(cast(nn.Module, self.model), Path(held.best_model_checkpoint or str(checkpoint)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))

@@ -12,6 +12,7 @@ from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import merging, models
+from weft.lab.decoding import changed
 from weft.lab.probing import probed
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
@@ -128,6 +129,18 @@ class Lab:
         arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
         methods = [s.method for s in (*ours_, *theirs, look)]
         return self._judge(runs, arms, methods, 1.0, "more")
+
+    def decode(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], factor: float) -> Claim:
+        """Holds if `generate`, told `ours`, changes less than `factor` times the tokens of greedy decoding that it changes told `baseline`.
+
+        On lab models that write text. Errors: ConflictError if there is none.
+        """
+        lab = self._with({n for n, trials in self.trials.items() if not trials[0].subject.embeds}, "a decoder")
+        runs: dict[str, Run] = {arm: partial(changed, how=how) for arm, how in (("ours", ours), ("baseline", baseline))}
+        arms = {
+            arm: ", ".join(f"{k}={v}" for k, v in how.items()) for arm, how in (("ours", ours), ("baseline", baseline))
+        }
+        return lab._judge(runs, arms, [], factor, "less")
 
     def merge(
         self,

@@ -77,6 +77,11 @@ KNOWN: dict[str, Known] = {
         "a soup of members with other seeds gains at least what their mean does",
         lambda lab: lab.merge(ours=("soup", {}), baseline="mean", members="seeds"),
     ),
+    "copying": Known(
+        "decode",
+        "drafts copied from the prompt change no token of greedy decoding",
+        lambda lab: lab.decode(ours={"prompt_lookup_num_tokens": 4}, baseline={"do_sample": True}, factor=1e-4),
+    ),
 }  # fmt: skip
 
 

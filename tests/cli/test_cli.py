@@ -83,7 +83,7 @@ def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
     core += ["verify", "cache", "attach", "run", "realism"]
-    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "merge", "probe"))]:
+    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "merge", "probe"))]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 
@@ -95,7 +95,9 @@ def test_help_lists_every_lab_task(command: str) -> None:
     assert set(tasks.names()) <= set(said)
 
 
-@pytest.mark.parametrize("entry", [e for e in entries() if e.kind in ("rewrite", "branch")], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "entry", [e for e in entries() if e.kind in ("rewrite", "branch", "cut")], ids=lambda e: e.name
+)
 def test_every_option_of_every_method_is_on_its_command(entry: Any) -> None:
     from weft.engine import get
 

@@ -30,7 +30,7 @@ def build(argv: Sequence[str] = ()) -> typer.Typer:
         app.command(fn.__name__.rstrip("_"), help=text, short_help=text.splitlines()[0])(guarded(fn))
     asked = next((a for a in argv if not a.startswith("-")), "")
     for entry in entries():
-        if entry.kind in ("rewrite", "transport", "branch", "merge", "probe"):
+        if entry.kind in ("rewrite", "transport", "branch", "cut", "merge", "probe"):
             _add(app, entry, entry.name == asked)
     return app
 

@@ -17,6 +17,7 @@ from weft.engine import branches
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, OptionError, WeftError
 from weft.model import cut, expressions, fingerprint, fork, places, site, unweave, weave
+from weft.stats import without
 from weft.store import load, save
 
 from . import zoo
@@ -169,6 +170,19 @@ def test_windows_stay_with_their_blocks() -> None:
     assert config.max_window_layers == 1 and t.Qwen2Config(**told).layer_types == config.layer_types
 
 
+def test_parts_that_count_the_blocks_follow() -> None:
+    """Outside the stack, as its encoder has it in DistilBERT; to the bit the new model of the other blocks."""
+    given: dict[str, Any] = {"vocab_size": 96, "dim": 32, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 32}
+    model: Any = weave(t.DistilBertForMaskedLM(t.DistilBertConfig(**given, n_layers=4)).eval())
+    want = without(model, zoo.batch("bert"), [2])
+    cut(model, [2])
+    assert model.distilbert.transformer.n_layers == 3
+    same(logits(model, "bert"), want)
+    small = t.DistilBertForMaskedLM(t.DistilBertConfig(**given, n_layers=3)).eval()
+    small.load_state_dict(unweave(model).state_dict())
+    same(logits(small, "bert"), want)
+
+
 def changed(name: str, gone: Sequence[int], match: str, model: nn.Module | None = None) -> WeftError:
     """The refusal, after which the model and its configuration are what they were."""
     held: Any = weave(zoo.build(name)) if model is None else model
@@ -205,6 +219,9 @@ def test_what_would_be_another_is_refused_by_name() -> None:
     tied = plain("llama")
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
     changed("llama", [2], r"mlp\.up_proj", weave(tied))
+    split = plain("llama")
+    split.model.config = copy.deepcopy(split.config)
+    changed("llama", [0], "configuration of their own", weave(split))
 
 
 def test_branches_and_wrong_numbers_are_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.error import ConflictError, OptionError, raise_all
+from weft.error import ConflictError, OptionError, WeftError, raise_all
 from weft.model.blocks import blocks
 from weft.model.branch import refuse_branches
 from weft.model.sharded import must_be_whole
@@ -26,9 +26,9 @@ _OWN = frozenset(vars(nn.Module()))
 def stack_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and blocks of the stack that blocks can be taken out of.
 
-    Errors: ConflictError for models of several stacks (an encoder and a decoder, two towers), for blocks that are used twice and
-    for a configuration that does not count the blocks or lists something else of each; for branches and for parameters that are
-    spread over processes. OptionError for a model with no stack.
+    Errors: ConflictError for models of several stacks (an encoder and a decoder, two towers) or of several configurations, for blocks
+    that are used twice and for a configuration that does not count the blocks or lists something else of each; for branches and for
+    parameters that are spread over processes. OptionError for a model with no stack.
     """
     refuse_branches(model, "taking blocks out")
     must_be_whole(model.named_parameters())
@@ -45,6 +45,8 @@ def stack_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         got = f"{len(stack)} blocks in {path}, and {_COUNT} {count} in the configuration"
     elif len({id(b) for b in stack}) != len(stack):
         got = f"blocks of {path} that are used more than once"
+    elif any(vars(m).get("config", config) is not config for m in model.modules()):
+        got = "parts with a configuration of their own"
     elif strange:
         got = f"{strange[0]} {held[strange[0]]} in the configuration"
     else:
@@ -126,7 +128,7 @@ class _Plan:
         return made
 
     def numbers(self, model: nn.Module) -> dict[str, int]:
-        """The attributes that number the blocks that stay, by their paths before.
+        """The attributes that number the blocks that stay, or count them, by their paths before.
 
         Errors: ConflictError for all in which the model would not be what its new configuration makes.
         """
@@ -139,19 +141,24 @@ class _Plan:
         names = sorted(n for n in {*got, *want} if got.get(n) != want.get(n))
         raise_all([_refusal(model, n, got.get(n, "nothing"), want.get(n, "nothing")) for n in names])
         made: dict[str, int] = {}
-        for old, module in before.named_modules():
-            new = self.moved(old)
-            for key, was, now in _changed(module, after.get_submodule(new)) if new is not None else ():
-                if type(was) is not int or (was, now) != (self.number(old), self.number(cast(str, new))):
-                    problem = _refusal(model, f"{old}.{key}", _shown(was), _shown(now))
-                    raise problem
-                made[f"{old}.{key}"] = cast(int, now)
+        problems: list[WeftError] = []
+        for old, new in ((n, self.moved(n)) for n, _ in before.named_modules()):
+            for key, was, now in (
+                _changed(before.get_submodule(old), after.get_submodule(new)) if new is not None else ()
+            ):
+                if type(was) is int and (was, now) == self.number(old, getattr(config, _COUNT)):
+                    made[f"{old}.{key}"] = now
+                else:
+                    problems.append(_refusal(model, f"{old}.{key}", _shown(was), _shown(now)))
+        raise_all(problems)
         return made
 
-    def number(self, name: str) -> int | None:
-        """The block that a module belongs to."""
-        inside = name.startswith(f"{self.path}.")
-        return int(name[len(self.path) + 1 :].partition(".")[0]) if inside else None
+    def number(self, name: str, count: int) -> tuple[int, int]:
+        """The number of the block that a module belongs to, before and after; outside the stack, how many blocks there are."""
+        if not name.startswith(f"{self.path}."):
+            return count, len(self.kept)
+        i = int(name[len(self.path) + 1 :].partition(".")[0])
+        return i, self.kept[i]
 
 
 def _refusal(model: nn.Module, name: str, got: str, want: str) -> ConflictError:

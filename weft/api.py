@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import Findings, get, transports
+from weft.engine import Findings, cuts, get, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
@@ -24,10 +24,10 @@ from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.tokenizer import tokenizer
 from weft.learn.train import History
-from weft.model import DeviceMap, branches, expressions, taps
+from weft.model import DeviceMap, branches, expressions, stack_of, taps
 from weft.progress import Progress, Silent
 from weft.score import examples
-from weft.store.cache import default
+from weft.store.cache import Cache, default
 
 To = Literal["hf", "peft", "compressed-tensors"]
 
@@ -106,10 +106,11 @@ def apply(
     progress: Progress | None = None,
     **options: Any,
 ) -> Changes:
-    """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches, or add a branch.
+    """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches, or add a branch,
+    or take whole blocks out.
 
     `at` is a glob, several, or `all-linear`; by default low-rank adapters and taps go to `all-linear`, every other rewrite to all
-    sites that it is for, a transport to all of its axes. A branch has a place of its own, and takes no `at`.
+    sites that it is for, a transport to all of its axes. Branches and cuts have places of their own, and take no `at`.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method of another kind,
     and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
@@ -121,15 +122,19 @@ def apply(
             "this method does not change a model",
             where=method,
             got=f"a {chosen.kind} method",
-            want="a rewrite, a transport or a branch",
+            want="a rewrite, a transport, a branch or a cut",
             fix="weft methods shows kinds",
         )
     step, bars = Step.of(method, **options), progress or Silent()
+    if chosen.kind in ("branch", "cut") and at is not None:
+        want, fix = "nothing: its place is its own", "leave it out"
+        raise OptionError(f"a {chosen.kind} goes to no sites", where=f"{method}: at", got=at, want=want, fix=fix)
     if chosen.kind == "branch":
-        if at is not None:
-            want, fix = "nothing: its place is its own", "leave it out"
-            raise OptionError("a branch goes to no sites", where=f"{method}: at", got=at, want=want, fix=fix)
         return Changes(*branching.run(model, step, seed=seed))
+    if chosen.kind == "cut":
+        stack_of(model)  # what has no stack shows before any data is read
+        found, kept = _texts(model, data, tokens, seed), Cache(cache or default())
+        return Changes(*cuts.run(model, step, found, cache=kept, progress=bars))
     if chosen.kind == "transport":
         count = transports.reach(model, method, at)
         stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
@@ -181,13 +186,17 @@ def _evidence(
     model: nn.Module, data: str | None, tokens: int, seed: int, cache: Path | None, progress: Progress
 ) -> Any:
     """Evidence of today's model from its calibration texts."""
-    from weft.fitting.data import batches, resolve
-    from weft.stats import collect, objective
+    from weft.stats import collect
 
-    embeds = objective(model).embeds
-    found = resolve(data or ("docstrings" if embeds else "python"), embeds=embeds, seed=seed)
-    cut = batches(found.calibration, model, tokenizer(model), length=256, tokens=tokens)
-    return collect(model, cut, (cache or default()) / "evidence", seed=seed, progress=progress)
+    found = _texts(model, data, tokens, seed)
+    return collect(model, found, (cache or default()) / "evidence", seed=seed, progress=progress)
+
+
+def _texts(model: nn.Module, data: str | None, tokens: int, seed: int) -> list[dict[str, Tensor]]:
+    """Calibration batches of these texts, or of weft's own."""
+    from weft.fitting.data import calibration
+
+    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
 
 
 def train(

@@ -83,7 +83,7 @@ def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
     core += ["verify", "cache", "attach", "run", "realism"]
-    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "merge", "probe"))]:
+    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "merge", "probe"))]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 
@@ -95,7 +95,9 @@ def test_help_lists_every_lab_task(command: str) -> None:
     assert set(tasks.names()) <= set(said)
 
 
-@pytest.mark.parametrize("entry", [e for e in entries() if e.kind in ("rewrite", "branch")], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "entry", [e for e in entries() if e.kind in ("rewrite", "branch", "cut")], ids=lambda e: e.name
+)
 def test_every_option_of_every_method_is_on_its_command(entry: Any) -> None:
     from weft.engine import get
 
@@ -134,6 +136,24 @@ def test_a_method_rewrites_saves_and_prints(model: Path, texts: Path, tmp_path: 
     table = weft_("magnitude", str(model), "--pattern", "2:4").stdout
     assert "2:4" in table and "not saved" in table
     assert weft_("rtn", str(model), "--group", "16", "--quiet", "--out", str(out), "--replace").output == ""
+
+
+def test_blocks_are_taken_out_and_saved(model: Path, texts: Path, tmp_path: Path) -> None:
+    """By the command and by a recipe, to the same model; a share of no whole block is a fallback, a block that is named a refusal."""
+    out, recipe = tmp_path / "out", tmp_path / "r.yaml"
+    how = ["--data", str(texts), "--tokens", "512"]
+    made = weft_("depth", str(model), "--share", "0.5", *how, "--out", str(out), "--json")
+    (row,) = json.loads(made.stdout)
+    assert made.exit_code == 0 and row["after"] == "taken out" and row["before"].startswith("block of influence ")
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    recipe.write_text("weft: 1\nsteps:\n  - depth: {share: 0.5}\n")
+    assert weft_("run", str(recipe), str(model), *how, "--out", str(tmp_path / "again"), "--quiet").exit_code == 0
+    files = [p / "model.safetensors" for p in (out, tmp_path / "again", model)]
+    one, two, whole = (p.read_bytes() for p in files)
+    assert one == two and len(one) < len(whole)
+    none = weft_("depth", str(model), "--share", "0.1", *how)
+    assert none.exit_code == 3 and "0 of 2 blocks go" in none.stderr
+    assert weft_("depth", str(model), "--at", "model.layers.0").exit_code == 2
 
 
 def test_usage_errors_are_2_and_say_what_is_possible(model: Path) -> None:

@@ -359,9 +359,24 @@ def test_claims_can_be_about_some_sites(lab: Lab) -> None:
     assert all(0 < d.baseline < e.baseline for d, e in zip(downs, every, strict=True))
 
 
+def test_blocks_go_before_weights_are_rounded(lab: Lab) -> None:
+    """One of two, and the other by evidence of what is left; each does its part."""
+    half = ("depth", {"share": 0.5})
+    made = lab.compare(
+        ours=[half, ("gptq", {"bits": 8, "group": 0})], baseline=[half, ("gptq", {"bits": 2, "group": 0})]
+    )
+    alone = lab.compare(ours=FINE, baseline=[half])
+    assert made.models == ["tiny-embed", "tiny"] and {"depth", "gptq"} == set(made.methods)
+    for f, g in zip(made.findings, alone.findings, strict=True):
+        assert g.ours < f.ours < f.baseline and f.ours == pytest.approx(g.baseline, rel=0.05)
+
+
 def test_a_dozen_answers_are_known() -> None:
-    """Each guards a verb that has methods."""
-    assert len(known.KNOWN) >= 12 and {k.verb for k in known.KNOWN.values()} <= {get(n).verb for n in names()}
+    """Each guards a verb that has methods, or decoding."""
+    assert len(known.KNOWN) >= 12 and {k.verb for k in known.KNOWN.values()} <= {
+        "decode",
+        *(get(n).verb for n in names()),
+    }
 
 
 def test_random_models_are_not_realistic(lab: Lab) -> None:

@@ -12,6 +12,7 @@ from weft.expr import NODES
 
 from . import (
     test_branches,
+    test_cuts,
     test_merges,
     test_nodes,
     test_probes,
@@ -48,6 +49,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "search": len(test_searches.LAWS),
         "probe": len(test_probes.LAWS),
         "branch": len(test_branches.MODELS) + len(test_branches.LAWS),
+        "cut": len(test_cuts.MODELS) + len(test_cuts.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

@@ -2,6 +2,7 @@
 
 from weft.engine.bench import Bench
 from weft.engine.branches import Trunk
+from weft.engine.cuts import Tower
 from weft.engine.findings import Findings
 from weft.engine.method import METHODS, Beats, Method, method
 from weft.engine.registry import get, names
@@ -10,5 +11,5 @@ from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site, So
 
 __all__ = [
     "METHODS", "Beats", "Bench", "Evidence", "Findings", "Group", "Method", "Permute", "Rotate", "Scale", "Select", "Site", "Sources",
-    "Span", "Trunk", "get", "method", "names",
+    "Span", "Tower", "Trunk", "get", "method", "names",
 ]  # fmt: skip

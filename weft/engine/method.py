@@ -21,11 +21,11 @@ from weft.model import MATRIX, TAGS, Group, Sources
 
 Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
-    "branch", "select", "cache", "decode", "route", "law", "probe",
+    "branch", "cut", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "most", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
-"""Evidence of inputs; of a merge, the base; of a search, the methods of the bench that it calls."""
+Need = Literal["gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
+"""Evidence of inputs; of a cut, the influence of blocks; of a merge, the base; of a search, the methods of the bench that it calls."""
 Drop = Literal["zeros"]
 
 

@@ -137,6 +137,15 @@ def batches(
     return windows(found, tokenizer, length=length, tokens=tokens, classes=classes(model))
 
 
+def calibration(
+    model: nn.Module, source: str | None, tokenizer: Any, *, tokens: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Calibration batches of a file, a folder, a lab task, or texts of weft's own. Errors: those of `resolve` and `batches`."""
+    embeds = objective(model).embeds
+    found = resolve(source or ("docstrings" if embeds else "python"), embeds=embeds, seed=seed)
+    return batches(found.calibration, model, tokenizer, length=256, tokens=tokens)
+
+
 def score(
     model: nn.Module, tokenizer: Any, data: Data, examples: Sequence[Example], distance: Distance
 ) -> metrics.Scores:

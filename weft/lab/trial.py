@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.engine import Bench, get, transports
+from weft.engine import Bench, cuts, get, transports
 from weft.engine.run import Chain, Step, apply, chain_key, group_of, run
 from weft.error import NumericError
 from weft.expr import Expr
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, padded, windows
 from weft.learn.data import Example, Pair, Response, Text
-from weft.model import expressions, fork, match
+from weft.model import expressions, fork, match, places
 from weft.model import fingerprint as model_fingerprint
 from weft.stats import Stats, collect, objective
 from weft.store.cache import Cache, key
@@ -187,16 +187,21 @@ class Trial:
         return self.arm("distance", [self.data, what], make, (self.goal.name, self.goal.unit))
 
     def _apply(self, model: nn.Module, chain: Chain, names: Sequence[str]) -> None:
-        """Run a chain; behind a change of coordinates evidence is collected anew."""
+        """Run a chain; behind a change of coordinates, and where blocks are gone, evidence is collected anew."""
         stats: Stats | None = self.stats
-        for moves, steps in groupby(chain, lambda s: get(s.method).kind == "transport"):
-            for part in ((s,) for s in steps) if moves else (tuple(steps),):
+        for kind, steps in groupby(chain, lambda s: get(s.method).kind):
+            for part in ((s,) for s in steps) if kind in ("transport", "cut") else (tuple(steps),):
+                if kind == "cut":
+                    cuts.run(model, part[0], self.batches, cache=self.store)
+                    stats = None
+                    continue
                 stats = stats or self._evidence(model)
-                if moves:
+                if kind == "transport":
                     transports.run(model, part[0], stats=stats, seed=self.seed)
                     stats = None
                 else:
-                    apply(model, part, at=names, stats=stats, seed=self.seed)
+                    left = [n for n in names if n in places(model)]
+                    apply(model, part, at=left, stats=stats, seed=self.seed)
 
     def _evidence(self, model: nn.Module) -> Stats:
         return collect(model, self.batches, self.store.path("lab-evidence", self.code), seed=self.seed)

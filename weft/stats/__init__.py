@@ -2,7 +2,10 @@
 
 from weft.stats.evidence import Stats, collect
 from weft.stats.fisher import fisher
+from weft.stats.influence import influence, without
 from weft.stats.objective import Objective, objective
-from weft.stats.walker import Edges, Walker, forward, readers
+from weft.stats.walker import Batch, Edges, Walker, forward, readers
 
-__all__ = ["Edges", "Objective", "Stats", "Walker", "collect", "fisher", "forward", "objective", "readers"]
+__all__ = [
+    "Batch", "Edges", "Objective", "Stats", "Walker", "collect", "fisher", "forward", "influence", "objective", "readers", "without",
+]  # fmt: skip

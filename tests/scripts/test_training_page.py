@@ -24,17 +24,25 @@ def commands() -> list[list[str]]:
 def test_a_model_is_tuned_in_4_bits_and_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command works; tuning lowers the score on the new domain; what is shipped is there."""
     monkeypatch.chdir(tmp_path)
-    small = {"--steps": "6", "--eval-every": "3", "--save-every": "3", "--length": "64", "--limit": "2"}
+    (tmp_path / "held.jsonl").write_text(
+        '{"text": "#include <vector>\\nint main() {\\n  std::vector<int> x;\\n  for (int i = 0; i < 9; ++i) x.push_back(i);\\n}"}\n'
+    )
+    small = {
+        "--steps": "16",
+        "--eval-every": "8",
+        "--save-every": "8",
+        "--length": "96",
+        "--limit": "2",
+        "--held-out": "held.jsonl",
+    }
     scores: list[float] = []
     for words in commands():
         given = [small.get(before, word) for before, word in zip(["", *words], words, strict=False)][1:]
         given += ["--tokens", "512"] if given[0] == "gptq" else []
         scored = given[0] == "eval"
-        made = CliRunner().invoke(
-            build(given), [*given, *(["--json"] if scored else ["--quiet"])], catch_exceptions=False
-        )
+        made = CliRunner().invoke(build(given), [*given, *(["--json"] if scored else [])], catch_exceptions=False)
         assert made.exit_code == 0, (given, made.output)
-        scores += [json.loads(made.stdout)[0]["score"]] if scored else []
+        scores += [json.loads(made.stdout)[0]["mean"]] if scored else []
     assert len(scores) == 2 and scores[1] < scores[0]
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     assert all((tmp_path / n / "config.json").exists() for n in ("int4", "tuned", "one", "plain", "int4-for-peft"))

@@ -58,7 +58,7 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 	@$(MKDOCS)
 
 prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md and docs/composition.md
-	@$(BIN)/weft prove --known --all
+	@$(BIN)/weft prove --known --all --jobs $(WORKERS)
 	@$(BIN)/python scripts/docs.py
 	@$(BIN)/python scripts/composition.py
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from weft.lab import claims, known, probing, prove, realism, specimens, trial, t
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
-from weft.lab.trial import Subject
-from weft.learn.data import Example, Pair, Text
+from weft.lab.trial import Subject, task_of
+from weft.learn.data import Example, Pair, Response, Text
 from weft.model import expressions, fork, tagged, weave
 from weft.store.cache import Cache
 
@@ -37,12 +38,12 @@ def sentences(count: int, seed: int) -> list[str]:
     return made
 
 
-def small(name: str, seed: int) -> Task:
+def small(name: str, seed: int, pairs: bool = False) -> Task:
     """A task of a few sentences, with pairs for `pairs`."""
     parts = [sentences(n, 10 * i + (seed if i < 2 else 0)) for i, n in enumerate((40, 60, 10, 30))]
     if name == "pairs":
-        pairs: list[list[Example]] = [[Pair(s, f"yes {s}") for s in part] for part in parts]
-        return Task(name, "retrieval", *pairs)
+        twos: list[list[Example]] = [[Pair(s, f"yes {s}") for s in part] for part in parts]
+        return Task(name, "retrieval", *twos)
     texts: list[list[Example]] = [[Text(s) for s in part] for part in parts]
     return Task(name, "lm", *texts)
 
@@ -206,11 +207,11 @@ def test_arms_are_chains_of_any_methods(lab: Lab, subject: Subject) -> None:
     made = lab.only("tiny").tune(ours=chain, baseline=[("layernorm", {})], share=0.0)
     assert made.arms["ours"] == "gptq(bits=8) then lora(rank=2)" and set(made.methods) == {"gptq", "lora", "layernorm"}
     trial = lab.trials["tiny"][0]
-    _, model = tuning.tuned(trial, claims._chain(chain), 1e-3, 1)
+    model = tuning.tuned(trial, claims._chain(chain), 1e-3, 1)
     kinds = {n: e.describe() for n, e in expressions(model).items()}
     assert kinds["model.layers.0.mlp.up_proj.weight"] == "int8[g64] + adapter:default: LowRank(2)"
     assert "lm_head.weight" not in {n for n, d in kinds.items() if "LowRank" in d}
-    _, model = tuning.tuned(trial, claims._chain([("layernorm", {})]), 1e-3, 1)
+    model = tuning.tuned(trial, claims._chain([("layernorm", {})]), 1e-3, 1)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(tagged(model, ("norm",)))
     assert not any(p.requires_grad for p in subject.model.parameters())
 
@@ -219,7 +220,7 @@ def test_the_best_rate_is_chosen_once(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     """On the select set, by the first seed; a rate that diverges is not it."""
     monkeypatch.setattr(tuning, "RATES", (1e-6, 3e-2, 1e30))
     trials, chain = lab.trials["tiny"], claims._chain(lora(2))
-    scores = [tuning.tuned(trials[0], chain, r)[0] for r in tuning.RATES]
+    scores = [tuning.selected(trials[0], chain, r) for r in tuning.RATES]
     assert scores[1] < scores[0] and not scores[2] < scores[1]
     assert [tuning.rate(t, chain) for t in trials] == [3e-2] * 3
 
@@ -241,6 +242,15 @@ def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert made.findings[0].units == 14 and made.arms["probe"] == "change, by intruder_dimensions(k=4)"
     assert set(made.methods) == {"lora", "full", "intruder_dimensions"} and made.findings[0].ours > 0
+
+
+def test_answers_are_pairs_to_a_model_of_embeddings() -> None:
+    """Prompts with their responses, the same ones in the same order; other tasks stay as they are."""
+    told, asked = task_of("dates", 0, pairs=True), task_of("dates", 0)
+    assert [(p.query, p.positive) for p in told.test if isinstance(p, Pair)] == [
+        (r.prompt, r.response) for r in asked.test if isinstance(r, Response)
+    ]
+    assert len(told.test) == len(asked.test) == 400 and told.kind == "retrieval"
 
 
 @pytest.mark.parametrize(
@@ -351,6 +361,15 @@ def test_known_answers_are_written_and_guard(
     assert claim.models == ["tiny-embed", "tiny"] and "left_out" not in json.loads((folder / "rtn.json").read_text())
     with pytest.raises(ConflictError, match="no lab model is left"):
         prove.prove(["magnitude"], folder=folder, cache=store, subjects=[embedder])
+
+
+def test_claims_are_shared_among_processes() -> None:
+    """Each is tried once, in another process than this one; a failure ends them all."""
+    paths = ["a/b", "c/d"]
+    assert dict(prove._each("x", paths, pytest.fail, os.path.basename, 2, None)) == {"a/b": "b", "c/d": "d"}
+    assert dict(prove._each("x", paths, os.path.dirname, None, 2, None)) == {"a/b": "a", "c/d": "c"}
+    with pytest.raises(FileNotFoundError):
+        dict(prove._each("x", ["/no/such", "/nor/this"], pytest.fail, os.stat, 2, None))
 
 
 def test_claims_can_be_about_some_sites(lab: Lab) -> None:

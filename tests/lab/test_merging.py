@@ -25,7 +25,7 @@ from weft.store.cache import Cache
 VERBS = {"sat": "ran", "ran": "flew", "flew": "sat"}
 
 
-def small(name: str, seed: int) -> Task:
+def small(name: str, seed: int, pairs: bool = False) -> Task:
     """A word to answer with: the next verb, or the colour."""
     rng = np.random.default_rng(seed)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from weft.engine import Method, get
 from weft.engine import names as method_names
@@ -31,6 +37,7 @@ def prove(
     *,
     folder: str | Path = PROOFS,
     seeds: int = SEEDS,
+    jobs: int = 1,
     cache: Cache | None = None,
     progress: Progress | None = None,
     models: Sequence[str] | None = None,
@@ -40,7 +47,8 @@ def prove(
 
     A lab model on which a known answer of the method's verb came out the other way (`folder`/known.json) is left out, and the file
     says so. Files depend on the code and the lab models alone, but for the date and the seconds. A killed run resumes from the cache.
-    `models`: for a first look, some of the lab's; nothing is written then. `subjects`: models of one's own instead.
+    `jobs` processes share the claims. `models`: for a first look, some of the lab's; nothing is written then. `subjects`: models of
+    one's own instead, in this process.
     Errors: OptionError for methods without a claim, fewer than three seeds, and unknown models; ConflictError if no model is left.
     """
     claimed, folder = _claimed(names), Path(folder)
@@ -48,15 +56,58 @@ def prove(
     if models is None:
         realism([of(trials[0]) for trials in lab.trials.values()], folder=folder, cache=cache)
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
+
+    def tried(name: str) -> Claim:
+        return claimed[name].proofs[name].tried(lab.without(known.failed(held, claimed[name].verb), name))
+
+    apart = None if subjects is not None else partial(_proved, held=held, models=models, seeds=seeds, cache=cache)
     made: dict[str, Claim] = {}
-    with (progress or Silent()).bar("prove", len(claimed)) as step:
-        for name, m in claimed.items():
-            left_out = known.failed(held, m.verb)
-            made[name] = m.proofs[name].tried(lab.without(left_out, name))
-            if models is None:
-                write_json(folder / f"{name}.json", _file(m, name, made[name], left_out))
-            step(1)
-    return made
+    for name, claim in _each("prove", list(claimed), tried, apart, jobs, progress):
+        made[name] = claim
+        if models is None:
+            m = claimed[name]
+            write_json(folder / f"{name}.json", _file(m, name, claim, known.failed(held, m.verb)))
+    return {name: made[name] for name in claimed}
+
+
+def _proved(name: str, held: dict[str, Any], models: Sequence[str] | None, seeds: int, cache: Cache | None) -> Claim:
+    """A claim, tried in a process of its own."""
+    m = get(name.partition(".")[0])
+    lab = Lab(installed(models), cache=cache, seeds=seeds)
+    return m.proofs[name].tried(lab.without(known.failed(held, m.verb), name))
+
+
+def _answered(name: str, seeds: int, cache: Cache | None) -> Claim:
+    """A known answer, tried in a process of its own."""
+    return known.KNOWN[name].tried(Lab(installed(), cache=cache, seeds=seeds))
+
+
+def _each(
+    label: str,
+    names: Sequence[str],
+    here: Callable[[str], Claim],
+    apart: Callable[[str], Claim] | None,
+    jobs: int,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Claim]]:
+    """Every claim as it is tried: in this process, one after another, or in several that share the cores."""
+    with (progress or Silent()).bar(label, len(names)) as step:
+        if apart is None or min(jobs, len(names)) < 2:
+            for name in names:
+                yield name, here(name)
+                step(1)
+            return
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (threads,)) as pool:
+            work = {pool.submit(apart, name): name for name in names}
+            try:
+                for done in as_completed(work):
+                    yield work[done], done.result()
+                    step(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _file(m: Method, name: str, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:
@@ -70,17 +121,16 @@ def answer(
     *,
     folder: str | Path = PROOFS,
     seeds: int = SEEDS,
+    jobs: int = 1,
     cache: Cache | None = None,
     progress: Progress | None = None,
     subjects: Sequence[Subject] | None = None,
 ) -> dict[str, Claim]:
     """Try every known answer on every lab model; write `folder`/known.json. Errors: OptionError for fewer than three seeds."""
     lab = Lab(subjects, cache=cache, seeds=seeds)
-    made: dict[str, Claim] = {}
-    with (progress or Silent()).bar("known answers", len(known.KNOWN)) as step:
-        for name, one in known.KNOWN.items():
-            made[name] = one.tried(lab)
-            step(1)
+    apart = None if subjects is not None else partial(_answered, seeds=seeds, cache=cache)
+    found = dict(_each("known answers", list(known.KNOWN), lambda n: known.KNOWN[n].tried(lab), apart, jobs, progress))
+    made = {name: found[name] for name in known.KNOWN}
     about = {n: {"verb": known.KNOWN[n].verb, "claim": known.KNOWN[n].text, "date": today()} for n in made}
     write_json(Path(folder) / KNOWN_ANSWERS, {n: about[n] | c.as_json() for n, c in made.items()})
     return made

@@ -36,7 +36,8 @@ class Trainer(transformers.Trainer):
         restore(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        restore(cast(nn.Module, self.model), Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint)).name  # the folder may have moved since
+        restore(cast(nn.Module, self.model), Path(str(self.args.output_dir)) / best)
 
 
 class Run(Trainer):
@@ -62,7 +63,10 @@ class Run(Trainer):
             fix = "ask for more steps, or give another folder"
             raise ConflictError("a longer run is kept there", where=str(checkpoint), got=got, want=want, fix=fix)
         self.state = held
-        restore(cast(nn.Module, self.model), Path(held.best_model_checkpoint or str(checkpoint)))
+        if held.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            restore(cast(nn.Module, self.model), Path(str(checkpoint)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))

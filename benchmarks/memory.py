@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from weft.lab.timing import anonymous
+
 MAKE = """
 import sys, torch, transformers as t
 from weft.lab.models import resolve
@@ -37,15 +39,6 @@ report = fit(sys.argv[1], sys.argv[2], budget="27%", settings=small, cache=Path(
 for s in report.steps:
     print(f"{s.name:12} {s.seconds:8.1f} s  {s.detail}")
 """
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of anonymous resident memory; 0 when the process is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def main() -> int:

@@ -48,8 +48,9 @@ def paired(
             if r >= 0:
                 seconds[r, side] = clock() - begun
     logs = interval(np.log(seconds[:, 0] / seconds[:, 1])[None])
-    ratio = Interval(*(float(np.exp(x)) for x in (logs.mean, logs.low, logs.high)))
-    return Times(*(statistics.median(seconds[:, side].tolist()) for side in (0, 1)), ratio)
+    mean, low, high = (float(np.exp(x)) for x in (logs.mean, logs.low, logs.high))
+    mine, theirs = (statistics.median(seconds[:, side].tolist()) for side in (0, 1))
+    return Times(mine, theirs, Interval(mean, low, high))
 
 
 def anonymous(pid: int | None = None) -> int:

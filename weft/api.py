@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import Findings, cuts, get, transports
+from weft.engine import Findings, cuts, get, optimizers, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
@@ -204,6 +204,7 @@ def train(
     data: str | Path | Sequence[Example],
     *,
     held_out: str | Path | Sequence[Example] | None = None,
+    optimizer: str | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -213,16 +214,19 @@ def train(
     `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
     warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
+    `optimizer` names a method of that kind (`muon`, `lora_plus` ...); its options come with the others.
     Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
     target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
     """
     from weft.learn.settings import Training
     from weft.learn.train import train as learn
 
+    moves, options = optimizers.split(optimizer, options)
     seed = Training.of(**options).seed
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
     scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
-    return learn(model, learned, tokenizer=tokenizer(model), held_out=scored, out=out, progress=progress, **options)
+    how: dict[str, Any] = {"held_out": scored, "optimizer": moves, "out": out, "progress": progress}
+    return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
 
 
 def merge(model: nn.Module, *, to: Literal["dense", "grid"], at: str | Sequence[str] = "*") -> list[Merged]:

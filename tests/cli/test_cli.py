@@ -219,6 +219,32 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert said.exit_code == 0
 
 
+def test_train_takes_an_optimizer_with_its_options(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Beside the method's; one of the same name has its own name before it; a rewrite moves nothing."""
+    how = [
+        "--data",
+        str(texts),
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "32",
+        "--out",
+        str(tmp_path / "tuned"),
+        "--json",
+    ]
+    given = ["--rank", "2", "--optimizer", "galore", "--galore-rank", "3", "--every", "1"]
+    made = weft_("train", str(model), *how, *given)
+    assert made.exit_code == 0 and json.loads(made.stdout)[0]["steps"] == 2
+    for bad, said in (
+        (["--optimizer", "rtn"], "moves no tensors"),
+        (["--optimizer", "muon", "--galore-rank", "3"], "galore-rank"),
+    ):
+        made = weft_("train", str(model), *how, "--replace", *bad)
+        assert made.exit_code == 2 and said in made.output
+
+
 @pytest.mark.parametrize("method", ["full", "layernorm", "ia3"])
 def test_train_makes_trainable_what_is_asked_for(method: str, model: Path, texts: Path, tmp_path: Path) -> None:
     """The result differs from the original in just that; options of another method are refused."""

@@ -15,6 +15,7 @@ from . import (
     test_cuts,
     test_merges,
     test_nodes,
+    test_optimizers,
     test_probes,
     test_rewrites,
     test_routed,
@@ -50,6 +51,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "probe": len(test_probes.LAWS),
         "branch": len(test_branches.MODELS) + len(test_branches.LAWS),
         "cut": len(test_cuts.MODELS) + len(test_cuts.LAWS),
+        "optimizer": len(test_optimizers.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

@@ -20,41 +20,44 @@ DEFAULT = "lora"
 
 
 def command(argv: Sequence[str]) -> Callable[..., None]:
-    """The command, with the options of the method that this command line names.
+    """The command, with the options of the method and the optimizer that this command line names.
 
-    An option of the method that is called as one of training has the method's name before it: `--prompt-length`.
+    An option that is called as one of training, or as one before it, has its method's name before it: `--prompt-length`.
     """
     from weft.engine import get
     from weft.learn.settings import Training
 
-    method = _method(argv)
-    known = method in {e.name for e in entries()}
-    fields, own = Training.model_fields, get(method).options.model_fields if known else {}
+    fields = Training.model_fields
     shared = inspect.signature(_shared, eval_str=True).parameters
-    names = {n: f"{method}_{n}" if n in fields or n in shared else n for n in own}
-    asked = [parameter(names[n], f) for n, f in own.items()] + [parameter(n, f) for n, f in fields.items()]
+    taken, asked = {*fields, *shared}, [parameter(n, f) for n, f in fields.items()]
+    own: dict[str, dict[str, str]] = {}
+    for word, default in (("method", DEFAULT), ("optimizer", "")):
+        name = _named(argv, word) or default
+        held = get(name).options.model_fields if name in {e.name for e in entries()} else {}
+        own[word] = {n: f"{name}_{n}" if n in taken else n for n in held}
+        taken |= set(own[word].values())
+        asked += [parameter(own[word][n], f) for n, f in held.items()]
 
     def run(**given: Any) -> None:
-        options = {n: plain(given.pop(names[n])) for n in own}
+        options, moves = ({n: plain(given.pop(flag)) for n, flag in own[word].items()} for word in own)
         how = {n: plain(given.pop(n)) for n in fields}
-        _train(options=options, how=how, **given)
+        _train(options=options, moves=moves, how=how, **given)
 
-    first, *rest = shared.values()
-    whole = [first, *rest, *asked]
+    whole = [*shared.values(), *asked]
     run.__doc__ = HELP
     run.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in whole}
     return guarded(run)
 
 
-def _method(argv: Sequence[str]) -> str:
-    """The method that a command line names."""
-    for i, word in enumerate(argv):
-        if word.startswith("--method="):
-            return word.partition("=")[2]
-        if word == "--method" and i + 1 < len(argv):
+def _named(argv: Sequence[str], word: str) -> str:
+    """What a command line gives for `--word`."""
+    for i, given in enumerate(argv):
+        if given.startswith(f"--{word}="):
+            return given.partition("=")[2]
+        if given == f"--{word}" and i + 1 < len(argv):
             return argv[i + 1]
-    return DEFAULT
+    return ""
 
 
 def _shared(
@@ -66,6 +69,9 @@ def _shared(
     method: Annotated[
         str, typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt.")
     ] = DEFAULT,
+    optimizer: Annotated[
+        str | None, typer.Option(help="What moves it instead of AdamW: muon, lora_plus ..., of the verb tune.")
+    ] = None,
     at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
     replace: Replace = False,
     cache: CacheFolder = None,
@@ -76,8 +82,8 @@ def _shared(
 
 
 def _train(
-    *, model: str, data: str, out: Path, held_out: str | None, method: str, at: list[str] | None, replace: bool, cache: Path | None,
-    as_json: bool, quiet: bool, options: dict[str, Any], how: dict[str, Any],
+    *, model: str, data: str, out: Path, held_out: str | None, method: str, optimizer: str | None, at: list[str] | None, replace: bool,
+    cache: Path | None, as_json: bool, quiet: bool, options: dict[str, Any], moves: dict[str, Any], how: dict[str, Any],
 ) -> None:  # fmt: skip
     import weft
     from weft.engine.run import Step
@@ -92,9 +98,13 @@ def _train(
     for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **options).fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
-    about = key(str(Path(model).absolute()), data, held_out, method, chosen, at, settings.model_dump())
+    about = key(
+        str(Path(model).absolute()), data, held_out, method, chosen, optimizer, moves, at, settings.model_dump()
+    )
     work = (cache or default()) / "train" / about
-    history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **how)
+    history = weft.train(
+        woven, learned, held_out=scored, optimizer=optimizer, out=work, progress=bars(quiet), **how, **moves
+    )
     weft.save(woven, out, replace=replace, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     row = {"steps": len(history.losses), "loss": loss, "tokens": history.tokens, "seconds": history.seconds}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from weft.engine import branches, get
+from weft.engine import branches, get, optimizers
 from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -97,15 +97,18 @@ def selected(trial: Trial, chain: Chain, rate: float, steps: int | None = None) 
 
 
 def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> nn.Module:
-    """The model after so many steps at this rate. Errors: NumericError if it diverged."""
+    """The model after so many steps at this rate, by the chain's optimizer if it has one. Errors: NumericError if it diverged."""
     model = fork(trial.subject.model)
+    moves = [optimizers.named(s.method, **dict(s.options)) for s in chain if get(s.method).kind == "optimizer"]
     for step in chain:
-        _add(trial, model, step)
+        if get(step.method).kind != "optimizer":
+            _add(trial, model, step)
     how: dict[str, Any] = {
         "batch": PAIRS if trial.subject.embeds else BATCH,
         "length": TOKENS,
         "lr": rate,
         "seed": trial.seed,
+        "optimizer": moves[-1] if moves else None,
     }
     train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how)
     return model.cpu()

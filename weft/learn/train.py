@@ -21,7 +21,7 @@ from weft.learn.data import Example, Pair, encode
 from weft.learn.leaks import refuse_leaks
 from weft.learn.objective import contrast, everyones, likelihood
 from weft.learn.settings import Training
-from weft.learn.trainer import Loss, Run, Watch, arguments, diverged, last, trainable
+from weft.learn.trainer import Loss, Optimizer, Run, Watch, arguments, diverged, last, trainable
 from weft.memory import peak
 from weft.model import must_be_whole
 from weft.progress import Progress, Silent
@@ -49,6 +49,7 @@ def train(
     *,
     tokenizer: Any,
     held_out: Sequence[Example] | None = None,
+    optimizer: Optimizer | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -56,7 +57,8 @@ def train(
     """Train the model's trainable tensors in place; `options` are those of `Training`. The loss is over target tokens only.
 
     A step's loss is the mean over its targets, however many processes and micro-batches share them. Pairs train an embedding model
-    by contrast with all others of the step in the micro-batch. AdamW; every step takes `batch` examples, at most all there are.
+    by contrast with all others of the step in the micro-batch. Every step takes `batch` examples, at most all there are.
+    `optimizer` makes what moves them, from their names and the peak rate; AdamW without it.
     With `held_out`, it is scored every `eval_every` steps and after the last, and the model ends with the tensors of the best score.
     With `out`, checkpoints are kept there, and a later call goes on from the last one, bit for bit.
     Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and number of processes.
@@ -68,6 +70,9 @@ def train(
     """
     how = Training.of(**options)
     _may_train(model, data)
+    if optimizer is not None and how.weight_decay:
+        got, want, fix = f"{how.weight_decay} and an optimizer of its own", "0", "give it to the optimizer"
+        raise OptionError("weight decay is AdamW's", where="weight_decay", got=got, want=want, fix=fix)
     if held_out is not None:
         refuse_leaks(data, held_out)
     items, loss = _task(model, data, tokenizer, how)
@@ -84,7 +89,11 @@ def train(
         if how.pack:
             _keeps_apart(model, collate, items)
         scored = None if held_out is None else _held(model, held_out, tokenizer, how, batch)
-        run = Run(model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored))
+        moved = optimizer(trainable(model), how.lr) if optimizer is not None else None
+        run = Run(
+            model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
+            optimizers=(moved, None),
+        )  # fmt: skip
         run.loss_of = loss
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         run.remove_callback(transformers.PrinterCallback)

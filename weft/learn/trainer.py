@@ -25,6 +25,10 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor], Any], Tensor]
 """`(model, batch, targets of the whole step) -> loss`"""
 
 
+Optimizer = Callable[[Mapping[str, nn.Parameter], float], torch.optim.Optimizer]
+"""`(trainable tensors by name, peak rate) -> optimizer`"""
+
+
 class Trainer(transformers.Trainer):
     """The Hugging Face Trainer for woven models: checkpoints hold the trainable tensors only, matched strictly on resume."""
 
@@ -125,7 +129,7 @@ class Watch(transformers.TrainerCallback):
             control.should_evaluate = control.should_save = True
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that training changes, by name."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 

@@ -1,0 +1,1 @@
+"""Methods that choose how trained tensors move: optimizers."""

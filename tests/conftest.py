@@ -31,7 +31,7 @@ os.environ |= {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from apart import read_pickle  # noqa: E402
-from tiny import VOCAB, build_tiny, output, tokenizer  # noqa: E402
+from tiny import build_tiny, make_batches, output, tokenizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 torch.set_num_threads(1)
@@ -61,21 +61,6 @@ def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has a weft cache of its own, and one thread, also after code that asked for more."""
     monkeypatch.setenv("WEFT_CACHE", str(_HOME / f"weft-{next(_NUMBERS)}"))
     torch.set_num_threads(1)
-
-
-def make_batches(
-    count: int = 3, rows: int = 2, length: int = 12, *, pad: bool = True, seed: int = 0
-) -> list[dict[str, Tensor]]:
-    """Random token ids; with `pad`, the last rows of each batch end early."""
-    rng = torch.Generator().manual_seed(1000 + seed)
-    made: list[dict[str, Tensor]] = []
-    for i in range(count):
-        ids = torch.randint(2, VOCAB, (rows, length), generator=rng)
-        mask = torch.ones_like(ids)
-        if pad:
-            mask[-1, length - 1 - i % 5 :] = 0
-        made.append({"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask})
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -109,3 +109,18 @@ def tokenizer() -> Any:
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+
+
+def make_batches(
+    count: int = 3, rows: int = 2, length: int = 12, *, pad: bool = True, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Random token ids; with `pad`, the last rows of each batch end early."""
+    rng = torch.Generator().manual_seed(1000 + seed)
+    made: list[dict[str, Tensor]] = []
+    for i in range(count):
+        ids = torch.randint(2, VOCAB, (rows, length), generator=rng)
+        mask = torch.ones_like(ids)
+        if pad:
+            mask[-1, length - 1 - i % 5 :] = 0
+        made.append({"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask})
+    return made

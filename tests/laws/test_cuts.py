@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batches
-from tiny import build_tiny, output
+from tiny import build_tiny, make_batches, output
 from torch import Tensor, nn
 
 import weft

@@ -407,7 +407,7 @@ def test_training_lowers_the_loss(method: str, words: Any, tiny: Any) -> None:
 
 def test_an_encoders_prompt_is_trained_by_contrast(words: Any, tiny: Any) -> None:
     """Pairs, mean-pooled over their text."""
-    model = weave(tiny("bert"))
+    model = weave(tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     weft.apply(model, "prompt", length=4)
     data = [Pair(f"question {a} {c} ?", f"the {c} {a} sat .") for a in ("cat", "dog", "bird") for c in ("old", "red")]
     losses = [x for _, x in train(model, data, tokenizer=words, steps=20, batch=6, length=32, lr=5e-2).losses]

@@ -70,9 +70,7 @@ def train(
     """
     how = Training.of(**options)
     _may_train(model, data)
-    if optimizer is not None and how.weight_decay:
-        got, want, fix = f"{how.weight_decay} and an optimizer of its own", "0", "give it to the optimizer"
-        raise OptionError("weight decay is AdamW's", where="weight_decay", got=got, want=want, fix=fix)
+    _own(optimizer, how)
     if held_out is not None:
         refuse_leaks(data, held_out)
     items, loss = _task(model, data, tokenizer, how)
@@ -100,15 +98,26 @@ def train(
         with (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
             run.go(last(work, args) if out else None)
-        best = str(run.state.best_model_checkpoint or "").rpartition("-")[2]
     model.eval().to(device)
     _must_be_finite(model)
-    log = run.state.log_history
+    return _history(run, time.monotonic() - start)
+
+
+def _history(run: Run, seconds: float) -> History:
+    """What a run that is over did."""
+    log, best = run.state.log_history, str(run.state.best_model_checkpoint or "").rpartition("-")[2]
     return History(
         [(int(e["step"]), float(e["loss"])) for e in log if "loss" in e],
         [(int(e["step"]), float(e["eval_loss"])) for e in log if "eval_loss" in e],
-        int(best) if best else None, int(run.state.num_input_tokens_seen), time.monotonic() - start, peak(),
+        int(best) if best else None, int(run.state.num_input_tokens_seen), seconds, peak(),
     )  # fmt: skip
+
+
+def _own(optimizer: Optimizer | None, how: Training) -> None:
+    """Errors: OptionError for AdamW's weight decay beside another optimizer."""
+    if optimizer is not None and how.weight_decay:
+        got, want, fix = f"{how.weight_decay} and an optimizer of its own", "0", "give it to the optimizer"
+        raise OptionError("weight decay is AdamW's", where="weight_decay", got=got, want=want, fix=fix)
 
 
 @contextmanager

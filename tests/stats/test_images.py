@@ -11,6 +11,7 @@ from model import zoo
 from torch import Tensor, nn
 
 import weft
+from weft.error import ConflictError
 from weft.lab.distance import Distance
 from weft.model import fork, weave
 from weft.stats import collect, forward, objective
@@ -76,3 +77,13 @@ def test_the_distance_of_fields_is_half_their_squares(tmp_path: Path) -> None:
     goal.probe(vectors, rng).backward()
     assert vectors.grad is not None
     torch.testing.assert_close(vectors.grad.T @ vectors.grad / 4000, torch.eye(3), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "said"), [("clip", "tells nothing of its weights"), ("t5", "walked block by block")])
+def test_what_gives_no_evidence_is_refused_by_name(name: str, said: str, tmp_path: Path) -> None:
+    """One image beside one caption has no other to be told from; a decoder's blocks hand on more than their hidden state."""
+    given = zoo.batch(name)
+    if name == "t5":
+        given = {**given, "attention_mask": torch.ones_like(given["input_ids"])}
+    with pytest.raises(ConflictError, match=said):
+        collect(weave(zoo.build(name)), [given], tmp_path, seed=0)

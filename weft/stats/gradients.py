@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weft.error import NumericError
+from weft.error import ConflictError, NumericError
 from weft.model import places
 from weft.model.blocks import blocks
 from weft.stats.objective import Objective
@@ -31,7 +31,8 @@ def gradients(
 
     Keys are module paths. The loss is `objective.probe`. Blocks are checkpointed, one sequence at a time goes through,
     so memory is bounded by one sequence's hidden states, its logits and one block's activations.
-    Errors: NumericError at the first sequence whose output is not finite, naming where that begins.
+    Errors: NumericError at the first sequence whose output is not finite, naming where that begins; ConflictError where no gradient is
+    other than zero, as of one image compared with one caption.
     """
     sums: dict[str, OutputSums] = {path: OutputSums() for place in places(model).values() for path in place.modules}
     units, rng = 0, torch.Generator().manual_seed(seed)
@@ -48,6 +49,14 @@ def gradients(
                 units += len(vectors)
             if progress:
                 progress(1)
+    if units and not any(bool(s.squares.any()) for s in sums.values() if s.squares is not None):
+        raise ConflictError(
+            "a model's output tells nothing of its weights",
+            where=type(model).__name__,
+            got="gradients of zero at every weight, one sample at a time",
+            want="an output that depends on one sample alone",
+            fix="use methods that need no data, or work on a part of the model, such as one tower",
+        )
     return sums, units
 
 
@@ -65,7 +74,9 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if "attention_mask" not in batch:
         return batch
     length = int(batch["attention_mask"].sum())
-    return {k: v[:, :length] for k, v in batch.items()} if bool(batch["attention_mask"][0, :length].all()) else batch
+    if not bool(batch["attention_mask"][0, :length].all()):
+        return batch
+    return {k: v if k.startswith("decoder_") else v[:, :length] for k, v in batch.items()}
 
 
 def _source(model: nn.Module, one: Batch, batch: int, sample: int) -> NumericError | None:

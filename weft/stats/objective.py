@@ -49,7 +49,8 @@ class Objective:
         """One row a unit: the logits of every kept position, each text's normalised embedding, or each image's field."""
         if self.kind == "field":
             return out.flatten(1)
-        mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        held = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+        mask = held.bool() if held is not None else None
         if self.embeds:
             return F.normalize(pool(out, mask), dim=-1)
         if out.dim() == 2:

@@ -225,6 +225,13 @@ def test_the_best_rate_is_chosen_once(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     assert [tuning.rate(t, chain) for t in trials] == [3e-2] * 3
 
 
+@pytest.mark.parametrize("scores", [(9, 4, 2, 1, 3), (1, 2, 3, 4, 5), (5, 4, 3, 4, 5), (np.inf, 3, np.inf, np.inf, 9)])
+def test_the_best_rate_is_looked_for_downhill(scores: tuple[float, ...]) -> None:
+    asked: list[float] = []
+    assert tuning.lowest(range(5), lambda i: asked.append(i) or scores[int(i)]) == np.argmin(scores)
+    assert len(asked) == len(set(asked))
+
+
 def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The better one takes the steps next to the other's gain, on the side that does not help the claim."""
     monkeypatch.setattr(probing, "LADDER", (1, 2, 4))

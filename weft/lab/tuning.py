@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from weft.model import fork
 from weft.store.cache import key
 
 RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
-"""Learning rates that every arm chooses from: from what all weights bear to what a few vectors need."""
+"""Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
 STEPS = 24
 BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
@@ -50,10 +50,23 @@ def rate(trial: Trial, chain: Chain) -> float:
     first = Trial(trial.subject, 0, trial.store, trial.code)
 
     def best() -> dict[str, float]:
-        return {"rate": RATES[int(np.argmin([selected(first, chain, r) for r in RATES]))]}
+        return {"rate": lowest(RATES, lambda r: selected(first, chain, r))}
 
     name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, *recipe(first))
     return float(trial.store.json("lab-rates", name, best)["rate"])
+
+
+def lowest(among: Sequence[float], score: Callable[[float], float]) -> float:
+    """The one of these, in order, where a score with one valley is lowest: from the middle up or down, for as long as it falls."""
+    best = len(among) // 2
+    least = score(among[best])
+    for way in (1, -1):
+        start = best
+        while 0 <= best + way < len(among) and (found := score(among[best + way])) < least:
+            best, least = best + way, found
+        if best != start:
+            break
+    return among[best]
 
 
 def untouched(trial: Trial) -> Arm:

@@ -40,8 +40,24 @@ if TYPE_CHECKING:
     from weft.lab.prove import prove, stale
     from weft.learn.tokenizer import tokenizer
     from weft.learn.trainer import Trainer
-    from weft.merging import combine
-    from weft.model import axes, expressions, fork, gathered, mode, transport, unbranch, untap, unweave, weave
+    from weft.merging import blend_adapters, combine
+    from weft.model import (
+        activate,
+        adapters,
+        axes,
+        delete_adapter,
+        expressions,
+        fork,
+        gathered,
+        mode,
+        per_row,
+        rename_adapter,
+        transport,
+        unbranch,
+        untap,
+        unweave,
+        weave,
+    )
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate
     from weft.store.mend import import_
@@ -58,8 +74,11 @@ _HOME = {
     "weft.lab.prove": ("prove", "stale"),
     "weft.learn.tokenizer": ("tokenizer",),
     "weft.learn.trainer": ("Trainer",),
-    "weft.merging": ("combine",),
-    "weft.model": ("axes", "expressions", "fork", "gathered", "mode", "transport", "unbranch", "untap", "unweave", "weave"),
+    "weft.merging": ("blend_adapters", "combine"),
+    "weft.model": (
+        "activate", "adapters", "axes", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row", "rename_adapter",
+        "transport", "unbranch", "untap", "unweave", "weave",
+    ),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
     "weft.score": ("evaluate", "generate"),
@@ -67,10 +86,10 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "apply", "attach", "axes", "combine",
-    "evaluate", "evaluate_tasks", "export", "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write",
-    "merge", "methods", "mode", "plan", "probe", "prove", "run", "save", "show", "stale", "tokenizer", "train", "transport",
-    "unbranch", "untap", "unweave", "verify", "weave",
+    "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
+    "blend_adapters", "combine", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit", "fork", "gathered",
+    "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove", "rename_adapter",
+    "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

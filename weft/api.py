@@ -16,7 +16,8 @@ from weft.engine import Findings, cuts, get, optimizers, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
-from weft.engine.merge import Merged
+from weft.engine.merge import Merges
+from weft.engine.merge import To as Target
 from weft.engine.recipe import KINDS, Recipe, read
 from weft.engine.run import Change, Step
 from weft.error import OptionError, whole
@@ -85,13 +86,22 @@ def may_write(model: nn.Module, out: str | Path, replace: bool = False) -> None:
     store.may_write(model, out, replace=replace, nbytes=store.nbytes(model))
 
 
-def attach(model: nn.Module, adapter: str | Path, *, name: str = "default", unverified_base: bool = False) -> list[str]:
+def attach(
+    model: nn.Module,
+    adapter: str | Path,
+    *,
+    name: str = "default",
+    unverified_base: bool = False,
+    replace: bool = False,
+) -> list[str]:
     """Add a PEFT LoRA folder to a model as terms `adapter:NAME`, in place; returns the sites.
 
-    Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for an adapter of another
-    base or a name that is taken; the model is unchanged then.
+    `replace`: into the terms that the model has under this name, by writing their numbers, so that a compiled model stays
+    compiled; their rank must suffice. Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for
+    an adapter of another base or a name that is taken; the model is unchanged then.
     """
-    return store.attach(model, adapter, name=name, unverified_base=unverified_base)
+    into = store.hotswap if replace else store.attach
+    return into(model, adapter, name=name, unverified_base=unverified_base)
 
 
 def apply(
@@ -229,39 +239,43 @@ def train(
     return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
 
 
-def merge(model: nn.Module, *, to: Literal["dense", "grid"], at: str | Sequence[str] = "*") -> list[Merged]:
-    """Fold all terms of every weight into one, in place: a plain matrix, or one rounding onto the base's own grid.
+def merge(model: nn.Module, *, to: Target, at: str | Sequence[str] = "*") -> Merges:
+    """Fold all terms of every weight into one, in place: a plain matrix in the checkpoint's dtype (`dense`) or in bfloat16, or one
+    rounding onto the base's own grid (`grid`). Another grid: merge to dense, then apply any quantizer.
 
-    It cannot be undone. The result says of each site what the rounding lost and which promises no longer hold.
+    The result says of each site what the rounding lost and which promises no longer hold; its `undo` brings the terms back,
+    to the bit, and as long as it is kept they take their memory.
     Errors: ConflictError naming every site whose base has no grid, before anything changes.
     """
     return merging.merge(model, to=to, at=at)
 
 
 def export(
-    model: nn.Module, out: str | Path, *, to: To = "hf", base: str | Path | None = None, replace: bool = False
+    model: nn.Module,
+    out: str | Path,
+    *,
+    to: To = "hf",
+    base: str | Path | None = None,
+    adapter: str | None = None,
+    replace: bool = False,
 ) -> list[str]:
     """Write the model for other tools; returns what had to be written otherwise than it was.
 
     hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapters as a PEFT LoRA folder;
-    `base` is where a base other than the pretrained weights goes. compressed-tensors: int4 and int8 weights, packed, and int8
-    weights that read int8 tokens.
+    `base` is where a base other than the pretrained weights goes, and `adapter` names one to be written alone.
+    compressed-tensors: int4 and int8 weights, packed, and int8 weights that read int8 tokens.
     Errors: OptionError; ConflictError naming what the format cannot hold, or if a folder exists.
     """
-    if base is not None and to != "peft":
-        raise OptionError(
-            "only PEFT adapters have a base beside them",
-            where="base",
-            got=f"base with to={to}",
-            want="no base",
-            fix="leave it out",
-        )
+    for name, given in (("base", base), ("adapter", adapter)):
+        if given is not None and to != "peft":
+            what, got = "this is only for PEFT adapters", f"{name} with to={to}"
+            raise OptionError(what, where=name, got=got, want=f"no {name}", fix="leave it out")
     if to == "hf":
         store.save(model, out, replace=replace, dense=True)
     elif to == "peft":
         from weft.store.peft import export_peft
 
-        export_peft(model, out, base=base, replace=replace)
+        export_peft(model, out, base=base, adapter=adapter, replace=replace)
     elif to == "compressed-tensors":
         from weft.store.compressed import export_compressed
 

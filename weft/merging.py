@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from weft.engine import blend as engine_blend
 from weft.engine import combine as engine
 from weft.engine.run import Change, Step
 from weft.error import ConflictError, PathError, WeftError, whole
@@ -59,6 +60,27 @@ def combined(
     strange = other_words([*([base] if base is not None else []), *models])
     with (progress or Silent()).bar(method, engine.reach(models, at, base)) as done:
         return engine.run(models, step, base=base, weights=weights, at=at, seed=seed, strange=strange, done=done)
+
+
+def blend_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    into: str,
+    method: str = "linear",
+    *,
+    rank: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> list[str]:
+    """Add an adapter `into`, in place, that is a blend of these at their weights, whatever strength they have now; returns its sites.
+
+    linear: Σ weight · adapter, exact: low-rank terms side by side as one, sparse ones as one, any others as they are, sharing
+    tensors with them. Any other: a merge (`ties`, `dare` ...) of what the adapters add, with its options; a plain matrix, or its best
+    approximation of `rank`. It is frozen, and the others stay as they are.
+    Errors: OptionError for unknown names and methods, and a name that is none; ConflictError for one that is taken, for branches,
+    and for adapters under a magnitude.
+    """
+    return engine_blend.run(model, weights, into, method, rank=rank, seed=seed, options=options)
 
 
 def other_words(models: Sequence[nn.Module]) -> list[WeftError]:

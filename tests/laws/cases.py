@@ -40,6 +40,7 @@ from weft.expr import (
     tensors,
     terms_of,
 )  # fmt: skip
+from weft.expr.gated import Gated
 from weft.grid import GRIDS, SCALES, grid
 from weft.linalg.grids import minmax, nearest
 from weft.model.taps import tap_spec, tap_tensors
@@ -241,7 +242,7 @@ EXPRS: dict[str, Maker] = {
 }
 
 
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, Maker] = {"Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g))}
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""
 
 

@@ -204,7 +204,9 @@ def generate(
 def merge(
     model: ModelName,
     out: Out,
-    to: Annotated[str, typer.Option(help="dense, or grid: one rounding onto the base's own grid.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="dense, bf16, or grid: one rounding onto the base's own grid.", show_default=False)
+    ],
     at: Annotated[list[str] | None, typer.Option(help="Sites: a glob; repeatable.")] = None,
     replace_: Replace = False,
     as_json: AsJson = False,
@@ -215,7 +217,7 @@ def merge(
 
     woven = load(model, quiet)
     weft.may_write(woven, out, replace=replace_)
-    made = weft.merge(woven, to=cast(Literal["dense", "grid"], to), at=at or "*")
+    made = weft.merge(woven, to=cast(Literal["dense", "bf16", "grid"], to), at=at or "*")
     weft.save(woven, out, replace=replace_, progress=bars(quiet))
     rows = [
         {"site": c.name, "before": c.before, "after": c.after, "bytes": c.nbytes, "error": c.error, "lost": c.lost}
@@ -231,14 +233,14 @@ def export(
     base: Annotated[
         Path | None, typer.Option(help="peft: where a base other than the pretrained weights is written.")
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="peft: one adapter alone, by its name.")] = None,
     replace_: Replace = False,
 ) -> int | None:
     """Write a model for other tools."""
     import weft
 
-    notes = weft.export(
-        load(model), out, to=cast(Literal["hf", "peft", "compressed-tensors"], to), base=base, replace=replace_
-    )
+    how = {"to": cast(Literal["hf", "peft", "compressed-tensors"], to), "base": base, "adapter": adapter}
+    notes = weft.export(load(model), out, replace=replace_, **cast(Any, how))
     for note in notes:
         say(f"note: {note}")
     return FALLBACKS if notes else None

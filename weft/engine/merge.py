@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -18,7 +18,7 @@ from weft.linalg.grids import Fitted, grouped, nearest, search
 from weft.linalg.sparse import compact
 from weft.model import expressions, match, places, set_expressions
 
-To = Literal["dense", "grid"]
+To = Literal["dense", "bf16", "grid"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,33 @@ class Merged(Change):
     """The base term's promises that the result does not keep."""
 
 
-def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> list[Merged]:
-    """Fold all terms of every sum that `at` matches into one, in place; it cannot be undone. Sites of one term stay.
+class Merges(list[Merged]):
+    """What merging did, site by site. It holds the terms that were folded, so that `undo` can bring them back, to the bit."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[Merged], before: Mapping[str, Expr]) -> None:
+        super().__init__(sites)
+        self._model, self._before = model, dict(before)
+        self._after = {n: expressions(model)[n] for n in before}
+
+    def undo(self) -> None:
+        """Give the model the terms that it had, in place. Errors: ConflictError for weights that were rewritten since."""
+        now = expressions(self._model)
+        if moved := [n for n, e in self._after.items() if now[n] is not e]:
+            got, want = f"{len(moved)} other expressions", "those that merging made"
+            fix = "merge last, or keep a weft.fork(model) from before"
+            raise ConflictError("this merge cannot be undone", where=moved[0], got=got, want=want, fix=fix)
+        set_expressions(self._model, self._before)
+
+
+def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> Merges:
+    """Fold all terms of every sum that `at` matches into one, in place. Sites of one term stay.
 
     Errors, before anything changes: OptionError for another `to`; ConflictError naming every site without a grid,
     or with a term that depends on the input.
     """
-    if to not in ("dense", "grid"):
-        raise OptionError(
-            "merge goes to dense or to the grid", where="to", got=to, want="dense or grid", fix="choose one of these"
-        )
+    if to not in ("dense", "bf16", "grid"):
+        want = "dense, bf16 or grid"
+        raise OptionError("merge has other targets", where="to", got=to, want=want, fix="choose one of these")
     held = {
         n: e
         for n, e in expressions(model).items()
@@ -49,10 +66,11 @@ def merge(model: nn.Module, *, to: To, at: str | Sequence[str] = "*") -> list[Me
         raise_all([p for n, e in held.items() if (p := _refusal(n, e))])
     made: list[Merged] = []
     for name, before in held.items():
-        after = regrid(before) if to == "grid" else densify(before, places(model)[name].dtype)
+        dtype = torch.bfloat16 if to == "bf16" else places(model)[name].dtype
+        after = regrid(before) if to == "grid" else densify(before, dtype)
         made.append(_record(name, before, after))
         set_expressions(model, {name: after})
-    return made
+    return Merges(model, made, held)
 
 
 def densify(expr: Expr, dtype: torch.dtype) -> Dense:
@@ -150,4 +168,4 @@ def _lost(had: Promises, kept: Promises) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Merged", "densify", "merge", "regrid"]
+__all__ = ["Merged", "Merges", "densify", "merge", "regrid"]

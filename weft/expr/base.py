@@ -59,6 +59,8 @@ class Expr(nn.Module):
     """Whether it has a value; False if what it does depends on the input, and then `dense` and `rows` are refused."""
     routes: ClassVar[bool] = False
     """Whether what the node does with its children depends on the input."""
+    written: ClassVar[tuple[str, ...]] = ()
+    """Tensors that are written while a model runs: a fork has its own."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

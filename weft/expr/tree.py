@@ -242,14 +242,22 @@ def _copy(expr: Expr, dtype: torch.dtype) -> Derived:
 
 
 def fork(expr: Expr) -> Expr:
-    """New nodes over the same storage. Trainable tensors are copied, so training one never changes the other."""
-    same = {id(t): _own(t) for t in tensors(expr).values()}  # what the tree holds twice stays one
+    """New nodes over the same storage. Tensors that are trained or written are copied, so that one never changes the other."""
+    apart = written(expr)
+    same = {id(t): own(t, apart) for t in tensors(expr).values()}  # what the tree holds twice stays one
     held = {k: same[id(t)] for k, t in tensors(expr).items()}
     return build(spec(expr), held.__getitem__)
 
 
-def _own(t: Tensor) -> Tensor:
-    return nn.Parameter(t.detach().clone()) if t.requires_grad else t.detach()
+def written(model: nn.Module) -> set[int]:
+    """The ids of the tensors that nodes write while they run."""
+    return {id(getattr(node, name)) for node in model.modules() if isinstance(node, Expr) for name in node.written}
+
+
+def own(t: Tensor, apart: set[int]) -> nn.Parameter:
+    """What a fork has of a tensor: the same storage, or a copy if it is trained or among these."""
+    held = t.detach().clone() if t.requires_grad or id(t) in apart else t.detach()
+    return nn.Parameter(held, requires_grad=t.requires_grad)
 
 
 def unfrozen(expr: Expr) -> Dense:

@@ -1,5 +1,6 @@
 """Models: sites, weave, unweave."""
 
+from weft.model.adapters import Adapter, activate, adapters, delete_adapter, edited, name_of, per_row, rename_adapter
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
@@ -35,10 +36,11 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "BRANCHES", "MATRIX", "TAGS", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place", "Prefix",
-    "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Sources", "Tap", "Transform", "add_branch", "axes",
-    "branches", "cut", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered",
-    "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals", "rotation",
+    "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place",
+    "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Sources", "Tap", "Transform", "activate",
+    "adapters", "add_branch", "axes", "branches", "cut", "delete_adapter", "dispatch", "edited", "expression", "expressions",
+    "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of",
+    "output_sites", "own_keys", "per_row", "places", "plain_tensors", "put", "refusals", "rename_adapter", "rotation",
     "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch",
     "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -38,6 +38,8 @@ class Branch(nn.Module, ABC):
     __annotations__: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     at: str
     name: str
+    on: bool
+    """Whether it takes part; `weft.activate` turns it."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -54,7 +56,7 @@ class Branch(nn.Module, ABC):
             raise OptionError("a branch has other fields", where=kind, got=", ".join(given), want=want, fix=fix)
         dims: dict[str, int] = {}
         raise_all([p for f in spec if (p := misfit(kind, f, given[f.name], dims))])
-        self.at, self.name = at, name
+        self.at, self.name, self.on = at, name, True
         for f in spec:
             self._store(f, given[f.name])
 
@@ -175,7 +177,8 @@ def branch_tensors(model: nn.Module) -> dict[str, Tensor]:
 def branch_spec(branch: Branch) -> dict[str, Any]:
     """A branch without its tensors, as JSON."""
     plain = {f.name: getattr(branch, f.name) for f in fields(type(branch)) if f.kind == "static"}
-    return {"branch": type(branch).__name__, "at": branch.at, "name": branch.name, **plain}
+    off = {} if branch.on else {"on": False}
+    return {"branch": type(branch).__name__, "at": branch.at, "name": branch.name, **off, **plain}
 
 
 def build_branch(said: Mapping[str, Any], get: Callable[[str], Tensor]) -> Branch:
@@ -186,11 +189,13 @@ def build_branch(said: Mapping[str, Any], get: Callable[[str], Tensor]) -> Branc
         raise FormatError("unknown branch", where="branch", got=kind, want=want, fix=fix)
     spec = fields(BRANCHES[kind])
     want = {"branch", "at", "name", *(f.name for f in spec if f.kind == "static")}
-    if set(said) != want:
+    if set(said) - {"on"} != want or said.get("on", False) is not False:
         fix = "use the weft that wrote it"
         raise FormatError("a branch has other fields", where=kind, got=sorted(said), want=sorted(want), fix=fix)
     held = {f.name: get(f.name) if f.kind == "tensor" else said[f.name] for f in spec}
-    return BRANCHES[kind](at=said["at"], name=said["name"], **held)
+    made = BRANCHES[kind](at=said["at"], name=said["name"], **held)
+    made.on = "on" not in said
+    return made
 
 
 def _held(host: nn.Module) -> Iterable[Branch]:
@@ -209,7 +214,7 @@ def _through(cls: type[nn.Module]) -> Callable[..., Any]:
             if p.kind is p.VAR_KEYWORD:
                 given |= given.pop(p.name, {})
         call: Call = functools.partial(_plainly, self)
-        for branch in _held(self):
+        for branch in (b for b in _held(self) if b.on):
             call = functools.partial(branch, self, call)
         return call(given)
 

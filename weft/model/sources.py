@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, SparseDelta, fork, identity, spec, tensors, terms_of, total
+from weft.expr.gated import settled
 
 Part = tuple[float, Expr]
 
@@ -130,7 +131,7 @@ def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
 
     None where their bases differ, or another term does.
     """
-    held = [terms_of(e) for _, e in parts]
+    held = [{r: settled(t) for r, t in terms_of(e).items()} for _, e in parts]
     first, *others = held
     same = {r: t for r, t in first.items() if all(r in h and alike(h[r], t) for h in others)}
     rest = [(c, t) for (c, _), h in zip(parts, held, strict=True) for r, t in h.items() if r not in same]
@@ -138,21 +139,21 @@ def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
     sparse = [(c, t) for c, t in rest if isinstance(t, SparseDelta)]
     made: dict[str, Expr] = {}
     if low:
-        made["adapter:merged"] = _low_rank(low)
+        made["adapter:merged"] = added_low_rank(low)
     if sparse:
-        made["adapter:merged-sparse"] = _sparse(sparse)
+        made["adapter:merged-sparse"] = added_sparse(sparse)
     if "base" not in same or len(low) + len(sparse) < len(rest) or made.keys() & same.keys():
         return None
     return {r: fork(t) for r, t in same.items()} | made
 
 
-def _low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
+def added_low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
     """Σ c s b a = [c₁ s₁ b₁ ... c_k s_k b_k] [a₁; ...; a_k], s the terms' scales."""
     b = torch.cat([c * t.scale * wide(t.b) for c, t in parts], 1)
     return LowRank(b, torch.cat([wide(t.a) for _, t in parts]))
 
 
-def _sparse(parts: Sequence[tuple[float, SparseDelta]]) -> SparseDelta:
+def added_sparse(parts: Sequence[tuple[float, SparseDelta]]) -> SparseDelta:
     """Σ c delta at every place where one of them has an entry."""
     value, mask = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     for c, t in parts:

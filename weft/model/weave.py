@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError, raise_all
 from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.expr.tree import own, written
 from weft.model.branch import branch_spec, branch_tensors, branches, inside_branches, refuse_branches, unbranch
 from weft.model.devices import device_of, on
 from weft.model.experts import put_together, take_apart
@@ -237,14 +238,13 @@ def output_sites(model: nn.Module) -> set[str]:
 
 
 def fork(model: Model) -> Model:
-    """A second model over the same frozen storage; trainable tensors and plain buffers are copied.
+    """A second model over the same frozen storage; what trains, gates of adapters, and plain buffers are copied.
 
     Errors: ConflictError if parameters are spread over processes.
     """
     must_be_whole(model.named_parameters())
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().clone() if p.requires_grad else p.detach(), requires_grad=p.requires_grad)
+    apart = written(model)
+    memo: dict[int, Any] = {id(p): own(p, apart) for p in model.parameters()}
     for tap in taps(model).values() if is_woven(model) else ():
         for b in tap.buffers():
             memo[id(b)] = b.detach()

@@ -14,8 +14,9 @@ from torch import nn
 
 from weft.error import ConflictError, WeftError, raise_all
 from weft.expr import Dense, Expr, LowRank, terms_of, total
+from weft.expr.gated import Gated, settled
 from weft.expr.weightnorm import WeightNorm
-from weft.model import expressions, first_vectors, fork, places, set_expressions, taps
+from weft.model import expressions, first_vectors, fork, name_of, places, set_expressions, taps
 from weft.model.branch import refuse_branches
 from weft.model.weave import Original
 from weft.store.lora import CONFIG, TENSORS, key
@@ -25,8 +26,17 @@ from weft.store.swap import may_replace, staged
 _SAMPLES = 64
 
 
-def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = None, replace: bool = False) -> None:
+def export_peft(
+    model: nn.Module,
+    out: Path | str,
+    *,
+    base: Path | str | None = None,
+    adapter: str | None = None,
+    replace: bool = False,
+) -> None:
     """Write the adapter terms as one PEFT LoRA adapter whose value is theirs; several adapters become their sum.
+
+    `adapter`: one of them alone, whatever its strength is now; without it all, each at its strength.
 
     PEFT adds the adapter to the pretrained weights. Where the model's own base is another (quantized, compensated),
     `base` names a folder that it is written to, as an ordinary checkpoint without the adapters. The manifest holds the
@@ -34,12 +44,12 @@ def export_peft(model: nn.Module, out: Path | str, *, base: Path | str | None = 
     Errors: ConflictError, naming every site, for adapters that are no LoRA of a linear layer; for a changed base
     without `base`; for inputs that go through taps, and branches; for a model without adapters; for folders that exist.
     """
-    adapters = {n: a for n, e in expressions(model).items() if (a := _adapters(e))}
+    adapters = {n: a for n, e in expressions(model).items() if (a := _adapters(e, adapter))}
     if not adapters:
         raise ConflictError(
             "there is no adapter to export",
             where=type(model).__name__,
-            got="no adapter term",
+            got="no adapter term" + (f" of the name {adapter}" if adapter else ""),
             want="one",
             fix='weft.apply(model, "lora"), then train',
         )
@@ -118,10 +128,14 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _adapters(expr: Expr) -> dict[str, Expr]:
-    if isinstance(expr, WeightNorm) and (held := _adapters(expr.v)):
+def _adapters(expr: Expr, only: str | None = None) -> dict[str, Expr]:
+    """The adapter terms of a weight at their strengths; those of one adapter at full strength."""
+    if isinstance(expr, WeightNorm) and (held := _adapters(expr.v, only)):
         return {next(iter(held)): expr}
-    return {r: t for r, t in terms_of(expr).items() if r.startswith("adapter:")}
+    terms = {r: t for r, t in terms_of(expr).items() if name_of(r) is not None}
+    if only is None:
+        return {r: settled(t) for r, t in terms.items()}
+    return {r: t.kept if isinstance(t, Gated) else t for r, t in terms.items() if name_of(r) == only}
 
 
 def _no_lora(model: nn.Module, name: str, terms: dict[str, Expr]) -> list[WeftError]:

@@ -1,0 +1,67 @@
+"""Put another PEFT LoRA into the terms that a model has, by writing their numbers: shapes stay, so a compiled model stays compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weft.error import ConflictError, OptionError, WeftError, raise_all
+from weft.expr import Expr, LowRank, terms_of
+from weft.expr.gated import Gated
+from weft.model import expressions, fork
+from weft.store.adapter import attach
+
+
+def hotswap(model: nn.Module, folder: Path | str, *, name: str = "default", unverified_base: bool = False) -> list[str]:
+    """Write an adapter's numbers over those of the model's adapter `name`, in place; returns the new one's sites.
+
+    A smaller rank is filled up with zeros, the scale goes into B; sites that the new one has not are zero from now on, and so is
+    what the old one had started with.
+    Errors, the model being as it was: those of `attach`; OptionError for a name that no term has; ConflictError, site by
+    site, for a rank above the term's, for a site without such a term, and for terms that are no LoRA.
+    """
+    role, fresh = f"adapter:{name}", f"adapter:{name}-new"
+    slots = {n: _bare(t) for n, e in expressions(model).items() if (t := terms_of(e).get(role)) is not None}
+    if not slots:
+        want, fix = "an adapter of the model", "weft.attach it, or see weft.adapters(model)"
+        raise OptionError("there is no such adapter to replace", where="name", got=name, want=want, fix=fix)
+    beside = fork(model)
+    sites = attach(beside, folder, name=f"{name}-new", unverified_base=unverified_base)
+    given = {n: terms_of(expressions(beside)[n])[fresh] for n in sites}
+    raise_all([p for n in dict.fromkeys([*slots, *given]) if (p := _misfit(n, slots.get(n), given.get(n)))])
+    starts = [terms_of(e).get(f"{role}-start") for e in expressions(model).values()]
+    with torch.no_grad():
+        for start in (_bare(t) for t in starts if t is not None):
+            assert isinstance(start, LowRank)
+            start.b.zero_()
+        for site, slot in slots.items():
+            new = given.get(site)
+            assert isinstance(slot, LowRank) and (new is None or isinstance(new, LowRank))
+            slot.a.zero_()
+            slot.b.zero_()
+            if new is not None:
+                r = new.a.shape[0]
+                slot.a[:r].copy_(new.a)
+                slot.b[:, :r].copy_(
+                    new.b.to(torch.promote_types(new.b.dtype, torch.float32)) * (new.scale / slot.scale)
+                )
+    return sites
+
+
+def _bare(term: Expr) -> Expr:
+    return term.kept if isinstance(term, Gated) else term
+
+
+def _misfit(site: str, slot: Expr | None, new: Expr | None) -> WeftError | None:
+    """Why these numbers do not go there."""
+    what, fix = "this adapter cannot be replaced in place", "delete it (weft.delete_adapter), then attach the new one"
+    if slot is None:
+        return ConflictError(what, where=site, got="no term of that name", want="a term", fix=fix)
+    if not isinstance(slot, LowRank) or slot.scale == 0:
+        return ConflictError(what, where=site, got=slot.describe(), want="a LowRank term", fix=fix)
+    if isinstance(new, LowRank) and new.a.shape[0] > slot.a.shape[0]:
+        got, want = f"rank {new.a.shape[0]}", f"at most {slot.a.shape[0]}, the term's"
+        return ConflictError(what, where=site, got=got, want=want, fix=fix)
+    return None

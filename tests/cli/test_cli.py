@@ -82,7 +82,7 @@ def test_importing_weft_imports_nothing() -> None:
 def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
-    core += ["verify", "cache", "attach", "run", "realism"]
+    core += ["verify", "cache", "attach", "adapters", "run", "realism"]
     for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "merge", "probe"))]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
@@ -481,3 +481,16 @@ def test_what_fails_before_the_command_has_no_traceback_either(error: str) -> No
     made = shell(code)
     assert made.returncode == (130 if "Keyboard" in error else 1)
     assert "Traceback" not in made.stderr and len(made.stderr.splitlines()) == 1
+
+
+def test_adapters_are_listed_and_chosen(model: Path, tmp_path: Path) -> None:
+    woven = weft.load(model)
+    for name in ("a", "b"):
+        weft.apply(woven, "lora", name=name, rank=2)
+    weft.save(woven, tmp_path / "two")
+    made = weft_("adapters", str(tmp_path / "two"), "--on", "b=0.5", "--out", str(tmp_path / "b"))
+    assert made.exit_code == 0 and str(tmp_path / "b") in made.stdout
+    rows = json.loads(weft_("adapters", str(tmp_path / "b"), "--json").stdout)
+    assert [(r["adapter"], r["strength"], r["places"]) for r in rows] == [("a", 0.0, 14), ("b", 0.5, 14)]
+    for wrong in (["--on", "b"], ["--on", "b=x", "--out", "o"], ["--on", "c", "--out", "o"]):
+        assert weft_("adapters", str(tmp_path / "two"), *wrong).exit_code == 2

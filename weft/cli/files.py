@@ -12,6 +12,7 @@ from weft.cli.commands import AsJson, CacheFolder, ModelName, Out, Quiet, Replac
 from weft.cli.guard import BAD_INPUT, say
 from weft.cli.methods import changed
 from weft.cli.output import emit
+from weft.error import OptionError
 
 
 def verify(
@@ -86,6 +87,53 @@ def attach(
         typer.echo(f"{name}: {len(sites)} sites; saved in {out}")
 
 
+def adapters(
+    model: ModelName,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let this adapter take part, and only those named so; repeatable.", metavar="NAME[=STRENGTH]"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model with these active.")] = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List a model's adapters; with --on and --out, choose which take part and save that."""
+    import weft
+
+    if (on is None) != (out is None):
+        got, want = ("--on without --out", "both") if out is None else ("--out without --on", "both, or none")
+        raise OptionError("nothing to save", where="weft adapters", got=got, want=want, fix="give both, or none")
+    chosen = dict(map(_strength, on or ()))
+    woven = load(model, quiet)
+    if on is not None and out is not None:
+        weft.activate(woven, chosen)
+        weft.save(woven, out, replace=replace, progress=bars(quiet))
+    rows = [
+        {
+            "adapter": a.name,
+            "strength": a.strength,
+            "kind": ", ".join(a.kinds),
+            "places": len(a.places),
+            "bytes": a.bytes,
+        }
+        for a in weft.adapters(woven).values()
+    ]
+    emit(rows, as_json=as_json, quiet=quiet, foot=f"saved in {out}" if out is not None else "")
+
+
+def _strength(text: str) -> tuple[str, float]:
+    """NAME or NAME=STRENGTH."""
+    name, _, strength = text.partition("=")
+    try:
+        return name, float(strength or 1)
+    except ValueError:
+        want, fix = "NAME or NAME=NUMBER", "give a number"
+        raise OptionError("this is no strength", where="--on", got=text, want=want, fix=fix) from None
+
+
 def run(
     recipe: Annotated[Path, typer.Argument(help="A file of steps: YAML or JSON.")],
     model: ModelName,
@@ -142,4 +190,4 @@ def import_(
     emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} mended; saved in {out}")
 
 
-ALL = (verify, cache, attach, run, import_)
+ALL = (verify, cache, attach, adapters, run, import_)

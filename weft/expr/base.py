@@ -282,5 +282,16 @@ def identity(t: Tensor) -> object:
     return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
+def written(model: nn.Module) -> set[int]:
+    """The ids of the tensors that nodes write while they run."""
+    return {id(getattr(node, name)) for node in model.modules() if isinstance(node, Expr) for name in node.written}
+
+
+def own(t: Tensor, apart: set[int]) -> nn.Parameter:
+    """What a fork has of a tensor: the same storage, or a copy if it is trained or among these."""
+    held = t.detach().clone() if t.requires_grad or id(t) in apart else t.detach()
+    return nn.Parameter(held, requires_grad=t.requires_grad)
+
+
 def _joined(*parts: Expr) -> Expr:
     return type(parts[0]).join(parts)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, ShapeError, WeftError
-from weft.expr.base import NODES, Expr, Promises, identity, tensors
+from weft.expr.base import NODES, Expr, Promises, identity, own, tensors, written
 from weft.expr.derived import Derived
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
@@ -247,17 +247,6 @@ def fork(expr: Expr) -> Expr:
     same = {id(t): own(t, apart) for t in tensors(expr).values()}  # what the tree holds twice stays one
     held = {k: same[id(t)] for k, t in tensors(expr).items()}
     return build(spec(expr), held.__getitem__)
-
-
-def written(model: nn.Module) -> set[int]:
-    """The ids of the tensors that nodes write while they run."""
-    return {id(getattr(node, name)) for node in model.modules() if isinstance(node, Expr) for name in node.written}
-
-
-def own(t: Tensor, apart: set[int]) -> nn.Parameter:
-    """What a fork has of a tensor: the same storage, or a copy if it is trained or among these."""
-    held = t.detach().clone() if t.requires_grad or id(t) in apart else t.detach()
-    return nn.Parameter(held, requires_grad=t.requires_grad)
 
 
 def unfrozen(expr: Expr) -> Dense:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, ShapeError, raise_all
 from weft.expr import Dense, Expr, spec, tensors, valueless
-from weft.expr.tree import own, written
+from weft.expr.base import own, written
 from weft.model.branch import branch_spec, branch_tensors, branches, inside_branches, refuse_branches, unbranch
 from weft.model.devices import device_of, on
 from weft.model.experts import put_together, take_apart

@@ -205,3 +205,30 @@ def test_every_start_is_tried() -> None:
     """This file knows them all."""
     options = get("lora").options.model_json_schema()["properties"]["init"]["enum"]
     assert set(options) == {"zero", "eva", *TAKEN, *REPAIRED}
+
+
+def test_block_lora_is_what_its_blocks_become() -> None:
+    """Trained by Adam, one stored block times their number goes where separate blocks with one A do: all blocks stay equal."""
+    g = group(rows=(24,))
+    mine = pair(after(g, ("block_lora", {"rank": 3, "blocks": 4}))[0])
+    apart, down = [nn.Parameter(torch.zeros(24, 3)) for _ in range(4)], nn.Parameter(mine.a.detach().clone())
+    x, goal = features(32, 1)[:20], torch.randn(20, 24, generator=torch.Generator().manual_seed(0))
+    moves = [torch.optim.Adam(list(ps), lr=0.01) for ps in ((mine.b, mine.a), (*apart, down))]
+    for _ in range(30):
+        for move, delta in zip(moves, (mine.dense(), torch.stack(apart).sum(0) @ down), strict=True):
+            move.zero_grad()
+            (x @ delta.T - goal).square().mean().backward()
+            move.step()
+    assert all(torch.equal(b, apart[0]) for b in apart)
+    torch.testing.assert_close(mine.dense().detach(), (torch.stack(apart).sum(0) @ down).detach(), rtol=1e-3, atol=1e-4)
+    assert float(mine.dense().detach().abs().max()) > 0.1
+
+
+def test_block_lora_is_lora_with_another_scale() -> None:
+    """alpha = blocks: the same node, but for what A is drawn from."""
+    g = group("quantized", (24,))
+    ours, plain = (
+        after(g, step)[0] for step in (("block_lora", {"rank": 3, "blocks": 4}), ("lora", {"rank": 3, "alpha": 4.0}))
+    )
+    assert pair(ours).scale == pair(plain).scale == 4 and pair(ours).a.shape == pair(plain).a.shape
+    assert not bool(pair(ours).b.any())

@@ -122,7 +122,7 @@ class Method:
 
     def asks(self, options: Mapping[str, Any]) -> frozenset[Need]:
         """The evidence that it needs with these options: always, and for the values that they have."""
-        return self.needs | {a.need for name, a in self.asked() if options[name] in a.values}
+        return self.needs.union(a.need for name, a in self.asked() if options[name] in a.values)
 
     def asked(self) -> list[tuple[str, Asks]]:
         """The options of which some values need evidence."""

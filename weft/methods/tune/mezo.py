@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -50,7 +50,7 @@ class _MeZO(torch.optim.Optimizer):
         return (above + below) / 2
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = self.measure(closure) if closure is not None else None
         self._shift(-self.param_groups[0]["lr"] * self.slope)
         self.param_groups[0]["done"] += 1

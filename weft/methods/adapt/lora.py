@@ -23,7 +23,7 @@ TAKEN = ("pissa", "olora", "corda", "corda_last")
 """Starts that a frozen term takes away again."""
 
 
-@method(kind="rewrite", paper="2106.09685")
+@method(kind="rewrite", rows="P057", paper="2106.09685")
 def lora(
     g: Group,
     *,
@@ -57,9 +57,10 @@ def lora(
     U S Vᵀ C⁻¹ of the r largest singular values of W C = U S Vᵀ, C = E[x xᵀ], to go on from what the data uses, and corda_last with
     the r smallest, to keep it; olora (arXiv 2406.01775) with the first r columns and rows of W = Q R as B and A. A frozen term
     `adapter:NAME-start` takes it away again, so that the base stays as it is, packed or not; both are a LoRA of rank 2 r for other tools.
-    loftq (arXiv 2310.08659) changes the base, and starts nearer to the pretrained W0: s B A is the best rank-r approximation of W0 less the
-    base, the base is rounded anew on its grid to W0 - s B A, and so on while the error falls. lq (arXiv 2311.12023) weighs the error
-    of s B A by E[x xᵀ] and the weights of the rows. A base without a grid stays; one that lost nothing starts as by zero.
+    loftq (arXiv 2310.08659) changes the base, and starts nearer to the pretrained W0: s B A is the best rank-r approximation of W0 less
+    the base, the base is rounded anew on its grid to W0 - s B A, by turns while the error falls, five at most. lq (arXiv 2311.12023)
+    weighs the error by E[x xᵀ] and the weights of the rows, but for rounding. A base without a grid stays; one that lost nothing starts
+    as by zero.
     magnitude (DoRA, arXiv 2402.09353): the value is g[i] v[i] / ||v[i]|| of rows v of the base with the adapter; g = ||v|| is trained too.
 
     Departures: s is 1 unless told, and its place the learning rate (LoRA; rsLoRA, arXiv 2312.03732); ranks are the same everywhere (EVA);

@@ -23,7 +23,7 @@ def allora(
     lr: float,
     *,
     most: Annotated[
-        float, Field(gt=0, le=1e4, description="rate of a row that adds nothing yet, over that of all others")
+        float, Field(gt=0, le=1e4, description="rate of a row of B that adds nothing yet, over that of A")
     ] = 10.0,
 ) -> torch.optim.Optimizer:
     """Move row i of B, in every low-rank term B A, at 1 / sqrt(||(B A)_i|| + 1 / most²) times the rate: fast off zero, then slower.

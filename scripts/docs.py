@@ -82,6 +82,7 @@ def facts(method: Method) -> str:
         made.append(f"takes {method.members or 'any number of'} models")
     elif method.needs:
         made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
+    made += [f"{option} {', '.join(sorted(a.values))} need calibration data ({a.need})" for option, a in method.asked()]
     if method.per == "input":
         made.append("solves the weights that read one input together")
     if method.on:

@@ -151,7 +151,7 @@ def apply(
         with bars.bar(method, count) as done:
             return Changes(*transports.run(model, step, at=at, stats=stats, seed=seed, done=done))
     sites = engine.reach(model, method, at)
-    stats = _evidence(model, data, tokens, seed, cache, bars) if chosen.needs else None
+    stats = _evidence(model, data, tokens, seed, cache, bars) if step.needs else None
     with bars.bar(method, len(sites)) as done:
         return Changes(*engine.apply(model, (step,), at=sites, stats=stats, seed=seed, step=done))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 3, "alpha": 5.0, "scaling": "rank"},
     "root": {"rank": 3, "alpha": 5.0, "scaling": "root"},
     "pissa": {"rank": 3, "init": "pissa", "alpha": 2.0},
+    "olora": {"rank": 3, "init": "olora", "scaling": "rank"},
     "magnitude": {"rank": 3, "magnitude": True},
     "all": {"rank": 3, "alpha": 4.0, "scaling": "root", "init": "pissa", "magnitude": True},
 }
@@ -60,7 +62,7 @@ def test_it_starts_where_the_weight_is(folder: MODELS, case: str, base: str) -> 
     model = adapted(place, OPTIONS[case], base=base)
     before, after = values(plain), values(model)
     for name in before:
-        if OPTIONS[case].get("init") == "pissa":
+        if "init" in OPTIONS[case]:
             torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6 * float(before[name].abs().max()))
         else:
             assert torch.equal(after[name], before[name])
@@ -110,10 +112,18 @@ def test_a_magnitude_is_trained_apart_from_the_direction(folder: MODELS) -> None
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+def texts(place: Path) -> str:
+    """A file to collect evidence from."""
+    made = [f"the {a} {b} on the {c} mat ." for a in ("cat", "dog", "bird") for b in ("sat", "saw") for c in "abcdefgh"]
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in made))
+    return str(place / "texts.jsonl")
+
+
+@pytest.mark.parametrize("case", [*OPTIONS, "eva", "corda", "loftq", "lq"])
 def test_it_is_saved_and_merged(folder: MODELS, tmp_path: Path, case: str) -> None:
     """Bit for bit when loaded; merged dense it is one matrix, merged onto the grid one rounding of the same grid."""
-    model = moved(adapted(folder(), OPTIONS[case], base="rtn"))
+    options = OPTIONS.get(case, {"rank": 3, "init": case, "data": texts(tmp_path), "cache": tmp_path / "cache"})
+    model = moved(adapted(folder(), options, base="rtn"))
     weft.save(model, tmp_path / "saved")
     back = weft.load(tmp_path / "saved")
     assert torch.equal(logits(back), logits(model))
@@ -126,7 +136,7 @@ def test_it_is_saved_and_merged(folder: MODELS, tmp_path: Path, case: str) -> No
     torch.testing.assert_close(values(model)[SITE].float(), want[SITE].float(), rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["rank", "root", "pissa"])
+@pytest.mark.parametrize("case", ["rank", "root", "pissa", "olora"])
 def test_peft_reads_it(folder: MODELS, tmp_path: Path, case: str) -> None:
     """As an ordinary LoRA: alpha from the scale, and twice the rank for what started from singular directions."""
     peft = pytest.importorskip("peft")

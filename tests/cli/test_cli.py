@@ -245,6 +245,27 @@ def test_train_takes_an_optimizer_with_its_options(model: Path, texts: Path, tmp
         assert made.exit_code == 2 and said in made.output
 
 
+def test_train_collects_what_a_start_has_to_know(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Evidence of the training data, for a start that asks for it and for no other."""
+    for init, collected in (("pissa", False), ("eva", True)):
+        cache = tmp_path / init
+        how = [
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--length",
+            "32",
+            "--cache",
+            str(cache),
+            "--out",
+            str(tmp_path / f"o-{init}"),
+        ]
+        made = weft_("train", str(model), "--data", str(texts), "--rank", "2", "--init", init, *how, "-q")
+        assert made.exit_code == 0, made.output
+        assert (cache / "evidence").exists() == collected
+
+
 @pytest.mark.parametrize("method", ["full", "layernorm", "ia3"])
 def test_train_makes_trainable_what_is_asked_for(method: str, model: Path, texts: Path, tmp_path: Path) -> None:
     """The result differs from the original in just that; options of another method are refused."""

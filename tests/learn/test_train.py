@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weft.engine import optimizers
 from weft.engine.run import Step, apply
 from weft.error import FormatError, OptionError, WeftError
 from weft.learn.data import IGNORE, Chat, Pair, Response, Text
@@ -112,6 +113,37 @@ def test_a_resumed_run_is_the_straight_run(kind: str, tiny: Any, words: Any, tmp
     again = adapted(tiny, kind)
     train(again, data, out=tmp_path / "b", **options)
     assert same(result(again), result(straight))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_resumed_run_by_losses_alone_is_the_straight_run(kind: str, tiny: Any, words: Any, tmp_path: Path) -> None:
+    """With micro-batches and dropout, to the bit; and no tensor ever has a gradient."""
+    data, options = (
+        (PAIRS if kind == "bert" else TEXTS),
+        {"tokenizer": words, "steps": 7, "batch": 4, "micro_batch": 2, "length": 32, "save_every": 2},
+    )
+    models = [adapted(tiny, kind) for _ in range(3)]
+    for model in models:
+        for p in trainable(model).values():
+            p.register_hook(lambda grad: pytest.fail("a gradient was made"))
+    moves: dict[str, Any] = {"optimizer": optimizers.named("mezo")}
+    before = result(models[0])
+    train(models[0], data, out=tmp_path / "a", **options, **moves)
+    with pytest.raises(KeyboardInterrupt):
+        train(models[1], data, out=tmp_path / "b", progress=Until(5), **options, **moves)
+    train(models[2], data, out=tmp_path / "b", **options, **moves)
+    assert same(result(models[2]), result(models[0])) and not same(before, result(models[0]))
+
+
+def test_by_losses_alone_micro_batches_change_nothing(tiny: Any, words: Any) -> None:
+    """The same losses and tensors, but for rounding."""
+    one, many = adapted(tiny), adapted(tiny)
+    options: dict[str, Any] = {"tokenizer": words, "steps": 4, "batch": 4, "optimizer": optimizers.named("mezo")}
+    whole = train(one, TEXTS, **options)
+    parts = train(many, TEXTS, micro_batch=1, **options)
+    assert [x for _, x in parts.losses] == pytest.approx([x for _, x in whole.losses], rel=1e-5)
+    for n, t in result(one).items():
+        assert torch.allclose(result(many)[n], t, rtol=0, atol=1e-4)
 
 
 def test_the_checkpoint_folder_changes_nothing(tiny: Any, words: Any, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def _train(
     learned = examples(data, "train", settings.seed)  # bad data shows before the model is loaded
     scored = examples(held_out, "test", settings.seed) if held_out else None
     woven = load(model, quiet)
-    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **options).fallbacks:
+    of: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
+    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **of, **options).fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
     about = key(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from weft.engine.run import Change
 from weft.error import ConflictError, OptionError, WeftError, raise_all
-from weft.expr import Dense, Expr, Product, Promises, Quantized, Sum, stack, terms_of, valueless
+from weft.expr import Dense, Expr, Product, Promises, Sum, stack, terms_of, valueless
 from weft.expr.weightnorm import WeightNorm
-from weft.linalg.grids import Fitted, grouped, nearest, search
-from weft.linalg.sparse import compact
+from weft.linalg.sparse import grid_of, onto
 from weft.model import expressions, match, places, set_expressions
 
 To = Literal["dense", "bf16", "grid"]
@@ -86,12 +84,12 @@ def regrid(expr: Expr) -> Expr:
     """
     if problem := _refusal("expression", expr):
         raise problem
-    return stack([_onto(_base(part), part.dense().detach().float()) for part in expr.slices()])
+    return stack([onto(_base(part), part.dense().detach().float()) for part in expr.slices()])
 
 
 def _refusal(name: str, expr: Expr) -> WeftError | None:
     base = _base(expr)
-    if _grid_of(base) is not None:
+    if grid_of(base) is not None:
         return None
     return ConflictError(
         "this weight cannot be merged onto a grid",
@@ -105,43 +103,6 @@ def _refusal(name: str, expr: Expr) -> WeftError | None:
 def _base(expr: Expr) -> Expr:
     """The base term, of a weight with a magnitude that of its direction."""
     return _base(expr.v) if isinstance(expr, WeightNorm) else terms_of(expr).get("base", expr)
-
-
-def _grid_of(base: Expr) -> Quantized | None:
-    """The quantized leaf of a base term: itself, or what a sparse one keeps."""
-    kept = getattr(base, "kept", None)
-    return _grid_of(kept) if isinstance(kept, Expr) else base if isinstance(base, Quantized) else None
-
-
-def _onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
-    kept, mask = getattr(base, "kept", None), base.mask()
-    if isinstance(kept, Expr) and mask is not None:
-        return base.rebuild(kept=_onto(kept, compact(value, mask)))
-    grid = cast(Quantized, base)  # `_refusal` has seen to it
-    fit = _fit(grid, value)
-    return fit.encode(nearest(value, fit))
-
-
-def _fit(base: Quantized, value: Float[Tensor, "m n"]) -> Fitted:
-    """For every group the grid it has or the best new one, whichever is nearer to the value."""
-    zeros = base.zeros()
-    points = zeros.to(torch.uint8) if isinstance(zeros, Tensor) else None
-    held = Fitted(base.grid, base.group, base.scales(), points, base.scale, base.divisor())
-    ones = torch.ones_like(value[:1])
-    made = search(value, ones, base.grid, base.group, base.symmetric, scale=base.scale, like=held)
-    stays = _miss(value, held) <= _miss(value, made)
-
-    def choose(read: Callable[[Fitted], Tensor]) -> Tensor:
-        return torch.where(stays, read(held), read(made))
-
-    zero = None if base.symmetric else choose(lambda f: f.zero()).to(torch.uint8)
-    return replace(held, scales=choose(lambda f: f.scales), zeros=zero)
-
-
-def _miss(value: Float[Tensor, "m n"], fit: Fitted) -> Float[Tensor, "m g"]:
-    """The squared rounding error of each group."""
-    rounded = fit.encode(nearest(value, fit)).dense()
-    return grouped(rounded - value, fit.group).square().sum(-1)
 
 
 def _record(name: str, before: Expr, after: Expr) -> Merged:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,14 @@ class Beats:
     start: str | None = None
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     start_options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Evidence that some values of an option need; it stands in the option's `Annotated`."""
+
+    need: Need
+    values: frozenset[Any]
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,14 @@ class Method:
                 want="; ".join(f"{k}: {v}" for k, v in bad.items()),
                 fix=f"options: {', '.join(self.options.model_fields) or 'none'} (weft {self.name} --help)",
             ) from None
+
+    def asks(self, options: Mapping[str, Any]) -> frozenset[Need]:
+        """The evidence that it needs with these options: always, and for the values that they have."""
+        return self.needs.union(a.need for name, a in self.asked() if options[name] in a.values)
+
+    def asked(self) -> list[tuple[str, Asks]]:
+        """The options of which some values need evidence."""
+        return [(n, a) for n, f in self.options.model_fields.items() for a in f.metadata if isinstance(a, Asks)]
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         """Run the function with checked options. Errors: OptionError; NumericError naming the site where a rewrite or merge broke down."""
@@ -201,7 +217,7 @@ def method(
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
     rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence; of a search
-    with any, what it asks of the bench, its fourth argument.
+    with any, what it asks of the bench, its fourth argument. What only some values of an option need stands with it (`Asks`).
     per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
     standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.

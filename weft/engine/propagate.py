@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.engine.registry import get
 from weft.engine.run import Chain, group_of, groups, run
 from weft.error import WeftError
 from weft.expr import Expr, build, spec, tensors
@@ -43,7 +42,7 @@ def propagate(
     """
     names = list(chains)
     log = _Journal(journal, model)
-    if not any(get(s.method).needs for chain in chains.values() for s in chain):
+    if not any(s.needs for chain in chains.values() for s in chain):
         log.stage("all", lambda: _rewrite(model, groups(model, names, stats), chains, stats, seed))
         return log.notes
     stages: dict[int | str, list[tuple[str, ...]]] = {"first": []}

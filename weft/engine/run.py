@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.engine.method import Method
+from weft.engine.method import Method, Need
 from weft.engine.registry import get
 from weft.error import ConflictError, OptionError, raise_all
 from weft.expr import Expr, stack, terms_of, total, valueless
@@ -32,6 +32,11 @@ class Step:
     def of(cls, method: str, **options: Any) -> Step:
         """A step with checked options. Errors: OptionError."""
         return cls(method, tuple(get(method).bind(options).items()))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The evidence that it needs."""
+        return get(self.method).asks(dict(self.options))
 
     def describe(self) -> str:
         """`gptq(bits=4, group=64)`, options that differ from the defaults."""
@@ -92,7 +97,7 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> Group:
             fix="weft methods shows kinds",
         )
     whole = {s.name: terms_of(s.now) for s in group}
-    seen = group if method.whole else group.put([whole[s.name].get("base", s.now) for s in group])
+    seen = group if method.whole else replace(group, sites=tuple(_bare(s, whole[s.name]) for s in group))
     try:
         if method.taps:
             after: Group = method(seen, **options)
@@ -106,7 +111,13 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> Group:
     if method.whole:
         return after
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
-    return after.put([_with(s.now, others, s.name) for s, others in zip(after, rest, strict=True)])
+    made = [_with(s.now, others, s.name) for s, others in zip(after, rest, strict=True)]
+    return replace(after, sites=tuple(replace(s, now=e, beside=None) for s, e in zip(after, made, strict=True)))
+
+
+def _bare(site: Site, terms: Mapping[str, Expr]) -> Site:
+    """A site with its base alone, and what compensates beside it."""
+    return replace(site, now=terms["base"], beside=terms.get("compensation")) if "base" in terms else site
 
 
 def _with(new: Expr, others: Mapping[str, Expr], where: str) -> Expr:
@@ -192,11 +203,11 @@ def apply(
     Errors: those of the methods; OptionError where a method needs evidence and there is none, `at` matches nothing, or the steps
     are for other sites.
     """
-    needs = {n for s in chain for n in get(s.method).needs}
+    needs = {n for s in chain for n in s.needs}
     if needs and stats is None:
         raise OptionError(
             "this method needs calibration data",
-            where=next(s.method for s in chain if get(s.method).needs),
+            where=next(s.method for s in chain if s.needs),
             got="no data",
             want=", ".join(sorted(needs)),
             fix="pass data",

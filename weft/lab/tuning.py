@@ -134,7 +134,7 @@ def _add(trial: Trial, model: nn.Module, step: Step) -> None:
         branches.run(model, step, seed=trial.seed)
         return
     at = "*" if method.on else "all-linear"
-    apply(model, (step,), at=at, stats=trial.stats if method.needs else None, seed=trial.seed)
+    apply(model, (step,), at=at, stats=trial.stats if step.needs else None, seed=trial.seed)
 
 
 def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:

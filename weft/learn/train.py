@@ -58,7 +58,8 @@ def train(
 
     A step's loss is the mean over its targets, however many processes and micro-batches share them. Pairs train an embedding model
     by contrast with all others of the step in the micro-batch. Every step takes `batch` examples, at most all there are.
-    `optimizer` makes what moves them, from their names and the peak rate; AdamW without it.
+    `optimizer` makes what moves them, from their names and the peak rate; AdamW without it. One that has a `measure` is given the
+    loss of each micro-batch, to take as often as it likes, and no gradient.
     With `held_out`, it is scored every `eval_every` steps and after the last, and the model ends with the tensors of the best score.
     With `out`, checkpoints are kept there, and a later call goes on from the last one, bit for bit.
     Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and number of processes.
@@ -92,7 +93,7 @@ def train(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
             optimizers=(moved, None),
         )  # fmt: skip
-        run.loss_of = loss
+        run.loss_of, run.measure = loss, getattr(moved, "measure", None)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         run.remove_callback(transformers.PrinterCallback)
         with (progress or Silent()).bar("tune", steps) as step:

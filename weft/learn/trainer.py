@@ -23,10 +23,10 @@ from weft.store.tensors import read_tensors, write_tensors
 TRAINABLE = "trainable.safetensors"
 Loss = Callable[[nn.Module, Mapping[str, Tensor], Any], Tensor]
 """`(model, batch, targets of the whole step) -> loss`"""
-
-
 Optimizer = Callable[[Mapping[str, nn.Parameter], float], torch.optim.Optimizer]
 """`(trainable tensors by name, peak rate) -> optimizer`"""
+Measure = Callable[[Callable[[], Tensor]], Tensor]
+"""`(loss of a part of the batch, as often as asked) -> loss`: the method `measure` of an optimizer that needs losses and no gradients."""
 
 
 class Trainer(transformers.Trainer):
@@ -48,6 +48,8 @@ class Run(Trainer):
     """One run of `train`: items come in an order of their own, the loss is weft's, held-out batches are scored whole."""
 
     loss_of: Loss
+    measure: Measure | None = None
+    """What takes the losses, of an optimizer that goes by them alone."""
 
     def go(self, checkpoint: str | None) -> None:
         """Train, from a checkpoint on if there is one; from the last step's, take what is there, for one more step would be another run.
@@ -74,6 +76,21 @@ class Run(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.measure is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        here = cast(dict[str, Any], self._prepare_inputs(inputs))
+        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        parts = 1 if whole else self.current_gradient_accumulation_steps
+
+        def loss() -> Tensor:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.compute_loss(model, here, num_items_in_batch=num_items_in_batch)
+            return cast(Tensor, self.accelerator.reduce(found / parts, "mean"))
+
+        return self.measure(loss)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

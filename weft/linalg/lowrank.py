@@ -30,21 +30,34 @@ def roots(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tenso
     return q * root, torch.where(keep, 1 / root.clamp(min=1e-300), 0.0)[:, None] * q.T
 
 
-def whitened(error: Float[Tensor, "m n"], to: Float[Tensor, "n n"], back: Float[Tensor, "n n"], rank: int) -> LowRank:
-    """argmin over rank r of ||(error - B A) R||_F: the truncated SVD of error R, brought back by R⁺."""
-    b, a = _leading(error.double() @ to, rank)
-    return _balanced(b, a @ back)
+def whitened(
+    error: Float[Tensor, "m n"],
+    to: Float[Tensor, "n n"],
+    back: Float[Tensor, "n n"],
+    rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    last: bool = False,
+) -> LowRank:
+    """argmin over rank r of ||(error - B A) R||_F: the truncated SVD of error R, brought back by R⁺.
+
+    `last`: the part of the smallest singular values rather than of the largest.
+    """
+    b, a = _leading(error.double() @ to, rank, last)
+    return _balanced(b, a @ back, dtype)
 
 
-def _leading(x: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """U Σ and Vᵀ of the leading singular values, from eigenvectors of the smaller of x xᵀ and xᵀ x: a full SVD takes
+def _leading(
+    x: Float[Tensor, "m n"], rank: int, last: bool = False
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+    """U Σ and Vᵀ of the leading singular values, or of the last, from eigenvectors of the smaller of x xᵀ and xᵀ x: a full SVD takes
     two to five times as long.
 
-    Squaring loses singular values below 1e-8 of the largest, which are not leading ones.
+    Squaring loses singular values below 1e-8 of the largest: which of such directions is last is then left open.
     """
     wide = x.shape[0] < x.shape[1]
     _, q = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    q = q[:, -min(rank, len(q)) :].flip(1)
+    q = q[:, : min(rank, len(q))] if last else q[:, -min(rank, len(q)) :].flip(1)
     return (q, q.T @ x) if wide else (x @ q, q.T)
 
 

@@ -1,15 +1,17 @@
-"""Quantize the entries that an expression keeps: all of a dense one, the kept ones of a sparse one."""
+"""Quantize the entries that an expression keeps, on a grid of choice or on its own: all of a dense one, the kept ones of a sparse one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
-from weft.expr import Expr, Masked, spread
-from weft.linalg.grids import Fitted
+from weft.expr import Expr, Masked, Quantized, spread
+from weft.linalg.grids import Fitted, grouped, nearest, search
 
 
 def evened(now: Expr) -> Expr:
@@ -56,3 +58,44 @@ def quantize_weighed(now: Expr, weight: Float[Tensor, "n"], round_: Weighed) -> 
     fit, codes = round_(w, v) if mask is None else round_(compact(w, mask), compact(v.expand(w.shape), mask))
     made = fit.encode(codes)
     return made if mask is None else now.rebuild(kept=made)
+
+
+def grid_of(base: Expr) -> Quantized | None:
+    """The quantized leaf of a base term: itself, or what a sparse one keeps."""
+    kept = getattr(base, "kept", None)
+    return grid_of(kept) if isinstance(kept, Expr) else base if isinstance(base, Quantized) else None
+
+
+def onto(base: Expr, value: Float[Tensor, "m n"]) -> Expr:
+    """A value on the grid that `base` has (`grid_of`), with its group and zero pattern: one rounding. A value on the grid stays.
+
+    Each group keeps its scale and zero point or takes newly fitted ones, whichever errs less.
+    """
+    kept, mask = getattr(base, "kept", None), base.mask()
+    if isinstance(kept, Expr) and mask is not None:
+        return base.rebuild(kept=onto(kept, compact(value, mask)))
+    grid = cast(Quantized, base)
+    fit = _fit(grid, value)
+    return fit.encode(nearest(value, fit))
+
+
+def _fit(base: Quantized, value: Float[Tensor, "m n"]) -> Fitted:
+    """For every group the grid it has or the best new one, whichever is nearer to the value."""
+    zeros = base.zeros()
+    points = zeros.to(torch.uint8) if isinstance(zeros, Tensor) else None
+    held = Fitted(base.grid, base.group, base.scales(), points, base.scale, base.divisor())
+    ones = torch.ones_like(value[:1])
+    made = search(value, ones, base.grid, base.group, base.symmetric, scale=base.scale, like=held)
+    stays = _miss(value, held) <= _miss(value, made)
+
+    def choose(read: Callable[[Fitted], Tensor]) -> Tensor:
+        return torch.where(stays, read(held), read(made))
+
+    zero = None if base.symmetric else choose(lambda f: f.zero()).to(torch.uint8)
+    return replace(held, scales=choose(lambda f: f.scales), zeros=zero)
+
+
+def _miss(value: Float[Tensor, "m n"], fit: Fitted) -> Float[Tensor, "m g"]:
+    """The squared rounding error of each group."""
+    rounded = fit.encode(nearest(value, fit)).dense()
+    return grouped(rounded - value, fit.group).square().sum(-1)

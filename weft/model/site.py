@@ -59,6 +59,8 @@ class Site:
     """What its input goes through first; expression, pretrained value and evidence are those behind it."""
     tags: frozenset[str] = frozenset()
     """Of what the method's `on` names, what it is."""
+    beside: Expr | None = None
+    """Where a method is given the base alone, the compensation that stands beside it."""
 
     @property
     def original(self) -> Float[Tensor, "m n"]:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from weft.engine import method
+from weft.linalg.moments import adam
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -36,9 +37,7 @@ def galore(
 
 class _GaLore(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, rank: int, every: int, scale: float) -> None:
-        super().__init__(
-            params, {"lr": lr, "rank": rank, "every": every, "scale": scale, "betas": (0.9, 0.999), "eps": 1e-8}
-        )
+        super().__init__(params, {"lr": lr, "rank": rank, "every": every, "scale": scale})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -50,17 +49,12 @@ class _GaLore(torch.optim.Optimizer):
         return loss
 
     def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        held, (low, high) = self.state[p], group["betas"]
-        done = held["step"] = held.get("step", 0) + 1
+        held = self.state[p]
         small = p.dim() < 2 or min(p.shape[-2:]) <= group["rank"]
         tall = not small and p.shape[-2] > p.shape[-1]
-        if not small and (done - 1) % group["every"] == 0:
+        if not small and held.get("step", 0) % group["every"] == 0:
             held["basis"] = _leading(grad.mT if tall else grad, group["rank"])
-        seen = grad if small else (held["basis"].mT @ (grad.mT if tall else grad))
-        mean, square = (held.setdefault(name, torch.zeros_like(seen)) for name in ("mean", "square"))
-        mean.lerp_(seen, 1 - low)
-        square.mul_(high).addcmul_(seen, seen, value=1 - high)
-        step = mean / (1 - low**done) / (square / (1 - high**done)).sqrt_().add_(group["eps"])
+        step = adam(held, grad if small else (held["basis"].mT @ (grad.mT if tall else grad)))
         if not small:
             step = group["scale"] * held["basis"] @ step
         p.add_(step.mT if tall else step, alpha=-group["lr"])

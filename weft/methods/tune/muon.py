@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from weft.engine import method
+from weft.linalg.moments import adam
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -34,15 +35,17 @@ def muon(
 
 class _Muon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "betas": (0.9, 0.999), "eps": 1e-8})
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    (self._matrix if p.dim() > 1 else self._vector)(p, p.grad, group)
+                if p.grad is not None and p.dim() > 1:
+                    self._matrix(p, p.grad, group)
+                elif p.grad is not None:
+                    p.add_(adam(self.state[p], p.grad), alpha=-group["lr"])
         return loss
 
     def _matrix(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
@@ -50,15 +53,6 @@ class _Muon(torch.optim.Optimizer):
         held.mul_(group["momentum"]).add_(grad)
         turned = orthogonal(grad.add(held, alpha=group["momentum"]).float())
         p.add_(turned.to(p.dtype), alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
-
-    def _vector(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        held, (low, high) = self.state[p], group["betas"]
-        held["step"] = held.get("step", 0) + 1
-        mean, square = (held.setdefault(name, torch.zeros_like(p)) for name in ("mean", "square"))
-        mean.lerp_(grad, 1 - low)
-        square.mul_(high).addcmul_(grad, grad, value=1 - high)
-        size = (square / (1 - high ** held["step"])).sqrt_().add_(group["eps"])
-        p.addcdiv_(mean, size, value=-group["lr"] / (1 - low ** held["step"]))
 
 
 def orthogonal(x: Float[Tensor, "*e m n"]) -> Float[Tensor, "*e m n"]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from weft.engine import get, names
 from weft.engine.run import Step, apply
-from weft.error import ConflictError, NumericError, OptionError
+from weft.error import ConflictError, NumericError, OptionError, WeftError
 from weft.lab import claims, known, probing, prove, realism, specimens, trial, tuning, verdicts
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
@@ -377,6 +377,18 @@ def test_claims_are_shared_among_processes() -> None:
     assert dict(prove._each("x", paths, os.path.dirname, None, 2, None)) == {"a/b": "a", "c/d": "c"}
     with pytest.raises(FileNotFoundError):
         dict(prove._each("x", ["/no/such", "/nor/this"], pytest.fail, os.stat, 2, None))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_claim_that_cannot_be_tried_stops_no_other(jobs: int) -> None:
+    made, seen = (
+        prove._each("x", ["rtn", "no_method", "gptq"], get, get if jobs == 2 else None, jobs, None),
+        dict[str, Any](),
+    )
+    with pytest.raises(WeftError, match="no_method"):
+        for name, step in made:
+            seen[name] = step.method  # type: ignore[attr-defined]
+    assert seen == {"rtn": "rtn", "gptq": "gptq"}
 
 
 def test_claims_can_be_about_some_sites(lab: Lab) -> None:

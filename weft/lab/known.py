@@ -70,7 +70,7 @@ KNOWN: dict[str, Known] = {
         "factor", "rank 32 restores more than rank 8", _after_rtn("svd_residual", rank=32), _after_rtn("svd_residual", rank=8)
     ),
     "full": _gains(
-        "adapt", "LoRA of rank 64 gains at least 80 % of what full fine-tuning gains", [("lora", {"rank": 64})], [("full", {})], share=0.8
+        "adapt", "LoRA of rank 256 gains at least 80 % of what full fine-tuning gains", [("lora", {"rank": 256})], [("full", {})], share=0.8
     ),
     "soup": Known(
         "merge",

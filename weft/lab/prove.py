@@ -16,7 +16,7 @@ import torch
 from weft.engine import Method, get
 from weft.engine import names as method_names
 from weft.engine.run import code_version
-from weft.error import OptionError
+from weft.error import OptionError, WeftError, raise_all
 from weft.lab import known
 from weft.lab.claims import SEEDS, Claim, Lab, installed
 from weft.lab.realism import Specimen, card
@@ -90,24 +90,37 @@ def _each(
     jobs: int,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Claim]]:
-    """Every claim as it is tried: in this process, one after another, or in several that share the cores."""
+    """Every claim as it is tried: in this process, one after another, or in several that share the cores.
+
+    One that cannot be tried stops no other; its WeftError comes at the end, with those of all such.
+    """
+    problems: list[WeftError] = []
     with (progress or Silent()).bar(label, len(names)) as step:
-        if apart is None or min(jobs, len(names)) < 2:
-            for name in names:
-                yield name, here(name)
-                step(1)
-            return
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (threads,)) as pool:
-            work = {pool.submit(apart, name): name for name in names}
+        for name, try_it in _tried(names, here, apart, jobs):
             try:
-                for done in as_completed(work):
-                    yield work[done], done.result()
-                    step(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                yield name, try_it()
+            except WeftError as e:
+                problems.append(e)
+            step(1)
+    raise_all(problems)
+
+
+def _tried(
+    names: Sequence[str], here: Callable[[str], Claim], apart: Callable[[str], Claim] | None, jobs: int
+) -> Iterator[tuple[str, Callable[[], Claim]]]:
+    """Every claim, as soon as its result can be had."""
+    if apart is None or min(jobs, len(names)) < 2:
+        yield from ((name, partial(here, name)) for name in names)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (threads,)) as pool:
+        work = {pool.submit(apart, name): name for name in names}
+        try:
+            yield from ((work[done], done.result) for done in as_completed(work))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _file(m: Method, name: str, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:

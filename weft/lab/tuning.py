@@ -24,8 +24,8 @@ RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 STEPS = 24
 BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
-TOKENS = 128
-"""Tokens of a training window."""
+TOKENS, WORDS = 128, 64
+"""Tokens of a training window, and of either text of a pair."""
 PAGE = 1024
 """Characters of a document that are trained and tested on."""
 SNIPPET = 160
@@ -96,7 +96,7 @@ def _task(trial: Trial) -> tasks.Task:
 def recipe(trial: Trial) -> list[Any]:
     """What a tuned arm depends on besides its chain."""
     task = _task(trial)
-    return [STEPS, BATCH, PAIRS, TOKENS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
+    return [STEPS, BATCH, PAIRS, TOKENS, WORDS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
 
 
 def selected(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> float:
@@ -118,7 +118,7 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
             _add(trial, model, step)
     how: dict[str, Any] = {
         "batch": PAIRS if trial.subject.embeds else BATCH,
-        "length": TOKENS,
+        "length": WORDS if trial.subject.embeds else TOKENS,
         "lr": rate,
         "seed": trial.seed,
         "optimizer": moves[-1] if moves else None,

@@ -126,7 +126,7 @@ def blocks(m: int, n: int, g: Rng, kept: Callable[..., Expr] = dense) -> Expr:
 
 
 def basis(m: int, n: int, g: Rng, kind: str = "random") -> Expr:
-    return Basis(randn(g, 6), kind, 3, m, n)
+    return Basis(randn(g, 6), kind, 3, m, n, 0.5)
 
 
 def permutation(m: int, n: int, g: Rng) -> Expr:
@@ -219,6 +219,7 @@ EXPRS: dict[str, Maker] = {
     "basis-random": basis,
     "basis-cosine": lambda m, n, g: basis(m, n, g, "cosine"),
     "basis-fourier": lambda m, n, g: basis(m, n, g, "fourier"),
+    "basis-fastfood": lambda m, n, g: basis(m, n, g, "fastfood"),
     "basis-vera": vera,
     "permutation": permutation,
     "permutation-side": lambda m, n, g: Product(quantized(m, n, g), permutation(m, n, g)),

@@ -295,7 +295,10 @@ def begun(first: str) -> tuple[Group, Group]:
 def test_pairs(first: str, second: str) -> None:
     """Every rewrite runs after every other, from a weight with an adapter, and loses neither adapters nor shape."""
     g, once = begun(first)
-    one, two = (first, brief(first)), (second, brief(second) | ({"name": "second"} if second == "lora" else {}))
+    one, two = (
+        (first, brief(first)),
+        (second, brief(second) | ({"name": "second"} if "name" in get(second).options.model_fields else {})),
+    )
     if {first, second} == APART:
         with pytest.raises((ConflictError, OptionError), match="turn"):
             reached(g, one, two)

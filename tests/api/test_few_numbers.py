@@ -20,6 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 MODELS = Callable[..., Path]
 OPTIONS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 5},
+    "nola": {"rank": 2, "count": 6},
+    "fourierft": {"count": 40},
 }
 SITE = "model.layers.0.self_attn.q_proj.weight"
 
@@ -102,7 +104,9 @@ def matrix(seed: int, m: int, n: int, k: int = 0) -> Tensor:
 
 def close(made: Tensor, want: Tensor) -> None:
     """Equal but for float32 rounding."""
-    torch.testing.assert_close(made.detach().double(), want.double(), rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    torch.testing.assert_close(
+        made.detach().double(), want.double(), rtol=1e-5, atol=1e-5 * float(want.detach().abs().max())
+    )
 
 
 def test_vera_is_two_scales_of_shared_factors() -> None:
@@ -120,3 +124,35 @@ def test_vera_is_two_scales_of_shared_factors() -> None:
     assert not torch.equal(factors[0], matrix(others[1].seed, 7, 4))
     start = term(get("vera")(site(7, 9), rank=4))
     assert float(tensors(start)["factors.2.d"].mean()) == pytest.approx(0.1) and not bool(start.dense().any())
+
+
+def test_nola_mixes_its_factors_of_random_matrices() -> None:
+    """(Σ b_j B_j) (Σ a_i A_i); the first factor starts at zero, the second as large as that of LoRA."""
+    made = term(moved(get("nola")(site(7, 9), rank=2, count=3)))
+    up, down = (f for f in made.kids() if isinstance(f, Basis))
+    b = sum(float(c) * matrix(up.seed, 7, 2, j) for j, c in enumerate(up.c)) * 3**-0.5
+    a = sum(float(c) * matrix(down.seed, 2, 9, i) for i, c in enumerate(down.c)) * (9 * 3) ** -0.5
+    close(made.dense(), b @ a)
+    start = term(get("nola")(site(40, 60), rank=8, count=300))
+    up, down = (f for f in start.kids() if isinstance(f, Basis))
+    assert not bool(up.c.any()) and 0.8 < float(down.dense().var()) * 60 < 1.25
+
+
+def test_fourierft_is_the_real_part_of_an_inverse_transform() -> None:
+    """alpha ifft2 of a spectrum with a few entries, at places that weights of a shape share."""
+    e = moved(get("fourierft")(site(8, 12), count=5, alpha=3.0))
+    made = term(e)
+    assert isinstance(made, Basis)
+    every = Basis(torch.eye(5).double()[0], "fourier", made.seed, 8, 12)
+    spectrum = torch.zeros(8, 12, dtype=torch.complex128)
+    for k, c in enumerate(made.c.detach().double()):
+        spectrum[place(every.rebuild(c=torch.eye(5).double()[k]).dense())] = complex(c)
+    close(made.dense(), 3 * torch.fft.ifft2(spectrum, norm="ortho").real)
+    twin, other = (term(get("fourierft")(site(8, 12, name), count=5)) for name in ("a", "b"))
+    assert isinstance(twin, Basis) and isinstance(other, Basis) and twin.seed == other.seed
+
+
+def place(wave: Tensor) -> tuple[int, int]:
+    """The one frequency of a wave: of the two that look alike, either."""
+    at = int(torch.fft.fft2(wave).abs().argmax())
+    return at // wave.shape[1], at % wave.shape[1]

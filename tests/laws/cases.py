@@ -40,6 +40,8 @@ from weft.expr import (
     tensors,
     terms_of,
 )  # fmt: skip
+from weft.expr.cayley import Cayley
+from weft.expr.entrywise import Entrywise
 from weft.grid import GRIDS, SCALES, grid
 from weft.linalg.grids import minmax, nearest
 from weft.model.taps import tap_spec, tap_tensors
@@ -213,6 +215,11 @@ EXPRS: dict[str, Maker] = {
     "kronecker": kronecker,
     "kronecker-added": lambda m, n, g: Sum({"base": dense(m, n, g), "adapter:k": kronecker(m, n, g)}),
     "kronecker-product": lambda m, n, g: Product(kronecker(m, 6, g), lowrank(6, n, g)),
+    "entrywise": lambda m, n, g: Entrywise([lowrank(m, n, g), lowrank(m, n, g, rank=1)]),
+    "entrywise-masked": lambda m, n, g: Entrywise([masked(m, n, g), quantized(m, n, g), uneven(m, n, g)]),
+    "entrywise-added": lambda m, n, g: Sum(
+        {"base": quantized(m, n, g), "adapter:e": Entrywise([lowrank(m, n, g), dense(m, n, g, torch.bfloat16)])}
+    ),
     "blocks": blocks,
     "blocks-quantized": lambda m, n, g: blocks(m, n, g, quantized),
     "blocks-scaled": lambda m, n, g: Product(diagonal(m, m, g), blocks(m, n, g)),
@@ -242,7 +249,7 @@ EXPRS: dict[str, Maker] = {
 }
 
 
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, Maker] = {"Cayley": lambda m, n, g: Cayley(0.5 * randn(g, -(-n // 4), 6), 4)}
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""
 
 

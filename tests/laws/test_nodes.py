@@ -47,6 +47,8 @@ from weft.expr import (
     tensors,
     total,
 )
+from weft.expr.cayley import Cayley
+from weft.expr.entrywise import Entrywise
 from weft.grid import GRIDS
 
 from .cases import (
@@ -217,6 +219,19 @@ def turned(e: Hadamard) -> Tensor:
     return torch.block_diag(*[sylvester(e.block)] * (e.n // e.block)) * signs
 
 
+def rotations(e: Cayley) -> Tensor:
+    """(I + Q)(I - Q)⁻¹, block by block, with Q filled in number by number."""
+    made = []
+    for row in e.q.detach().double():
+        q, numbers = torch.zeros(e.block, e.block).double(), iter(row)
+        for i, j in itertools.combinations(range(e.block), 2):
+            q[i, j] = next(numbers)
+            q[j, i] = -q[i, j]
+        unit = torch.eye(e.block).double()
+        made.append((unit + q) @ torch.linalg.inv(unit - q))
+    return torch.block_diag(*made)
+
+
 MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
     Codebook: looked_up,
     SparseDelta: placed,
@@ -226,6 +241,8 @@ MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
     Blocks: lambda e: torch.block_diag(*meaning(e.kept).chunk(e.count)),
     Permutation: lambda e: torch.eye(e.shape[0]).double()[e.order.long()],
     Diagonal: lambda e: torch.diag(e.d.detach().double()),
+    Cayley: rotations,
+    Entrywise: lambda e: torch.stack([meaning(part) for part in e.kids()]).prod(0),
     Dense: lambda e: e.w.detach().double(),
     LowRank: lambda e: e.scale * (e.b.detach().double() @ e.a.detach().double()),
 }

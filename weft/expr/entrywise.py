@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -36,8 +36,11 @@ class Entrywise(Expr):
                 fix="reshape the parts",
             )
 
+    def kids(self) -> Iterator[Expr]:
+        yield from self.parts
+
     def dense(self) -> Float[Tensor, "m n"]:
-        return _multiplied(part.dense() for part in self.kids())
+        return _multiplied([part.dense() for part in self.kids()])
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         if self.frozen():
@@ -45,7 +48,7 @@ class Entrywise(Expr):
         return cast(Tensor, checkpoint(self._plain_product, x, use_reentrant=False, preserve_rng_state=False))
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
-        return _multiplied(part.rows(ids) for part in self.kids())
+        return _multiplied([part.rows(ids) for part in self.kids()])
 
     def promises(self) -> Promises:
         told = [part.promises() for part in self.kids()]
@@ -64,7 +67,7 @@ class Entrywise(Expr):
         return " ⊙ ".join(part.describe() for part in self.kids())
 
 
-def _multiplied(values: Iterable[Tensor]) -> Tensor:
+def _multiplied(values: Sequence[Tensor]) -> Tensor:
     first, *rest = values
     value = first.to(torch.promote_types(first.dtype, torch.float32))
     for other in rest:

@@ -40,6 +40,8 @@ from weft.expr import (
     tensors,
     terms_of,
 )  # fmt: skip
+from weft.expr.cayley import Cayley
+from weft.expr.entrywise import Entrywise
 from weft.expr.gated import Gated
 from weft.grid import GRIDS, SCALES, grid
 from weft.linalg.grids import minmax, nearest
@@ -127,7 +129,7 @@ def blocks(m: int, n: int, g: Rng, kept: Callable[..., Expr] = dense) -> Expr:
 
 
 def basis(m: int, n: int, g: Rng, kind: str = "random") -> Expr:
-    return Basis(randn(g, 6), kind, 3, m, n)
+    return Basis(randn(g, 6), kind, 3, m, n, 0.5)
 
 
 def permutation(m: int, n: int, g: Rng) -> Expr:
@@ -214,12 +216,18 @@ EXPRS: dict[str, Maker] = {
     "kronecker": kronecker,
     "kronecker-added": lambda m, n, g: Sum({"base": dense(m, n, g), "adapter:k": kronecker(m, n, g)}),
     "kronecker-product": lambda m, n, g: Product(kronecker(m, 6, g), lowrank(6, n, g)),
+    "entrywise": lambda m, n, g: Entrywise([lowrank(m, n, g), lowrank(m, n, g, rank=1)]),
+    "entrywise-masked": lambda m, n, g: Entrywise([masked(m, n, g), quantized(m, n, g), uneven(m, n, g)]),
+    "entrywise-added": lambda m, n, g: Sum(
+        {"base": quantized(m, n, g), "adapter:e": Entrywise([lowrank(m, n, g), dense(m, n, g, torch.bfloat16)])}
+    ),
     "blocks": blocks,
     "blocks-quantized": lambda m, n, g: blocks(m, n, g, quantized),
     "blocks-scaled": lambda m, n, g: Product(diagonal(m, m, g), blocks(m, n, g)),
     "basis-random": basis,
     "basis-cosine": lambda m, n, g: basis(m, n, g, "cosine"),
     "basis-fourier": lambda m, n, g: basis(m, n, g, "fourier"),
+    "basis-fastfood": lambda m, n, g: basis(m, n, g, "fastfood"),
     "basis-vera": vera,
     "permutation": permutation,
     "permutation-side": lambda m, n, g: Product(quantized(m, n, g), permutation(m, n, g)),
@@ -242,7 +250,10 @@ EXPRS: dict[str, Maker] = {
 }
 
 
-MAKERS: dict[str, Maker] = {"Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g))}
+MAKERS: dict[str, Maker] = {
+    "Cayley": lambda m, n, g: Cayley(0.5 * randn(g, -(-n // 4), 6), 4),
+    "Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g)),
+}
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""
 
 

@@ -48,6 +48,8 @@ from weft.expr import (
     total,
 )
 from weft.expr.base import written
+from weft.expr.cayley import Cayley
+from weft.expr.entrywise import Entrywise
 from weft.grid import GRIDS
 
 from .cases import (
@@ -171,6 +173,8 @@ def mixed(seed: int, x: int) -> int:
 def generated(e: Basis) -> Tensor:
     """Σ_k c[k] B_k, entry by entry."""
     m, n = e.shape
+    if e.kind == "fastfood":
+        return e.scale * mixed_up(e)
     i, j = torch.arange(m).double()[:, None], torch.arange(n).double()[None]
     order = sorted(range(m * n), key=lambda x: mixed(e.seed, x))
     out = torch.zeros(m, n).double()
@@ -184,15 +188,49 @@ def generated(e: Basis) -> Tensor:
         else:
             wave = 2**0.5 * torch.cos(2 * math.pi * (p * i / m + q * j / n))
         out += c * wave
-    return out
+    return e.scale * out
+
+
+def mixed_up(e: Basis) -> Tensor:
+    """Block after block of √w H G P H S c, with the matrices written out."""
+    width, count = 1 << (len(e.c) - 1).bit_length(), e.m * e.n
+    c = F.pad(e.c.detach().double(), (0, width - len(e.c)))
+    h, blocks = sylvester(width), -(-count // width)
+    made = []
+    for block in range(blocks):
+        places = [block * width + i for i in range(width)]
+        words = torch.tensor([mixed(e.seed, x) >> 40 for x in places]).double()
+        signs = torch.tensor([-1.0 if mixed(e.seed, x) & 1 else 1.0 for x in places]).double()
+        order = sorted(range(width), key=lambda i: mixed(e.seed, blocks * width + places[i]))
+        gains = ((words + 0.5) / 2**24 - 0.5) * 12**0.5
+        made.append(width**0.5 * h @ torch.diag(gains) @ torch.eye(width).double()[order] @ h @ torch.diag(signs) @ c)
+    return torch.cat(made)[:count].view(e.m, e.n)
+
+
+def sylvester(size: int) -> Tensor:
+    """The orthonormal Hadamard matrix, by the parity of common bits."""
+    return (
+        torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]).double() / size**0.5
+    )
 
 
 def turned(e: Hadamard) -> Tensor:
     """Sylvester's matrix by the parity of common bits, on the diagonal, and the signs."""
-    size = e.block
-    h = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]).double() / size**0.5
     signs = torch.tensor([1.0 - 2 * b for b in bits_of(e.signs.tolist(), 1, e.n)]).double()
-    return torch.block_diag(*[h] * (e.n // size)) * signs
+    return torch.block_diag(*[sylvester(e.block)] * (e.n // e.block)) * signs
+
+
+def rotations(e: Cayley) -> Tensor:
+    """(I + Q)(I - Q)⁻¹, block by block, with Q filled in number by number."""
+    made = []
+    for row in e.q.detach().double():
+        q, numbers = torch.zeros(e.block, e.block).double(), iter(row)
+        for i, j in itertools.combinations(range(e.block), 2):
+            q[i, j] = next(numbers)
+            q[j, i] = -q[i, j]
+        unit = torch.eye(e.block).double()
+        made.append((unit + q) @ torch.linalg.inv(unit - q))
+    return torch.block_diag(*made)
 
 
 MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
@@ -204,6 +242,8 @@ MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
     Blocks: lambda e: torch.block_diag(*meaning(e.kept).chunk(e.count)),
     Permutation: lambda e: torch.eye(e.shape[0]).double()[e.order.long()],
     Diagonal: lambda e: torch.diag(e.d.detach().double()),
+    Cayley: rotations,
+    Entrywise: lambda e: torch.stack([meaning(part) for part in e.kids()]).prod(0),
     Dense: lambda e: e.w.detach().double(),
     LowRank: lambda e: e.scale * (e.b.detach().double() @ e.a.detach().double()),
 }

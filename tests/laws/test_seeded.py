@@ -24,7 +24,7 @@ from weft.expr import (
     Quantized,
     SparseDelta,
     Sum,
-    generated,
+    basis,
     kernels,
     tensors,
 )
@@ -134,7 +134,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         on(N.value_is_the_definition, "hadamard"),
     ),
     "a basis from another seed": (
-        lambda: swap(generated, "_hash", lambda seed, x, f=generated._hash: f(seed + 1, x)),
+        lambda: swap(basis, "_hash", lambda seed, x, f=basis._hash: f(seed + 1, x)),
         on(N.value_is_the_definition, "basis-random"),
     ),
     "ties away from zero": (

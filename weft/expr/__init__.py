@@ -7,8 +7,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from weft.expr.base import CHUNK, NODES, Expr, Promises, identity, tensors
+from weft.expr.basis import Basis
 from weft.expr.fields import Field, fields
-from weft.expr.generated import Basis, Hadamard, Permutation, hadamard
+from weft.expr.generated import Hadamard, Permutation, hadamard
 from weft.expr.nodes import Dense, Diagonal, LowRank, Quantized, spread
 from weft.expr.products import product
 from weft.expr.routed import Routed

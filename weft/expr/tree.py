@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, ShapeError, WeftError
 from weft.expr.base import NODES, Expr, Promises, identity, own, tensors, written
+from weft.expr.cayley import Cayley
 from weft.expr.derived import Derived
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
 from weft.expr.nodes import Dense, Diagonal
 from weft.expr.products import CACHED
 
-SIDES = (Diagonal, Permutation, Hadamard)
+SIDES = (Diagonal, Permutation, Hadamard, Cayley)
 """What the normal form has at its sides: cheap on activations, and invertible where no entry is zero."""
 _ROLE = re.compile(r"base|compensation|adapter:[A-Za-z0-9_-]+")
 
@@ -110,15 +111,7 @@ class Product(Expr):
         yield from self.factors
 
     def dense(self) -> Float[Tensor, "m n"]:
-        *rest, last = self.kids()
-        if isinstance(last, Diagonal) and rest:  # a scale of columns
-            *rest, left = rest
-            value = _scaled(left.dense(), last.d)
-        else:
-            value = last.dense()
-        for factor in reversed(rest):
-            value = _times(factor, value)
-        return value
+        return _value(list(self.kids()))
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         for factor in reversed(list(self.kids())):
@@ -139,6 +132,21 @@ class Product(Expr):
 
     def describe(self) -> str:
         return " · ".join(f"({f.describe()})" if isinstance(f, Sum) else f.describe() for f in self.kids())
+
+
+def _value(factors: Sequence[Expr]) -> Float[Tensor, "m n"]:
+    """The value of a product: right to left, but turns of columns last, so that those that do not turn change no bit."""
+    *rest, last = factors
+    if isinstance(last, Cayley) and rest:
+        return last.turned(_value(rest))
+    if isinstance(last, Diagonal) and rest:  # a scale of columns
+        *rest, left = rest
+        value = _scaled(left.dense(), last.d)
+    else:
+        value = last.dense()
+    for factor in reversed(rest):
+        value = _times(factor, value)
+    return value
 
 
 def _times(factor: Expr, value: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:

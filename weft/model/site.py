@@ -196,8 +196,11 @@ class Group:
 
     def rng(self, salt: str) -> torch.Generator:
         """A generator that depends on the seed, the first site's name and `salt` only, never on order."""
-        word = hashlib.blake2b(f"{self.sites[0].seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(word, "little"))
+        return torch.Generator().manual_seed(_word(f"{self.sites[0].seed}/{self.name}/{salt}"))
+
+    def common(self, salt: str) -> int:
+        """A seed that depends on the run's seed and `salt` only: what is generated from it is the same for all sites."""
+        return _word(f"{self.sites[0].seed}//{salt}")
 
     def most(self) -> Float[Tensor, "n"]:
         """The largest |x| of each input feature. Errors: NumericError; OptionError where it was not measured."""
@@ -236,6 +239,10 @@ class Group:
     def put(self, exprs: Sequence[Expr]) -> Group:
         """The same group after a rewrite; evidence and what was derived from it are shared."""
         return replace(self, sites=tuple(replace(s, now=e) for s, e in zip(self.sites, exprs, strict=True)))
+
+
+def _word(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def _turned(site: Site, by: Hadamard) -> Tap:

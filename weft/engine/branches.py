@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weft.engine.registry import get
 from weft.engine.run import Change, Step
 from weft.error import ConflictError, OptionError
-from weft.model import add_branch, must_be_whole, own_keys, places, table_of, trunk
+from weft.model import Branch, add_branch, must_be_whole, own_keys, places, table_of, trunk
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Trunk:
 
     model: nn.Module
     seed: int = 0
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """What was done otherwise than asked: where, and what."""
 
     @property
     def at(self) -> str:
@@ -31,6 +33,10 @@ class Trunk:
         """A generator that depends on the seed and `salt` only."""
         word = hashlib.blake2b(f"{self.seed}/{salt}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(word, "little"))
+
+    def fallback(self, text: str) -> None:
+        """Declare that something was done otherwise than asked; never do so in silence."""
+        self.notes.append((type(self.model).__name__, text))
 
     def sampled(self, count: int, salt: str) -> Int[Tensor, "k"]:
         """Tokens of the vocabulary, each as likely as any other. Errors: ConflictError for a model that reads no tokens."""
@@ -57,7 +63,7 @@ class Trunk:
 
 
 def run(model: nn.Module, step: Step, *, seed: int = 0) -> tuple[list[Change], list[tuple[str, str]]]:
-    """Add the branch that a method makes, in place: what changed, and the fallbacks (none).
+    """Add the branch that a method makes, or all of several, in place: what changed, and the declared fallbacks.
 
     Errors: those of method and branch; ConflictError if parameters are spread over processes.
     """
@@ -67,6 +73,8 @@ def run(model: nn.Module, step: Step, *, seed: int = 0) -> tuple[list[Change], l
     if method.kind != "branch":
         want, fix = "a branch", "weft methods shows kinds"
         raise OptionError("this method adds no branch", where=method.name, got=method.kind, want=want, fix=fix)
-    made = method(Trunk(model, seed), **dict(step.options))
-    add_branch(model, made)
-    return [Change(made.key, "nothing", made.describe(), made.nbytes(), None)], []
+    seen = Trunk(model, seed)
+    made: Branch | list[Branch] = method(seen, **dict(step.options))
+    added = made if isinstance(made, list) else [made]
+    add_branch(model, *added)
+    return [Change(b.key, "nothing", b.describe(), b.nbytes(), None) for b in added], seen.notes

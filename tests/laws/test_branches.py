@@ -21,7 +21,7 @@ from weft.model import branches, expressions, fingerprint, fork, unbranch, unwea
 from weft.stats import collect
 from weft.store import load, nbytes, save, verify
 
-from .cases import options, randn, rng
+from .cases import options, rng
 
 BRANCHES = [name for name in names() if get(name).kind == "branch"]
 MODELS = ("llama", "gpt2", "bert")
@@ -47,7 +47,7 @@ def stirred(of: nn.Module, name: str = "default") -> nn.Module:
     for b in branches(of):
         for n, p in b.named_parameters():
             if b.name == name and p.requires_grad:
-                p.data += 0.3 * randn(rng("stirred", b.key, n), *p.shape)
+                p.data += 0.3 * torch.randn(p.shape, generator=rng("stirred", b.key, n))
     return of
 
 
@@ -66,7 +66,7 @@ def train(of: nn.Module) -> None:
             for n, p in ((n, p) for n, p in of.named_parameters() if p.requires_grad):
                 assert p.grad is not None and bool(p.grad.isfinite().all())
                 assert bool(p.grad.any()) or not step or "weft_branches" not in n
-                p -= p.grad / p.grad.norm().clamp(min=1e-9)
+                p -= 0.5**step * p.grad / p.grad.norm().clamp(min=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,6 +11,7 @@ from weft.model.experts import take_apart
 from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
+from weft.model.side import Side
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.sites import MATRIX, TAGS, fits, match, put, site, tagged, vectors
 from weft.model.sources import Sources
@@ -37,9 +38,9 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Axis", "Bottleneck", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place",
-    "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Sources", "Tap", "Transform", "add_branch", "axes",
-    "branches", "cut", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered",
-    "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals", "rotation",
-    "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch",
-    "untap", "untie", "unweave", "vectors", "weave",
+    "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site", "Sources", "Tap", "Transform", "add_branch",
+    "axes", "branches", "cut", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
+    "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put", "refusals",
+    "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport", "trunk",
+    "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -121,8 +121,8 @@ class Prefix(Branch):
         return f"Prefix({self.keys.shape[2]})"
 
 
-def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
-    """The input embeddings of a model that can take virtual tokens at this place. Errors: ConflictError with the reason why not."""
+def table_of(model: nn.Module, where: str, at: str, what: str = "virtual tokens") -> nn.Embedding:
+    """The input embeddings of a model that can take virtual tokens, or `what`, at this place. Errors: ConflictError with the reason."""
     host, config = model.get_submodule(at), getattr(model, "config", None)
     takes = set(inspect.signature(type(host).forward).parameters)
     missing = {"input_ids", "inputs_embeds", "attention_mask"} - takes
@@ -131,7 +131,7 @@ def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
     if at != trunk(model):
         reason = f"{at or 'the model itself'}, which is not its transformer"
     elif getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        reason = "an encoder and a decoder: which of them reads the virtual tokens is not one place"
+        reason = "an encoder and a decoder: which of them is meant is not one place"
     elif missing or not isinstance(table, nn.Embedding):
         reason = f"a forward without {', '.join(sorted(missing)) or 'an embedding of tokens'}"
     elif generates and "past_key_values" not in takes:
@@ -139,7 +139,7 @@ def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
     else:
         return table
     want, fix = "a transformer of one stack that reads tokens", "adapt its weights: weft.apply(model, 'lora')"
-    raise ConflictError("this place takes no virtual tokens", where=where, got=reason, want=want, fix=fix)
+    raise ConflictError(f"this place takes no {what}", where=where, got=reason, want=want, fix=fix)
 
 
 def empty_cache(model: nn.Module, where: str) -> DynamicCache:
@@ -193,6 +193,11 @@ def _past(branch: Branch, host: nn.Module, given: dict[str, Any]) -> tuple[bool,
     order = cast("list[Branch]", list(cast(Iterable[Any], host.get_submodule(HELD))))
     inner = [b.key for b in order[: next(i for i, b in enumerate(order) if b is branch) + 1]]
     return entered, length - sum(n for key, n in held.items() if key in inner)
+
+
+def virtual_tokens(cache: Cache) -> int:
+    """How many tokens of a cache are virtual."""
+    return sum(vars(cache).get(_MARK, {}).values())
 
 
 def _mark(cache: Any, key: str, count: int) -> None:

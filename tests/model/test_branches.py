@@ -394,7 +394,13 @@ def test_a_wrapped_host_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("prompt", {"length": 4}), ("prefix", {"length": 4}), ("bottleneck", {}), ("qst", {"width": 16})],
+    [
+        ("prompt", {"length": 4}),
+        ("prefix", {"length": 4}),
+        ("bottleneck", {}),
+        ("qst", {"width": 16}),
+        ("lofit", {"share": 1.0}),
+    ],
 )
 def test_training_lowers_the_loss(method: str, options: dict[str, Any], words: Any, tiny: Any) -> None:
     """Through weft.train, with every weight as it was."""

@@ -56,7 +56,7 @@ class Side(Branch):
         self._may_run(given, asked)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._something_else_trains(host, given)):
             out = call({**given, "output_hidden_states": True})
-        states: tuple[Tensor, ...] = getattr(out, "hidden_states", None) or ()
+        states = cast("tuple[Tensor, ...]", getattr(out, "hidden_states", None) or ())
         if len(states) != len(self.squeeze):
             self._refuse("states of blocks are missing", f"{len(states)} states", f"{len(self.squeeze)} states by name")
         last: Tensor = out.last_hidden_state

@@ -4,6 +4,7 @@ from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.bottleneck import Bottleneck
 from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
+from weft.model.context import Context
 from weft.model.cut import cut, stack_of
 from weft.model.devices import DeviceMap, dispatch
 from weft.model.edges import refusals, set_taps, untap
@@ -38,10 +39,10 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "BRANCHES", "MATRIX", "TAGS", "Axis", "Bottleneck", "Branch", "DeviceMap", "Evidence", "Group", "Heads", "Kind", "Part", "Permute",
-    "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site", "Sources", "Tap", "Transform",
-    "add_branch", "axes", "branches", "cut", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits",
-    "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places", "plain_tensors", "put",
-    "refusals", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport",
-    "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "BRANCHES", "MATRIX", "TAGS", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads", "Kind", "Part",
+    "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site", "Sources", "Tap",
+    "Transform", "add_branch", "axes", "branches", "cut", "dispatch", "expression", "expressions", "fingerprint", "finite",
+    "first_vectors", "fits", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys", "places",
+    "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart",
+    "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

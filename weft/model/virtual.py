@@ -35,24 +35,30 @@ class Prompt(Branch):
 
     vectors: Float[Tensor, "k d"]
 
+    def tokens(self) -> Float[Tensor, "k d"]:
+        """The virtual tokens."""
+        return self.vectors
+
     def check(self, model: nn.Module) -> None:
         table = table_of(model, self.key, self.at)
         room = getattr(cast(Any, model).config, "max_position_embeddings", None) or 1 << 60
-        if self.vectors.shape[1] != table.embedding_dim or not 0 < len(self.vectors) < room:
+        count, size = self.tokens().shape
+        if size != table.embedding_dim or not 0 < count < room:
             want = f"1 to {room - 1} vectors of {table.embedding_dim}"
             fix = "make it for this model; fewer tokens leave room for text"
-            raise ShapeError("a prompt does not fit", where=self.key, got=list(self.vectors.shape), want=want, fix=fix)
+            raise ShapeError("a prompt does not fit", where=self.key, got=[count, size], want=want, fix=fix)
 
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
         entered, past = _past(self, host, given)
-        count = len(self.vectors)
+        tokens = self.tokens()
+        count = len(tokens)
         wide = _wider(self, host, given, count, past)
         if entered:
             return call(wide)
         x = given.get("inputs_embeds")
         x = cast(Any, host).get_input_embeddings()(wide.pop("input_ids")) if x is None else x
         rows = len(x)
-        wide["inputs_embeds"] = torch.cat([self.vectors.to(x.dtype).expand(rows, -1, -1), x], 1)
+        wide["inputs_embeds"] = torch.cat([tokens.to(x.dtype).expand(rows, -1, -1), x], 1)
         if (positions := wide.get("position_ids")) is not None:
             new = torch.arange(past, past + count, device=positions.device).expand(len(positions), -1)
             wide["position_ids"] = torch.cat([new, positions], 1)
@@ -63,7 +69,7 @@ class Prompt(Branch):
         return _without(self, host, out, count)
 
     def describe(self) -> str:
-        return f"Prompt({len(self.vectors)})"
+        return f"{type(self).__name__}({len(self.tokens())})"
 
 
 class Prefix(Branch):

@@ -140,7 +140,8 @@ def apply(
         want, fix = "nothing: its place is its own", "leave it out"
         raise OptionError(f"a {chosen.kind} goes to no sites", where=f"{method}: at", got=at, want=want, fix=fix)
     if chosen.kind == "branch":
-        return Changes(*branching.run(model, step, seed=seed))
+        found = _texts(model, data, tokens, seed) if chosen.needs else ()
+        return Changes(*branching.run(model, step, seed=seed, batches=found))
     if chosen.kind == "cut":
         stack_of(model)  # what has no stack shows before any data is read
         found, kept = _texts(model, data, tokens, seed), Cache(cache or default())

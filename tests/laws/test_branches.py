@@ -21,7 +21,7 @@ from weft.model import branches, expressions, fingerprint, fork, unbranch, unwea
 from weft.stats import collect
 from weft.store import load, nbytes, save, verify
 
-from .cases import options
+from .cases import options, rng
 
 BRANCHES = [name for name in names() if get(name).kind == "branch"]
 MODELS = ("llama", "gpt2", "bert")
@@ -42,6 +42,15 @@ def with_branch(method: str, family: str = "llama", *, seed: int = 0, **given: o
     return made
 
 
+def stirred(of: nn.Module, name: str = "default") -> nn.Module:
+    """The model with the branches of this name moved, as by training: those that begin as nothing act."""
+    for b in branches(of):
+        for n, p in b.named_parameters():
+            if b.name == name and p.requires_grad:
+                p.data += 0.3 * torch.randn(p.shape, generator=rng("stirred", b.key, n))
+    return of
+
+
 def logits(of: nn.Module) -> Tensor:
     """What the model gives."""
     with torch.no_grad():
@@ -49,13 +58,15 @@ def logits(of: nn.Module) -> Tensor:
 
 
 def train(of: nn.Module) -> None:
-    """A step of plain gradient descent on all that is trainable."""
-    of(**zoo.batch("llama")).logits.square().mean().backward()
-    with torch.no_grad():
-        for n, p in ((n, p) for n, p in of.named_parameters() if p.requires_grad):
-            assert p.grad is not None and bool(p.grad.isfinite().all())
-            assert bool(p.grad.any()) or "weft_branches" not in n  # half of a fresh LoRA has none
-            p -= p.grad / p.grad.norm().clamp(min=1e-9)
+    """Two steps of plain gradient descent on all that is trainable; by the second every tensor of a branch has a part in it."""
+    for step in range(2):
+        of.zero_grad()
+        of(**zoo.batch("llama")).logits.square().mean().backward()
+        with torch.no_grad():
+            for n, p in ((n, p) for n, p in of.named_parameters() if p.requires_grad):
+                assert p.grad is not None and bool(p.grad.isfinite().all())
+                assert bool(p.grad.any()) or not step or "weft_branches" not in n
+                p -= 0.5**step * p.grad / p.grad.norm().clamp(min=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,10 +78,10 @@ def test_what_is_taken_off_leaves_nothing(method: str, name: str) -> None:
         with pytest.raises(ConflictError, match="takes no"):
             with_branch(method, name)
         return
-    made = with_branch(method, name)
+    made = stirred(with_branch(method, name))
     host = made.get_submodule(branches(made)[0].at)
     assert logits(made).shape == logits(was).shape and not torch.allclose(logits(made), logits(was), atol=1e-4)
-    assert unbranch(made) == [f"{branches(with_branch(method, name))[0].at}:default"]
+    assert unbranch(made) == [f"{b.at}:default" for b in branches(with_branch(method, name))]
     assert torch.equal(logits(made), logits(was)) and fingerprint(made) == fingerprint(was)
     assert [n for n, _ in made.named_modules()] == [n for n, _ in was.named_modules()] and "forward" not in vars(host)
     assert made.state_dict().keys() == was.state_dict().keys()
@@ -81,9 +92,8 @@ def only_it_trains(method: str) -> None:
     """Its tensors have gradients, and nothing else is trainable; a step changes what the model gives."""
     made = with_branch(method)
     before = logits(made)
-    assert {n for n, p in made.named_parameters() if p.requires_grad} == {
-        n for n, _ in made.named_parameters() if "weft_branches" in n
-    }
+    moving = [n for n, p in made.named_parameters() if p.requires_grad]
+    assert moving and all("weft_branches" in n for n in moving)
     train(made)
     assert not torch.equal(logits(made), before)
     unbranch(made)
@@ -99,7 +109,7 @@ def it_comes_back_from_disk(method: str) -> None:
         save(made, out)
         back = load(out)
         assert verify(out) == [] and fingerprint(back) == fingerprint(made) and torch.equal(logits(back), logits(made))
-        assert nbytes(made) == nbytes(back) == nbytes(model("llama")) + branches(made)[0].nbytes()
+        assert nbytes(made) == nbytes(back) == nbytes(model("llama")) + sum(b.nbytes() for b in branches(made))
         assert not any(p.requires_grad for p in back.parameters())
         unbranch(back)
         assert torch.equal(logits(back), logits(model("llama")))
@@ -158,12 +168,15 @@ def it_goes_with_compressed_weights_and_adapters(method: str) -> None:
 
 def names_tell_branches_apart(method: str) -> None:
     """A second one of another name goes around the first; a name that is taken, or that nothing has, is refused."""
-    made = with_branch(method)
-    one = logits(made)
+    made = stirred(with_branch(method))
+    one, count = logits(made), len(branches(made))
     with pytest.raises(ConflictError, match="of that name"):
         engine.run(made, Step.of(method))
+    assert len(branches(made)) == count
     engine.run(made, Step.of(method, name="two"))
-    assert [b.name for b in branches(made)] == ["default", "two"] and not torch.equal(logits(made), one)
+    assert not torch.equal(logits(stirred(made, "two")), one)
+    by_host = [tuple(other.name for other in branches(made) if other.at == b.at) for b in branches(made)]
+    assert set(by_host) <= {("default", "two"), ("default",), ("two",)} and "two" in {b.name for b in branches(made)}
     with TemporaryDirectory() as place:
         save(made, Path(place) / "out")
         assert torch.equal(logits(load(Path(place) / "out")), logits(made))
@@ -191,7 +204,7 @@ def what_cannot_hold_it_says_so(method: str) -> None:
         for act in acts:
             with pytest.raises(ConflictError, match="knows no branches") as e:
                 act()
-            assert "model:default" in str(e.value.where) and "unbranch" in e.value.fix
+            assert branches(made)[0].key in str(e.value.where) and "unbranch" in e.value.fix
         assert fingerprint(made) == mark and not list(Path(place).glob("**/*.safetensors"))
     with pytest.raises(OptionError, match="goes to no sites"):
         weft.apply(made, method, at="q_proj", name="two")

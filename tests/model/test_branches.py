@@ -392,12 +392,21 @@ def test_a_wrapped_host_is_refused() -> None:
         weft.apply(model, "prompt")
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_training_lowers_the_loss(method: str, words: Any, tiny: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prompt", {"length": 4}),
+        ("prefix", {"length": 4}),
+        ("bottleneck", {}),
+        ("qst", {"width": 16}),
+        ("lofit", {"share": 1.0}),
+    ],
+)
+def test_training_lowers_the_loss(method: str, options: dict[str, Any], words: Any, tiny: Any) -> None:
     """Through weft.train, with every weight as it was."""
     model = weave(tiny())
     base = fingerprint(model)
-    weft.apply(model, method, length=4)
+    weft.apply(model, method, **options)
     data = [Text(f"the {a} sat on the {b} mat .") for a in ("cat", "dog", "bird") for b in ("old", "red", "blue")]
     losses = [x for _, x in train(model, data, tokenizer=words, steps=20, batch=3, length=32, lr=5e-2).losses]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

@@ -57,11 +57,14 @@ def logits(model: Any, length: int = 9) -> Tensor:
     return model(input_ids=IDS[:, :length], use_cache=False).logits
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_a_branch_breaks_no_graph(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("prompt", {"length": 3}), ("prefix", {"length": 3}), ("bottleneck", {}), ("qst", {}), ("lofit", {})],
+)
+def test_a_branch_breaks_no_graph(method: str, options: dict[str, Any]) -> None:
     """Nothing of it runs outside, and the output is the same."""
     model = made("dense")
-    weft.apply(model, method, length=3)
+    weft.apply(model, method, **options)
     with torch.no_grad():
         want = logits(model)
         assert torch.equal(logits(torch.compile(model, backend="eager")), want)

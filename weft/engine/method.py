@@ -24,8 +24,8 @@ Kind = Literal[
     "branch", "cut", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
 Per = Literal["site", "input"]
-Need = Literal["gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers"]
-"""Evidence of inputs; of a cut, the influence of blocks; of a merge, the base; of a search, the methods of the bench that it calls."""
+Need = Literal["gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers", "text"]
+"""Evidence of inputs; texts of a branch; of a cut, the influence of blocks; of a merge, the base; of a search, what it asks the bench."""
 Drop = Literal["zeros"]
 
 

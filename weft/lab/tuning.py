@@ -13,7 +13,8 @@ from weft.engine import branches, get, optimizers
 from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
-from weft.lab.trial import Arm, Trial, task_of
+from weft.lab.distance import windows
+from weft.lab.trial import Arm, Trial, task_of, texts
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
 from weft.model import fork
@@ -26,6 +27,8 @@ BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
 TOKENS, WORDS = 128, 64
 """Tokens of a training window, and of either text of a pair."""
+READ = 1024
+"""Tokens of the training texts that a branch which begins as text may read."""
 PAGE = 1024
 """Characters of a document that are trained and tested on."""
 SNIPPET = 160
@@ -131,7 +134,9 @@ def _add(trial: Trial, model: nn.Module, step: Step) -> None:
     """Run a step: rewrites of weights on every linear layer but the head, others where they go by themselves."""
     method = get(step.method)
     if method.kind == "branch":
-        branches.run(model, step, seed=trial.seed)
+        held = texts(_task(trial).train) if method.needs else []
+        read = windows(held, trial.subject.tokenizer, length=TOKENS, tokens=READ) if held else ()
+        branches.run(model, step, seed=trial.seed, batches=read)
         return
     at = "*" if method.on else "all-linear"
     apply(model, (step,), at=at, stats=trial.stats if step.needs else None, seed=trial.seed)

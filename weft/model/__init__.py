@@ -3,14 +3,18 @@
 from weft.model.adapters import Adapter, activate, adapters, delete_adapter, edited, name_of, per_row, rename_adapter
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
+from weft.model.bottleneck import Bottleneck
 from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
+from weft.model.context import Context
 from weft.model.cut import cut, stack_of
 from weft.model.devices import DeviceMap, dispatch
 from weft.model.edges import refusals, set_taps, untap
 from weft.model.experts import take_apart
+from weft.model.heads import Heads
 from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
+from weft.model.side import Side
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.sites import MATRIX, TAGS, fits, match, put, site, tagged, vectors
 from weft.model.sources import Sources
@@ -36,11 +40,11 @@ from weft.model.weave import (
 )
 
 __all__ = [
-    "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Branch", "DeviceMap", "Evidence", "Group", "Kind", "Part", "Permute", "Place",
-    "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Site", "Sources", "Tap", "Transform", "activate",
-    "adapters", "add_branch", "axes", "branches", "cut", "delete_adapter", "dispatch", "edited", "expression", "expressions",
-    "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of",
-    "output_sites", "own_keys", "per_row", "places", "plain_tensors", "put", "refusals", "rename_adapter", "rotation",
-    "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch",
-    "untap", "untie", "unweave", "vectors", "weave",
+    "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
+    "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site",
+    "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "branches", "cut", "delete_adapter", "dispatch",
+    "edited", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered", "is_woven",
+    "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places", "plain_tensors", "put",
+    "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart",
+    "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -27,6 +27,13 @@ def layers(model: nn.Module) -> Iterator[tuple[str, str]]:
     return _Axes(model).layers()
 
 
+def parts(model: nn.Module) -> Iterator[tuple[str, Attention | Feed]]:
+    """Every attention and feed-forward part, with the path of its block. Errors: as `axes`."""
+    seen = _Axes(model)
+    for stack in seen.family.stacks:
+        yield from ((block, part) for block in seen.blocks(stack) for part in stack.parts)
+
+
 def family(model: nn.Module) -> Family:
     """The description of a model's family. Errors: ConflictError with those that have one."""
     config: Any = getattr(model, "config", None)

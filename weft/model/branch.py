@@ -102,34 +102,47 @@ def branches(model: nn.Module) -> list[Branch]:
     return [b for m in model.modules() for b in _held(m)]
 
 
-def add_branch(model: nn.Module, branch: Branch) -> None:
-    """Put a branch on its host, in place, around the branches that the host has.
+def add_branch(model: nn.Module, *added: Branch) -> None:
+    """Put branches on their hosts, in place, around the branches that the hosts have: all of them, or none.
 
     Errors: OptionError for a place that is none; ConflictError for a name that is taken, a host whose forward is not its class's,
-    and what the branch says; NumericError for values that are not finite.
+    and what a branch says; NumericError for values that are not finite.
     """
-    host = dict(model.named_modules()).get(branch.at)
+    modules = dict(model.named_modules())
+    for i, branch in enumerate(added):
+        _may_stand(model, modules, branch)
+        if branch.key in {b.key for b in added[:i]}:
+            raise _taken(branch)
+    for branch in added:
+        host = modules[branch.at]
+        if not _held(host):
+            host.add_module(HELD, nn.ModuleList())
+            host.forward = types.MethodType(_through(type(host)), host)
+        device = next((p.device for p in host.parameters()), torch.device("cpu"))
+        cast(nn.ModuleList, host.get_submodule(HELD)).append(branch.to(device))
+
+
+def _may_stand(model: nn.Module, modules: Mapping[str, nn.Module], branch: Branch) -> None:
+    """Errors: as `add_branch`."""
+    host = modules.get(branch.at)
     if host is None:
         want, fix = "a module's path", "print(model) shows them"
         raise OptionError("no such place", where=branch.key, got=branch.at, want=want, fix=fix)
     if any(b.name == branch.name for b in _held(host)):
-        want, fix = "a new name", "give another name, or take the first off with weft.unbranch"
-        raise ConflictError(
-            "this place has a branch of that name", where=branch.key, got=branch.name, want=want, fix=fix
-        )
+        raise _taken(branch)
     branch.check(model)
     for path, t in branch.named_parameters():
         if not bool(torch.isfinite(t).all()):
             want, fix = "finite numbers", "look for NaN in what it was made from"
             raise NumericError("a branch is not finite", where=f"{branch.key}.{path}", got="NaN", want=want, fix=fix)
-    if not _held(host):
-        if "forward" in vars(host):
-            want, fix = "its class's forward", "put branches on before the model is dispatched or wrapped"
-            raise ConflictError("this host is wrapped", where=branch.key, got="another forward", want=want, fix=fix)
-        host.add_module(HELD, nn.ModuleList())
-        host.forward = types.MethodType(_through(type(host)), host)
-    device = next((p.device for p in host.parameters()), torch.device("cpu"))
-    cast(nn.ModuleList, host.get_submodule(HELD)).append(branch.to(device))
+    if not _held(host) and "forward" in vars(host):
+        want, fix = "its class's forward", "put branches on before the model is dispatched or wrapped"
+        raise ConflictError("this host is wrapped", where=branch.key, got="another forward", want=want, fix=fix)
+
+
+def _taken(branch: Branch) -> ConflictError:
+    want, fix = "a new name", "give another name, or take the first off with weft.unbranch"
+    return ConflictError("this place has a branch of that name", where=branch.key, got=branch.name, want=want, fix=fix)
 
 
 def unbranch(model: nn.Module, name: str | None = None) -> list[str]:

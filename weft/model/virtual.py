@@ -35,24 +35,30 @@ class Prompt(Branch):
 
     vectors: Float[Tensor, "k d"]
 
+    def tokens(self) -> Float[Tensor, "k d"]:
+        """The virtual tokens."""
+        return self.vectors
+
     def check(self, model: nn.Module) -> None:
         table = table_of(model, self.key, self.at)
         room = getattr(cast(Any, model).config, "max_position_embeddings", None) or 1 << 60
-        if self.vectors.shape[1] != table.embedding_dim or not 0 < len(self.vectors) < room:
+        count, size = self.tokens().shape
+        if size != table.embedding_dim or not 0 < count < room:
             want = f"1 to {room - 1} vectors of {table.embedding_dim}"
             fix = "make it for this model; fewer tokens leave room for text"
-            raise ShapeError("a prompt does not fit", where=self.key, got=list(self.vectors.shape), want=want, fix=fix)
+            raise ShapeError("a prompt does not fit", where=self.key, got=[count, size], want=want, fix=fix)
 
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
         entered, past = _past(self, host, given)
-        count = len(self.vectors)
+        tokens = self.tokens()
+        count = len(tokens)
         wide = _wider(self, host, given, count, past)
         if entered:
             return call(wide)
         x = given.get("inputs_embeds")
         x = cast(Any, host).get_input_embeddings()(wide.pop("input_ids")) if x is None else x
         rows = len(x)
-        wide["inputs_embeds"] = torch.cat([self.vectors.to(x.dtype).expand(rows, -1, -1), x], 1)
+        wide["inputs_embeds"] = torch.cat([tokens.to(x.dtype).expand(rows, -1, -1), x], 1)
         if (positions := wide.get("position_ids")) is not None:
             new = torch.arange(past, past + count, device=positions.device).expand(len(positions), -1)
             wide["position_ids"] = torch.cat([new, positions], 1)
@@ -63,7 +69,7 @@ class Prompt(Branch):
         return _without(self, host, out, count)
 
     def describe(self) -> str:
-        return f"Prompt({len(self.vectors)})"
+        return f"{type(self).__name__}({len(self.tokens())})"
 
 
 class Prefix(Branch):
@@ -121,8 +127,8 @@ class Prefix(Branch):
         return f"Prefix({self.keys.shape[2]})"
 
 
-def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
-    """The input embeddings of a model that can take virtual tokens at this place. Errors: ConflictError with the reason why not."""
+def table_of(model: nn.Module, where: str, at: str, what: str = "virtual tokens") -> nn.Embedding:
+    """The input embeddings of a model that can take virtual tokens, or `what`, at this place. Errors: ConflictError with the reason."""
     host, config = model.get_submodule(at), getattr(model, "config", None)
     takes = set(inspect.signature(type(host).forward).parameters)
     missing = {"input_ids", "inputs_embeds", "attention_mask"} - takes
@@ -131,7 +137,7 @@ def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
     if at != trunk(model):
         reason = f"{at or 'the model itself'}, which is not its transformer"
     elif getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        reason = "an encoder and a decoder: which of them reads the virtual tokens is not one place"
+        reason = "an encoder and a decoder: which of them is meant is not one place"
     elif missing or not isinstance(table, nn.Embedding):
         reason = f"a forward without {', '.join(sorted(missing)) or 'an embedding of tokens'}"
     elif generates and "past_key_values" not in takes:
@@ -139,7 +145,7 @@ def table_of(model: nn.Module, where: str, at: str) -> nn.Embedding:
     else:
         return table
     want, fix = "a transformer of one stack that reads tokens", "adapt its weights: weft.apply(model, 'lora')"
-    raise ConflictError("this place takes no virtual tokens", where=where, got=reason, want=want, fix=fix)
+    raise ConflictError(f"this place takes no {what}", where=where, got=reason, want=want, fix=fix)
 
 
 def empty_cache(model: nn.Module, where: str) -> DynamicCache:
@@ -193,6 +199,11 @@ def _past(branch: Branch, host: nn.Module, given: dict[str, Any]) -> tuple[bool,
     order = cast("list[Branch]", list(cast(Iterable[Any], host.get_submodule(HELD))))
     inner = [b.key for b in order[: next(i for i, b in enumerate(order) if b is branch) + 1]]
     return entered, length - sum(n for key, n in held.items() if key in inner)
+
+
+def virtual_tokens(cache: Cache) -> int:
+    """How many tokens of a cache are virtual."""
+    return sum(vars(cache).get(_MARK, {}).values())
 
 
 def _mark(cache: Any, key: str, count: int) -> None:

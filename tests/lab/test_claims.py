@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -381,13 +381,11 @@ def test_claims_are_shared_among_processes() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_claim_that_cannot_be_tried_stops_no_other(jobs: int) -> None:
-    made, seen = (
-        prove._each("x", ["rtn", "no_method", "gptq"], get, get if jobs == 2 else None, jobs, None),
-        dict[str, Any](),
-    )
+    step, seen = cast(Any, Step.of), dict[str, str]()
+    made = prove._each("x", ["rtn", "no_method", "gptq"], step, step if jobs == 2 else None, jobs, None)
     with pytest.raises(WeftError, match="no_method"):
-        for name, step in made:
-            seen[name] = step.method  # type: ignore[attr-defined]
+        for name, found in made:
+            seen[name] = cast(Any, found).method
     assert seen == {"rtn": "rtn", "gptq": "gptq"}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 import weft
 from weft.engine import Group, Site, get
 from weft.error import ConflictError
-from weft.expr import Basis, Dense, Expr, Quantized, fork, tensors, terms_of
+from weft.expr import Basis, Dense, Expr, Quantized, basis, fork, tensors, terms_of
 from weft.expr.cayley import Cayley
 
 from .cases import logits, values
@@ -276,3 +279,30 @@ def test_peft_gets_none_of_it(folder: MODELS, tmp_path: Path, method: str) -> No
     with pytest.raises(ConflictError, match=re.escape(weft.expressions(model)[SITE].describe().split(": ")[-1])):
         weft.export(model, tmp_path / "adapter", to="peft")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("kind", ["random", "cosine", "fourier", "fastfood"])
+def test_what_is_generated_is_kept_once_or_not_at_all(kind: str) -> None:
+    """Alike nodes have one copy, which goes with the last of them; where it would be large, it is made anew, with the same result."""
+
+    def product(e: Basis) -> list[Tensor]:
+        y = e(torch.ones(2, 11)).square().sum()
+        return [
+            y.detach(),
+            *torch.autograd.grad(y, [e.c]),
+            e.take(slice(3, 5)).dense(),
+            e.take(torch.tensor([4, 0])).dense(),
+        ]
+
+    one, two = (Basis(nn.Parameter(torch.arange(1.0, 6)), kind, 77, 9, 11) for _ in range(2))
+    first, second = product(one), product(two)
+    kept = [weakref.ref(t) for t in one.tables(torch.float32)]
+    assert all(a() is b for a, b in zip(kept, two.tables(torch.float32), strict=True))
+    with mock.patch.object(basis, "_KEPT", 0):
+        third = product(Basis(nn.Parameter(one.c.detach().clone()), kind, 77, 9, 11))
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, a, rtol=1e-5, atol=1e-5)
+    del one, two, first, second
+    gc.collect()
+    assert not any(t() is not None for t in kept)

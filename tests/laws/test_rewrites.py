@@ -75,9 +75,9 @@ def plainly(site: Site, term: Expr) -> torch.Tensor:
     return value if site.tap is None else site.tap.back(value)
 
 
-def trained(term: Expr) -> set[str]:
-    """The tensors that training changes."""
-    return {n for n, p in term.named_parameters() if p.requires_grad}
+def trained(term: Expr) -> list[str]:
+    """The fields of the tensors that training changes, wherever in the tree: what cannot take a turn gets it beside it."""
+    return sorted(n.rpartition(".")[2] for n, p in term.named_parameters() if p.requires_grad)
 
 
 def every_start_is_sound(name: str) -> None:

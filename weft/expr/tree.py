@@ -111,7 +111,16 @@ class Product(Expr):
         yield from self.factors
 
     def dense(self) -> Float[Tensor, "m n"]:
-        return _value(list(self.kids()))
+        core, right = list(self.kids()), list[Cayley | Diagonal]()
+        while len(core) > 1 and isinstance(last := core[-1], Cayley | Diagonal):
+            right.append(last)
+            core.pop()
+        value = core.pop().dense()
+        for factor in reversed(core):
+            value = _times(factor, value)
+        for side in reversed(right):  # last, so that a turn by nothing changes no bit
+            value = side.turned(value) if isinstance(side, Cayley) else _scaled(value, side.d)
+        return value
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         for factor in reversed(list(self.kids())):
@@ -132,21 +141,6 @@ class Product(Expr):
 
     def describe(self) -> str:
         return " · ".join(f"({f.describe()})" if isinstance(f, Sum) else f.describe() for f in self.kids())
-
-
-def _value(factors: Sequence[Expr]) -> Float[Tensor, "m n"]:
-    """The value of a product: right to left, but turns of columns last, so that those that do not turn change no bit."""
-    *rest, last = factors
-    if isinstance(last, Cayley) and rest:
-        return last.turned(_value(rest))
-    if isinstance(last, Diagonal) and rest:  # a scale of columns
-        *rest, left = rest
-        value = _scaled(left.dense(), last.d)
-    else:
-        value = last.dense()
-    for factor in reversed(rest):
-        value = _times(factor, value)
-    return value
 
 
 def _times(factor: Expr, value: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:

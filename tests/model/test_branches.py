@@ -400,6 +400,7 @@ def test_a_wrapped_host_is_refused() -> None:
         ("bottleneck", {}),
         ("qst", {"width": 16}),
         ("lofit", {"share": 1.0}),
+        ("invertible", {}),
     ],
 )
 def test_training_lowers_the_loss(method: str, options: dict[str, Any], words: Any, tiny: Any) -> None:

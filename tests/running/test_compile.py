@@ -59,7 +59,14 @@ def logits(model: Any, length: int = 9) -> Tensor:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("prompt", {"length": 3}), ("prefix", {"length": 3}), ("bottleneck", {}), ("qst", {}), ("lofit", {})],
+    [
+        ("prompt", {"length": 3}),
+        ("prefix", {"length": 3}),
+        ("bottleneck", {}),
+        ("qst", {}),
+        ("lofit", {}),
+        ("invertible", {}),
+    ],
 )
 def test_a_branch_breaks_no_graph(method: str, options: dict[str, Any]) -> None:
     """Nothing of it runs outside, and the output is the same."""

@@ -11,6 +11,7 @@ from weft.model.devices import DeviceMap, dispatch
 from weft.model.edges import refusals, set_taps, untap
 from weft.model.experts import take_apart
 from weft.model.heads import Heads
+from weft.model.invertible import Invertible
 from weft.model.modes import Resident, mode
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
@@ -47,4 +48,10 @@ __all__ = [
     "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places", "plain_tensors", "put",
     "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart",
     "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "BRANCHES", "MATRIX", "TAGS", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads", "Invertible",
+    "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site",
+    "Sources", "Tap", "Transform", "add_branch", "axes", "branches", "cut", "dispatch", "expression", "expressions", "fingerprint",
+    "finite", "first_vectors", "fits", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys",
+    "places", "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged",
+    "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -112,7 +112,8 @@ def add_branch(model: nn.Module, *added: Branch) -> None:
     for i, branch in enumerate(added):
         _may_stand(model, modules, branch)
         if branch.key in {b.key for b in added[:i]}:
-            raise _taken(branch)
+            problem = _taken(branch)
+            raise problem
     for branch in added:
         host = modules[branch.at]
         if not _held(host):
@@ -129,7 +130,8 @@ def _may_stand(model: nn.Module, modules: Mapping[str, nn.Module], branch: Branc
         want, fix = "a module's path", "print(model) shows them"
         raise OptionError("no such place", where=branch.key, got=branch.at, want=want, fix=fix)
     if any(b.name == branch.name for b in _held(host)):
-        raise _taken(branch)
+        problem = _taken(branch)
+        raise problem
     branch.check(model)
     for path, t in branch.named_parameters():
         if not bool(torch.isfinite(t).all()):

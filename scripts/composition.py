@@ -91,6 +91,10 @@ def made(node: str, w: Tensor) -> Expr:
             return Sum({"base": Dense(w), "adapter:given": NODES[node](router, [thin, thin.rebuild()], 1)})
         case "Product":
             return NODES[node](NODES["Diagonal"](1 + 0.1 * torch.rand(N, generator=rng)), Dense(w))
+        case "Gated":
+            return Sum({"base": Dense(w), "adapter:given": NODES[node](torch.full((1,), 0.5), thin)})
+        case "Entrywise":
+            return NODES[node]([Dense(w), Dense(1 + 0.1 * torch.rand(N, N, generator=rng))])
         case "WeightNorm":
             return NODES[node](1 + 0.1 * torch.rand(N, generator=rng), Sum({"base": Dense(w), "adapter:given": thin}))
         case _:
@@ -107,6 +111,7 @@ def _plain(node: str, rng: torch.Generator) -> Expr:
         "Hadamard": lambda: NODES[node].of(torch.ones(N)),  # type: ignore[attr-defined]
         "Blocks": lambda: NODES[node](Dense(torch.randn(N, 8, generator=rng) / 4), 4),
         "Basis": lambda: NODES[node](torch.randn(6, generator=rng) / 20, "random", 1, N, N),
+        "Cayley": lambda: NODES[node](torch.randn(4, 28, generator=rng) / 4, 8),
     }
     if node not in thin:
         raise SystemExit(f"scripts/composition.py knows no example of the node {node}: add one to `made`")

@@ -42,16 +42,10 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
-    "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site",
-    "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "branches", "cut", "delete_adapter", "dispatch",
-    "edited", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered", "is_woven",
-    "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places", "plain_tensors", "put",
-    "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged", "take_apart",
-    "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
-    "BRANCHES", "MATRIX", "TAGS", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads", "Invertible",
-    "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Side", "Site",
-    "Sources", "Tap", "Transform", "add_branch", "axes", "branches", "cut", "dispatch", "expression", "expressions", "fingerprint",
-    "finite", "first_vectors", "fits", "fork", "gathered", "is_woven", "match", "mode", "must_be_whole", "output_sites", "own_keys",
-    "places", "plain_tensors", "put", "refusals", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of", "tagged",
-    "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select",
+    "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "branches", "cut",
+    "delete_adapter", "dispatch", "edited", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
+    "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",
+    "plain_tensors", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of",
+    "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -57,10 +57,11 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 	@$(BIN)/python scripts/docs.py
 	@$(MKDOCS)
 
-prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md and docs/composition.md
+prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md, composition.md and adapters.md
 	@$(BIN)/weft prove --known --all --jobs $(WORKERS)
 	@$(BIN)/python scripts/docs.py
 	@$(BIN)/python scripts/composition.py
+	@$(BIN)/python scripts/adapters.py
 
 fuzz: $(READY) ## ten minutes of fuzzing what reads files from elsewhere
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=2.3' 2>/dev/null || echo "atheris does not install here."

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from weft.engine import get, names
@@ -21,7 +22,7 @@ from weft.lab.claims import Lab
 from weft.lab.tasks import Task
 from weft.lab.trial import Subject, task_of
 from weft.learn.data import Example, Pair, Response, Text
-from weft.model import expressions, fork, tagged, weave
+from weft.model import branches, expressions, fork, tagged, weave
 from weft.store.cache import Cache
 
 NOUNS = ["cat", "dog", "bird", "mat", "hill", "tree"]
@@ -199,6 +200,18 @@ def test_tuned_arms_are_chains(lab: Lab) -> None:
     made = lab.tune(ours=chain, baseline=[("prompt", {"length": 1})], share=1.0)
     assert made.arms["ours"].startswith("rtn(bits=8, group=0) then prompt(length=2) then lora(")
     assert set(made.methods) == {"rtn", "prompt", "lora"} and all(f.ours != f.baseline for f in made.findings)
+
+
+def test_a_branch_begins_as_text_of_the_tuning_task(lab: Lab) -> None:
+    """What needs texts is given those that are trained on, in their order; of pairs the query first."""
+    for trials in lab.trials.values():
+        model = tuning.tuned(trials[0], claims._chain([("cpt", {"length": 4})]), 1e-3, 1)
+        (branch,), words = branches(model), trials[0].subject.tokenizer
+        first = trial.texts(tuning._task(trials[0]).train)[0]
+        ids = words(first, add_special_tokens=False)["input_ids"][:3]
+        table = cast(Any, trials[0].subject.model).get_input_embeddings()
+        with torch.no_grad():
+            torch.testing.assert_close(branch.start[:3], table(torch.tensor(ids)).float())
 
 
 def test_arms_are_chains_of_any_methods(lab: Lab, subject: Subject) -> None:

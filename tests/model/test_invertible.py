@@ -69,6 +69,7 @@ def test_it_is_the_formula(name: str) -> None:
     torch.testing.assert_close(logits(made, inputs_embeds=e), logits(made, x))
 
 
+@torch.no_grad()
 def test_the_inverse_is_one() -> None:
     """Both ways, of anything, without rows too."""
     (b,) = branches(adapted("llama"))

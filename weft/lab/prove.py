@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from functools import partial
@@ -62,7 +62,8 @@ def prove(
 
     apart = None if subjects is not None else partial(_proved, held=held, models=models, seeds=seeds, cache=cache)
     made: dict[str, Claim] = {}
-    for name, claim in _each("prove", list(claimed), tried, apart, jobs, progress):
+    took = {n: read_json(path)["seconds"] for n in claimed if (path := folder / f"{n}.json").exists()}
+    for name, claim in _each("prove", _longest_first(claimed, took), tried, apart, jobs, progress):
         made[name] = claim
         if models is None:
             m = claimed[name]
@@ -80,6 +81,11 @@ def _proved(name: str, held: dict[str, Any], models: Sequence[str] | None, seeds
 def _answered(name: str, seeds: int, cache: Cache | None) -> Claim:
     """A known answer, tried in a process of its own."""
     return known.KNOWN[name].tried(Lab(installed(), cache=cache, seeds=seeds))
+
+
+def _longest_first(names: Iterable[str], took: Mapping[str, float]) -> list[str]:
+    """By the seconds that they took, so that processes end together; those of which nothing is known first."""
+    return sorted(names, key=lambda n: -took.get(n, float("inf")))
 
 
 def _each(
@@ -142,10 +148,13 @@ def answer(
     """Try every known answer on every lab model; write `folder`/known.json. Errors: OptionError for fewer than three seeds."""
     lab = Lab(subjects, cache=cache, seeds=seeds)
     apart = None if subjects is not None else partial(_answered, seeds=seeds, cache=cache)
-    found = dict(_each("known answers", list(known.KNOWN), lambda n: known.KNOWN[n].tried(lab), apart, jobs, progress))
+    path = Path(folder) / KNOWN_ANSWERS
+    took = {n: c["seconds"] for n, c in read_json(path).items()} if path.exists() else {}
+    names = _longest_first(known.KNOWN, took)
+    found = dict(_each("known answers", names, lambda n: known.KNOWN[n].tried(lab), apart, jobs, progress))
     made = {name: found[name] for name in known.KNOWN}
     about = {n: {"verb": known.KNOWN[n].verb, "claim": known.KNOWN[n].text, "date": today()} for n in made}
-    write_json(Path(folder) / KNOWN_ANSWERS, {n: about[n] | c.as_json() for n, c in made.items()})
+    write_json(path, {n: about[n] | c.as_json() for n, c in made.items()})
     return made
 
 

@@ -1,0 +1,177 @@
+"""A training step and its memory beside peft: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
+
+    python benchmarks/train_step.py [--model ref-lm] [--rounds 10] [--length 512] [--markdown FILE]
+
+Both adapt the same model with the same tensors, in float32: a step is a forward pass, a backward pass and one of AdamW, on one
+thread, the two timed in turns by the process's own clock; the ratio is the geometric mean over rounds with its 95 % interval. Memory is
+the peak
+of what a process of its own holds beyond what it held before the step and no file backs, in steps alone. `qwen3-0.6b`: random weights of
+that model's shapes, a quarter of its layers. peft has no 4-bit weights on a CPU without bitsandbytes: beside NF4 + LoRA stands its LoRA on
+dense weights. Time to the first step is of a process from its start, imports and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+Step = Callable[[], object]
+RANK = 8
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WAYS = ("lora", "dora", "ia3", "nf4 + lora")
+
+
+def plain(name: str) -> nn.Module:
+    """The model, as transformers has it."""
+    if name == "qwen3-0.6b":
+        torch.manual_seed(0)
+        size = {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        }
+        config = transformers.Qwen3Config(**size, num_hidden_layers=7, vocab_size=151936, tie_word_embeddings=True)
+        return transformers.Qwen3ForCausalLM(config)
+    from weft.lab import models
+
+    return transformers.AutoModelForCausalLM.from_pretrained(models.resolve(name), dtype=torch.float32)
+
+
+def ours(name: str, way: str) -> nn.Module:
+    """The model with this adapter, by weft."""
+    import weft
+
+    model = weft.weave(plain(name))
+    if way.startswith("nf4"):
+        weft.apply(model, "nf4", at="all-linear")
+    if way == "ia3":
+        weft.apply(model, "ia3")
+    else:
+        weft.apply(model, "lora", rank=RANK, magnitude=way == "dora")
+    return model
+
+
+def theirs(name: str, way: str) -> nn.Module:
+    """The model with this adapter, by peft."""
+    import peft
+
+    if way == "ia3":
+        where = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        return peft.get_peft_model(plain(name), peft.IA3Config(**where))
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR, use_dora=way == "dora")
+    return peft.get_peft_model(plain(name), config)
+
+
+def step_of(model: nn.Module, length: int) -> Step:
+    """A step of training on one row of tokens."""
+    free = [p for p in model.parameters() if p.requires_grad]
+    moves = torch.optim.AdamW(free, lr=1e-3)
+    words = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    ids = torch.randint(0, words, (1, length), generator=torch.Generator().manual_seed(0))
+    model.train()
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        moves.step()
+        moves.zero_grad()
+
+    return step
+
+
+def times(name: str, way: str, length: int, rounds: int) -> dict[str, float]:
+    """Both in this process, in turns."""
+    from weft.lab.timing import paired
+
+    found = paired(
+        step_of(ours(name, way), length),
+        step_of(theirs(name, way), length),
+        rounds=rounds,
+        warm=2,
+        clock=time.process_time,
+    )
+    r = found.ratio
+    return {"ours": found.ours, "peft": found.baseline, "ratio": r.mean, "low": r.low, "high": r.high}
+
+
+def memory(name: str, way: str, length: int, side: str) -> int:
+    """The peak that steps add, in a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train_step as t; "
+    code += f"print(t.peak({name!r}, {way!r}, {length}, {side!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def peak(name: str, way: str, length: int, side: str) -> int:
+    """What this process holds at most beyond imports and the plain model, while it trains."""
+    from weft.lab.timing import anonymous
+
+    torch.set_num_threads(1)
+    model = ours(name, way) if side == "ours" else theirs(name, way)
+    step, most, done = step_of(model, length), [0], threading.Event()
+    before = anonymous()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], anonymous())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    for _ in range(3):
+        step()
+    done.set()
+    watching.join()
+    return most[0] - before
+
+
+def first(name: str, way: str, length: int, side: str) -> float:
+    """Seconds from a process's start to the end of its first step."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1); "
+    code += f"import train_step as t; t.step_of(t.{side}({name!r}, {way!r}), {length})()"
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="ref-lm")
+    options.add_argument("--rounds", type=int, default=10)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--markdown", type=Path, help="write the table here, too")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    lines = [
+        "| adapter | weft, s a step | peft, s a step | ratio, 95 % | weft, MB | peft, MB | weft, first step s | peft, first step s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for way in WAYS:
+        t = times(given.model, way, given.length, given.rounds)
+        held = {side: memory(given.model, way, given.length, side) / 1e6 for side in ("ours", "theirs")}
+        start = {side: first(given.model, way, given.length, side) for side in ("ours", "theirs")}
+        lines.append(
+            f"| {way} | {t['ours']:.3f} | {t['peft']:.3f} | {t['ratio']:.3f} ({t['low']:.3f} to {t['high']:.3f}) | {held['ours']:.0f} "
+            f"| {held['theirs']:.0f} | {start['ours']:.1f} | {start['theirs']:.1f} |"
+        )
+        print(lines[-1], flush=True)
+        print(json.dumps({"adapter": way, **t, **held}), file=sys.stderr)
+    if given.markdown:
+        given.markdown.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

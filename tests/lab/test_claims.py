@@ -238,6 +238,18 @@ def test_the_best_rate_is_chosen_once(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     assert [tuning.rate(t, chain) for t in trials] == [3e-2] * 3
 
 
+def test_the_model_of_the_best_rate_is_not_trained_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "RATES", (1e-6, 2e-2, 1e-5))
+    trials, chain, best = lab.trials["tiny"], claims._chain(lora(3)), dict[int, nn.Module]()
+    lr = tuning.rate(trials[1], chain, best)
+    again = tuning.tuned(trials[0], chain, lr)
+    assert list(best) == [0]
+    assert all(torch.equal(p, dict(best[0].named_parameters())[n]) for n, p in again.named_parameters())
+    gains = [tuning.gained(t, chain) for t in trials]
+    want = tuning.untuned(trials[0]).values - tuning._score(trials[0], again, tuning._task(trials[0]).test)[0]
+    assert np.array_equal(gains[0].values, want)
+
+
 @pytest.mark.parametrize("scores", [(9, 4, 2, 1, 3), (1, 2, 3, 4, 5), (5, 4, 3, 4, 5), (np.inf, 3, np.inf, np.inf, 9)])
 def test_the_best_rate_is_looked_for_downhill(scores: tuple[float, ...]) -> None:
     asked: list[float] = []

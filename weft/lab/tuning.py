@@ -22,14 +22,14 @@ from weft.store.cache import key
 
 RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
-STEPS = 24
+STEPS = 16
 BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
-TOKENS, WORDS = 128, 64
+TOKENS, WORDS = 128, 48
 """Tokens of a training window, and of either text of a pair."""
 READ = 1024
 """Tokens of the training texts that a branch which begins as text may read."""
-PAGE = 1024
+PAGE = 512
 """Characters of a document that are trained and tested on."""
 SNIPPET = 160
 """Characters of a pair's positive that are."""
@@ -42,21 +42,31 @@ def gained(trial: Trial, chain: Chain) -> Arm:
     before, task = untuned(trial), _task(trial)
 
     def make() -> metrics.Scores:
-        values, weights = _score(trial, tuned(trial, chain, rate(trial, chain)), task.test)
+        best: dict[int, nn.Module] = {}
+        lr = rate(trial, chain, best)
+        model = best[trial.seed] if trial.seed in best else tuned(trial, chain, lr)
+        values, weights = _score(trial, model, task.test)
         return before.values - values, weights
 
     return trial.arm("gain", [chain_key(chain), RATES, *recipe(trial)], make, _metric(trial))
 
 
-def rate(trial: Trial, chain: Chain) -> float:
-    """The rate at which the first seed scores best on the select set; every seed is trained at it."""
-    first = Trial(trial.subject, 0, trial.store, trial.code)
+def rate(trial: Trial, chain: Chain, best: dict[int, nn.Module] | None = None) -> float:
+    """The rate at which the first seed scores best on the select set; every seed is trained at it.
 
-    def best() -> dict[str, float]:
-        return {"rate": lowest(RATES, lambda r: selected(first, chain, r))}
+    Where it is found now, the first seed's model goes into `best`, which need not be trained again.
+    """
+    first = Trial(trial.subject, 0, trial.store, trial.code)
+    kept, least = dict[int, nn.Module]() if best is None else best, [np.inf]
+
+    def score(lr: float) -> float:
+        found, model = tried(first, chain, lr)
+        if found < least[0]:
+            least[0], kept[0] = found, model
+        return found
 
     name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, *recipe(first))
-    return float(trial.store.json("lab-rates", name, best)["rate"])
+    return float(trial.store.json("lab-rates", name, lambda: {"rate": lowest(RATES, score)})["rate"])
 
 
 def lowest(among: Sequence[float], score: Callable[[float], float]) -> float:
@@ -104,12 +114,18 @@ def recipe(trial: Trial) -> list[Any]:
 
 def selected(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> float:
     """The score on the select set after so many steps (`STEPS`) at this rate; infinite if it diverged."""
+    return tried(trial, chain, rate, steps)[0]
+
+
+def tried(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> tuple[float, nn.Module]:
+    """That score, and the model; where it diverged, as it was before."""
     try:
-        values, weights = _score(trial, tuned(trial, chain, rate, steps), _task(trial).select)
+        model = tuned(trial, chain, rate, steps)
+        values, weights = _score(trial, model, _task(trial).select)
     except NumericError:
-        return np.inf
+        return np.inf, trial.subject.model
     mean = float((values * weights).sum() / weights.sum())
-    return mean if np.isfinite(mean) else np.inf
+    return (mean, model) if np.isfinite(mean) else (np.inf, model)
 
 
 def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
 
 
 @contextmanager
-def per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | Mapping[str, float] | None]) -> Iterator[None]:
+def per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | Mapping[str, float] | None]) -> Generator[None]:
     """Within, row i of every batch has the adapters of rows[i], at their strengths, and no others: one name, several, or None.
 
     Errors: OptionError for unknown names; ConflictError for what cannot tell rows: branches, adapters of experts and
@@ -155,7 +156,7 @@ def edited(expr: Expr, change: Change) -> Expr:
     made: dict[str, object] = {}
     for f in (f for f in fields(type(expr)) if f.kind in ("child", "children")):
         old = expr.value(f)
-        new = _terms_edited(old, change) if isinstance(expr, Sum) else each(lambda e: edited(e, change), old)
+        new = _terms_edited(old, change) if isinstance(expr, Sum) else each(partial(edited, change=change), old)
         if _differs(old, new):
             made[f.name] = new
     if isinstance(expr, Sum) and made:
@@ -187,7 +188,7 @@ def _renamed(expr: Expr, role: str, new: str) -> Expr:
     made: dict[str, object] = {}
     for f in (f for f in fields(type(expr)) if f.kind in ("child", "children")):
         old = expr.value(f)
-        fresh = each(lambda e: _renamed(e, role, new), old)
+        fresh = each(partial(_renamed, role=role, new=new), old)
         if isinstance(expr, Sum):
             fresh = {(new + r.removeprefix(role) if r in (role, f"{role}-start") else r): t for r, t in fresh.items()}
         if _differs(old, fresh):

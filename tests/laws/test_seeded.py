@@ -190,7 +190,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         on(N.casts_spare_bytes, "masked-quantized"),
     ),
     "forks share what is trained": (
-        lambda: patch("weft.expr.tree._own", lambda t: t),
+        lambda: patch("weft.expr.tree.own", lambda t, apart: t),
         on(N.forks_part_ways, "lowrank"),
     ),
     "normal form without its right": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def hotswap(model: nn.Module, folder: Path | str, *, name: str = "default", unve
     """Write an adapter's numbers over those of the model's adapter `name`, in place; returns the new one's sites.
 
     A smaller rank is filled up with zeros, the scale goes into B; sites that the new one has not are zero from now on, and so is
-    what the old one had started with.
+    what the old one had started with. A fork that shares frozen terms with the model has the new numbers too.
     Errors, the model being as it was: those of `attach`; OptionError for a name that no term has; ConflictError, site by
     site, for a rank above the term's, for a site without such a term, and for terms that are no LoRA.
     """
@@ -31,23 +32,21 @@ def hotswap(model: nn.Module, folder: Path | str, *, name: str = "default", unve
     sites = attach(beside, folder, name=f"{name}-new", unverified_base=unverified_base)
     given = {n: terms_of(expressions(beside)[n])[fresh] for n in sites}
     raise_all([p for n in dict.fromkeys([*slots, *given]) if (p := _misfit(n, slots.get(n), given.get(n)))])
-    starts = [terms_of(e).get(f"{role}-start") for e in expressions(model).values()]
+    starts = [_bare(t) for e in expressions(model).values() if (t := terms_of(e).get(f"{role}-start")) is not None]
     with torch.no_grad():
-        for start in (_bare(t) for t in starts if t is not None):
-            assert isinstance(start, LowRank)
-            start.b.zero_()
-        for site, slot in slots.items():
-            new = given.get(site)
-            assert isinstance(slot, LowRank) and (new is None or isinstance(new, LowRank))
-            slot.a.zero_()
-            slot.b.zero_()
-            if new is not None:
-                r = new.a.shape[0]
-                slot.a[:r].copy_(new.a)
-                slot.b[:, :r].copy_(
-                    new.b.to(torch.promote_types(new.b.dtype, torch.float32)) * (new.scale / slot.scale)
-                )
+        for term in (*starts, *slots.values()):
+            for t in term.parameters():
+                t.zero_()
+        for site, new in given.items():
+            _write(cast(LowRank, slots[site]), cast(LowRank, new))
     return sites
+
+
+def _write(slot: LowRank, new: LowRank) -> None:
+    """Fill the first rows and columns of a term of zeros."""
+    r, wide = new.a.shape[0], torch.promote_types(new.b.dtype, torch.float32)
+    slot.a[:r].copy_(new.a)
+    slot.b[:, :r].copy_(new.b.to(wide) * (new.scale / slot.scale))
 
 
 def _bare(term: Expr) -> Expr:

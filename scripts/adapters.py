@@ -79,7 +79,7 @@ class Way:
         return " ".join([self.method, *shown])
 
 
-SMALL = {"rank": 3, "width": 4, "length": 3, "count": 40, "block": 4, "factor": 4, "share": 0.5}
+SMALL = {"rank": 3, "features": 5, "width": 4, "length": 3, "count": 40, "block": 4, "factor": 4, "share": 0.5}
 """What options are called by which an adapter is made small, and the values they have here."""
 SPECIAL: dict[str, list[dict[str, Any]]] = {
     "lora": [

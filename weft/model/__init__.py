@@ -1,6 +1,6 @@
 """Models: sites, weave, unweave."""
 
-from weft.model.adapters import Adapter, activate, adapters, delete_adapter, edited, name_of, per_row, rename_adapter
+from weft.model.adapters import Adapter, activate, adapters, delete_adapter, name_of, per_row, rename_adapter
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.bottleneck import Bottleneck
@@ -44,7 +44,7 @@ __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
     "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select",
     "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "branches", "cut",
-    "delete_adapter", "dispatch", "edited", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
+    "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
     "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",
     "plain_tensors", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of",
     "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",

@@ -22,8 +22,8 @@ from weft.model.experts import ApartExperts
 from weft.model.sharded import must_be_whole
 from weft.model.weave import expressions, places, set_expressions
 
-Change = Callable[[str, str, Expr], Expr | None]
-"""What becomes of a term of an adapter's name and role; None takes it away."""
+Change = Callable[[dict[str, Expr]], dict[str, Expr]]
+"""What becomes of the adapter terms of a sum, by role."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
     not finite; ConflictError for branches at other strengths than 0 and 1, and for adapters that are no terms: under a magnitude
     (DoRA) the weight without the adapter is not known to it.
     """
-    wanted = _wanted(model, names)
+    wanted = _wanted(model, [names])[0]
     must_be_whole(model.named_parameters())
     problems: list[WeftError] = []
     for name, held in _terms(model).items():
@@ -103,12 +103,10 @@ def per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | Mapping[str, 
     convolutions, adapters under a magnitude; within, ShapeError for a batch of another number of rows.
     """
     refuse_branches(model, "a choice by row")
-    chosen = [_wanted(model, () if r is None else r) for r in rows]
-    problems = [_no_rows(site, name, what) for name, site, what in _rowless(model)]
-    raise_all(problems)
-    names = list(adapters(model))
+    chosen = _wanted(model, [() if r is None else r for r in rows])
+    raise_all([_no_rows(site, name, what) for name, site, what in _rowless(model)])
     _gate(model)
-    by_name = {name: torch.tensor([w[name] for w in chosen], dtype=torch.float32) for name in names}
+    by_name = {name: torch.tensor([w[name] for w in chosen], dtype=torch.float32) for name in adapters(model)}
     held = [(name, t) for name, terms in _terms(model).items() for _, t, _ in terms if isinstance(t, Gated)]
     _each_row(model, held, by_name)
     try:
@@ -122,9 +120,9 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
 
     Returns its places. Errors: OptionError for an unknown name; ConflictError where a magnitude was trained with it.
     """
-    places_ = _known(model, name).places
+    places_ = _known(model, name)[name].places
     raise_all([_bound(site, name, "deleted") for site, _, under in _terms(model).get(name, []) if under])
-    _edit(model, lambda n, _, term: None if n == name else term)
+    _edit(model, lambda terms: {r: t for r, t in terms.items() if name_of(r) != name})
     if any(b.name == name for b in branches(model)):
         unbranch(model, name)
     return list(places_)
@@ -135,15 +133,19 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
 
     Errors: OptionError for an unknown name; ConflictError for branches and a name that is taken.
     """
-    _known(model, name)
-    if new in adapters(model):
+    if new in _known(model, name):
         want, fix = "a free name", "choose another"
         raise ConflictError("an adapter has this name", where="new", got=new, want=want, fix=fix)
     if held := [b.key for b in branches(model) if b.name == name]:
         want, fix = "terms", "add the branch again under the new name"
         raise ConflictError("a branch keeps its name", where=held[0], got=name, want=want, fix=fix)
     role = f"adapter:{name}"
-    set_expressions(model, {n: _renamed(e, role, f"adapter:{new}") for n, e in expressions(model).items()})
+    _edit(
+        model,
+        lambda terms: {
+            f"adapter:{new}{r.removeprefix(role)}" if name_of(r) == name else r: t for r, t in terms.items()
+        },
+    )
 
 
 def name_of(role: str) -> str | None:
@@ -151,22 +153,19 @@ def name_of(role: str) -> str | None:
     return role.removeprefix("adapter:").removesuffix("-start") if role.startswith("adapter:") else None
 
 
-def edited(expr: Expr, change: Change) -> Expr:
-    """The tree after a change of every adapter's terms, wherever they stand; itself where nothing changes."""
+def _edited(expr: Expr, change: Change) -> Expr:
+    """The tree after a change of every sum's adapter terms; itself where nothing changes."""
+    if isinstance(expr, Sum):
+        old = expr.named()
+        rest = {r: _edited(t, change) for r, t in old.items() if name_of(r) is None}
+        new = rest | change({r: t for r, t in old.items() if name_of(r) is not None})
+        return total(new) if _differs(old, new) else expr
     made: dict[str, object] = {}
     for f in (f for f in fields(type(expr)) if f.kind in ("child", "children")):
-        old = expr.value(f)
-        new = _terms_edited(old, change) if isinstance(expr, Sum) else each(partial(edited, change=change), old)
-        if _differs(old, new):
+        held = expr.value(f)
+        if _differs(held, new := each(partial(_edited, change=change), held)):
             made[f.name] = new
-    if isinstance(expr, Sum) and made:
-        return total(made["terms"])  # pyright: ignore[reportArgumentType]
     return expr.rebuild(**made) if made else expr
-
-
-def _terms_edited(terms: Mapping[str, Expr], change: Change) -> dict[str, Expr]:
-    made = {r: change(n, r, t) if (n := name_of(r)) is not None else edited(t, change) for r, t in terms.items()}
-    return {r: t for r, t in made.items() if t is not None}
 
 
 def _differs(old: object, new: object) -> bool:
@@ -179,21 +178,9 @@ def _differs(old: object, new: object) -> bool:
 
 def _edit(model: nn.Module, change: Change) -> None:
     held = expressions(model)
-    made = {n: edited(e, change) for n, e in held.items()}
+    made = {n: _edited(e, change) for n, e in held.items()}
     if changed := {n: e for n, e in made.items() if e is not held[n]}:
         set_expressions(model, changed)
-
-
-def _renamed(expr: Expr, role: str, new: str) -> Expr:
-    made: dict[str, object] = {}
-    for f in (f for f in fields(type(expr)) if f.kind in ("child", "children")):
-        old = expr.value(f)
-        fresh = each(partial(_renamed, role=role, new=new), old)
-        if isinstance(expr, Sum):
-            fresh = {(new + r.removeprefix(role) if r in (role, f"{role}-start") else r): t for r, t in fresh.items()}
-        if _differs(old, fresh):
-            made[f.name] = fresh
-    return expr.rebuild(**made) if made else expr
 
 
 def _terms(model: nn.Module) -> dict[str, list[tuple[str, Expr, bool]]]:
@@ -220,37 +207,37 @@ def _strength(term: Expr) -> float:
     return float(term.g) if isinstance(term, Gated) else 1.0
 
 
-def _known(model: nn.Module, name: str) -> Adapter:
+def _known(model: nn.Module, *names: str) -> dict[str, Adapter]:
+    """All adapters. Errors: OptionError for names that are none of theirs."""
     held = adapters(model)
-    if name not in held:
+    if unknown := [n for n in dict.fromkeys(names) if n not in held]:
         want, fix = ", ".join(held) or "none: there is no adapter", "weft.adapters(model) lists them"
-        raise OptionError("no such adapter", where=type(model).__name__, got=name, want=want, fix=fix)
-    return held[name]
+        raise OptionError("no such adapter", where=type(model).__name__, got=", ".join(unknown), want=want, fix=fix)
+    return held
 
 
-def _wanted(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The strength of every adapter of the model."""
-    given = names if isinstance(names, Mapping) else dict.fromkeys([names] if isinstance(names, str) else names, 1.0)
-    for name in given:
-        _known(model, name)
-    if bad := {n: s for n, s in given.items() if not math.isfinite(s)}:
+def _wanted(model: nn.Module, choices: Sequence[str | Sequence[str] | Mapping[str, float]]) -> list[dict[str, float]]:
+    """For each choice the strength of every adapter of the model."""
+    given = [c if isinstance(c, Mapping) else dict.fromkeys([c] if isinstance(c, str) else c, 1.0) for c in choices]
+    held = _known(model, *(name for g in given for name in g))
+    if bad := {n: s for g in given for n, s in g.items() if not math.isfinite(s)}:
         want, fix = "finite numbers", "give others"
         raise OptionError("a strength is not finite", where=", ".join(bad), got=list(bad.values()), want=want, fix=fix)
-    return {n: float(given.get(n, 0.0)) for n in adapters(model)}
+    return [{n: float(g.get(n, 0.0)) for n in held} for g in given]
 
 
 def _gate(model: nn.Module) -> None:
     """Give every adapter term a gate, one a name and device, where it has none."""
     held = {(n, t.g.device): t.g for n, terms in _terms(model).items() for _, t, _ in terms if isinstance(t, Gated)}
 
-    def gated(name: str, role: str, term: Expr) -> Expr:
+    def gated(role: str, term: Expr) -> Expr:
         if isinstance(term, Gated):
             return term
-        at = name, device_of(term)
+        at = name_of(role) or "", device_of(term)
         held.setdefault(at, nn.Parameter(torch.ones(1, device=at[1]), requires_grad=False))
         return Gated(held[at], term)
 
-    _edit(model, gated)
+    _edit(model, lambda terms: {r: gated(r, t) for r, t in terms.items()})
 
 
 def _each_row(model: nn.Module, held: Sequence[tuple[str, Gated]], by_name: Mapping[str, Tensor] | None) -> None:

@@ -29,9 +29,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import weft
 from weft.engine import get, names
-from weft.expr import Dense, Expr, spec, tensors, terms_of
-from weft.model import branches, expressions, fingerprint, fork, name_of, set_expressions
-from weft.model.branch import unbranch
+from weft.error import ConflictError
+from weft.expr import Dense, Expr, spec, tensors
+from weft.model import branches, expressions, fingerprint, fork, places, set_expressions
 
 DOCS = Path(__file__).parent.parent / "docs"
 OUT = DOCS / "adapters.md"
@@ -41,8 +41,8 @@ HEAD = """# Adapters on bases
 
 Written by `python scripts/adapters.py`, which puts every adapter on every base of a small Llama and follows it through its life:
 {stages}. A number says how many of the {count} stages are right, measured against an independent reading of the saved
-tensors in float64; a letter is a refusal, before anything changed, with the reason below. There is nothing else: a wrong result or a
-crash would stand here as `WRONG`.
+tensors in float64; the letters say why others are refused, or not tried, with the reasons below. A wrong result or a crash would stand
+here as `WRONG`.
 
 """
 
@@ -79,6 +79,8 @@ class Way:
         return " ".join([self.method, *shown])
 
 
+NAME = "default"
+"""What adapters are called."""
 SMALL = {"rank": 3, "features": 5, "width": 4, "length": 3, "count": 40, "block": 4, "factor": 4, "share": 0.5}
 """What options are called by which an adapter is made small, and the values they have here."""
 SPECIAL: dict[str, list[dict[str, Any]]] = {
@@ -232,66 +234,78 @@ def saves(base: nn.Module, way: Way) -> bool:
 
 
 def combines(base: nn.Module, way: Way) -> bool:
-    """With another adapter beside it the model is what the oracle says; where it is a term, at any strengths, and as a blend."""
+    """With another adapter beside it the model is what the oracle says."""
     m = shaken(added(base, way))
     weft.apply(m, "lora", name="other", rank=2)
     shaken(m, 5)
-    if not near(logits(m), oracle(m)):
-        return False
-    mine = next((n for n in weft.adapters(m) if n != "other"), None)
-    terms = mine is not None and any(name_of(r) == mine for e in expressions(m).values() for r in terms_of(e))
-    if mine is None or not terms or way.options.get("magnitude"):
-        return True
-    weft.activate(m, {mine: 0.5, "other": -2.0})
+    return near(logits(m), oracle(m))
+
+
+def blends(base: nn.Module, way: Way) -> bool:
+    """At a strength of its own it is what the oracle says, and as a blend with another one the same."""
+    m = shaken(added(base, way))
+    weft.apply(m, "lora", name="other", rank=2)
+    shaken(m, 5)
+    weights = {NAME: 0.5, "other": -2.0}
+    weft.activate(m, weights)
     both = logits(m)
-    weft.blend_adapters(m, {mine: 0.5, "other": -2.0}, "blend")
+    weft.blend_adapters(m, weights, "blend")
     weft.activate(m, "blend")
     return near(both, oracle(m)) and near(logits(m), both)
 
 
-def _weights_alone(m: nn.Module, way: Way) -> nn.Module:
-    """Without branches, which no weight can hold."""
-    if branches(m):
-        unbranch(m)
-        weft.apply(m, "lora", rank=2)
-        shaken(m)
-    return m
-
-
 def merges(base: nn.Module, way: Way) -> bool:
-    """One matrix a weight, with the same output; where the base has a grid, one rounding onto it, whose loss is told."""
-    m = _weights_alone(shaken(added(base, way)), way)
+    """One plain matrix a weight, with the same output."""
+    m = _in_weights(shaken(added(base, way)))
     want = oracle(m)
-    plain = fork(m)
-    weft.merge(plain, to="dense")
-    if not near(logits(plain), want, 2e-2 if base.dtype == torch.bfloat16 else 3e-5):  # type: ignore[comparison-overlap]
-        return False
+    weft.merge(m, to="dense")
+    return near(logits(m), want, 2e-2 if float_bits(m) == 16 else 3e-5)
+
+
+def float_bits(m: nn.Module) -> int:
+    """Bits of the checkpoint's floats, to which a merge rounds."""
+    return 16 if any(p.dtype == torch.bfloat16 for p in places(m).values()) else 32
+
+
+def regrids(base: nn.Module, way: Way) -> bool:
+    """One rounding onto the base's own grid, whose loss is told."""
+    m = _in_weights(shaken(added(base, way)))
     values = {n: read(e) for n, e in expressions(m).items()}
-    try:
-        told = weft.merge(m, to="grid", at="*self_attn.q_proj*")
-    except weft.WeftError as e:
-        return "no grid" in str(e) or "cannot be merged onto a grid" in str(e)
+    told = weft.merge(m, to="grid", at=["*self_attn.k_proj*", "*mlp.down_proj*"])
     gaps = {c.name: float((read(expressions(m)[c.name]) - values[c.name]).norm() / values[c.name].norm()) for c in told}
-    return all(abs(c.error - gaps[c.name]) <= 1e-4 for c in told if c.error is not None)
+    return bool(told) and all(c.error is not None and abs(c.error - gaps[c.name]) <= 1e-4 for c in told)
 
 
 def undoes(base: nn.Module, way: Way) -> bool:
-    """After a merge is undone the model is what it was, to the bit; without the adapter, the base's output, to the bit."""
-    m = shaken(added(base, way))
+    """After a merge is undone the model is what it was, to the bit."""
+    m = _in_weights(shaken(added(base, way)))
     before, was = logits(m), fingerprint(m)
-    merged = weft.merge(m, to="dense")
-    merged.undo()
-    if fingerprint(m) != was or not torch.equal(logits(m), before):
-        return False
-    names_ = list(weft.adapters(m))
-    if not names_ or way.options.get("magnitude") or way.options.get("init") in ("loftq", "lq"):
-        return True
-    weft.delete_adapter(m, names_[0])
+    weft.merge(m, to="dense").undo()
+    return fingerprint(m) == was and torch.equal(logits(m), before)
+
+
+def leaves(base: nn.Module, way: Way) -> bool:
+    """Deleted, it leaves the base's output, to the bit."""
+    m = shaken(added(base, way))
+    if way.options.get("init") in ("loftq", "lq"):
+        raise _not_for(way.title, "it has rounded the base anew")
+    weft.delete_adapter(m, NAME)
     return torch.equal(logits(m), logits(base))
 
 
+def _in_weights(m: nn.Module) -> nn.Module:
+    if branches(m):
+        raise _not_for(branches(m)[0].describe(), "a branch is no part of a weight")
+    return m
+
+
+def _not_for(where: str, what: str) -> weft.WeftError:
+    return ConflictError(f"not tried: {what}", where=where, got="", want="", fix="")
+
+
 STAGES: dict[str, Callable[[nn.Module, Way], bool]] = {
-    "attach": attaches, "train": trains, "save and load": saves, "combine": combines, "merge": merges, "undo": undoes,
+    "attach": attaches, "train": trains, "save and load": saves, "combine": combines, "weigh and blend": blends, "merge": merges,
+    "merge to the grid": regrids, "undo": undoes, "delete": leaves,
 }  # fmt: skip
 
 
@@ -388,7 +402,7 @@ def page(chosen: list[Way], bases: list[str]) -> tuple[str, int, int]:
             lines.append(f"| {way.title} | {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr)
     told = ["", "## The stages", ""] + [f"- **{n}**: {(s.__doc__ or '').splitlines()[0]}" for n, s in STAGES.items()]
-    told += ["", "## The bases", "", f"{BASES_SAY}", "", "## The refusals", ""]
+    told += ["", "## The bases", "", f"{BASES_SAY}", "", "## The letters", ""]
     told += [f"- **{letter}**: {what}." for what, letter in reasons.of.items()] or ["None."]
     head = HEAD.format(stages=", ".join(STAGES), count=len(STAGES))
     return head + "\n".join([*lines, *told, ""]), wrong, count

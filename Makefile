@@ -60,8 +60,8 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md, composition.md and adapters.md
 	@$(BIN)/weft prove --known --all --jobs $(WORKERS)
 	@$(BIN)/python scripts/docs.py
-	@$(BIN)/python scripts/composition.py
-	@$(BIN)/python scripts/adapters.py
+	@$(ONE) $(BIN)/python scripts/composition.py & first=$$!; \
+	  $(ONE) $(BIN)/python scripts/adapters.py; second=$$?; wait $$first && exit $$second
 
 fuzz: $(READY) ## ten minutes of fuzzing what reads files from elsewhere
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=2.3' 2>/dev/null || echo "atheris does not install here."

@@ -91,16 +91,17 @@ class Lab:
         share: float,
         baseline_share: float | None = None,
         among: Among = "roundings",
+        **options: Any,
     ) -> Claim:
         """Holds if search `ours`, within `share` of the bytes, leaves the model closer than `baseline` does.
 
         Both choose among roundings to 2 to 8 bits, within a share of the bfloat16 bytes, or among sparsities by `wanda`, within
-        a share of the model's own. `baseline_share`: another budget for the baseline.
+        a share of the model's own. `baseline_share`: another budget for the baseline. `options` are those of `ours`.
         """
-        given = {"ours": (ours, share), "baseline": (baseline, baseline_share or share)}
-        runs = {arm: partial(Trial.allocated, search=name, share=b, among=among) for arm, (name, b) in given.items()}
+        given = {"ours": (Step.of(ours, **options), share), "baseline": (Step.of(baseline), baseline_share or share)}
+        runs = {arm: partial(Trial.allocated, search=step, share=b, among=among) for arm, (step, b) in given.items()}
         of = "bfloat16" if among == "roundings" else "the model"
-        arms = {arm: f"{name} within {b:.0%} of {of}" for arm, (name, b) in given.items()}
+        arms = {arm: f"{step.describe()} within {b:.0%} of {of}" for arm, (step, b) in given.items()}
         return self._judge(runs, arms, [ours, baseline, "rtn" if among == "roundings" else "wanda"], 1.0, "less")
 
     def tune(self, *, ours: Steps, baseline: Steps, share: float) -> Claim:

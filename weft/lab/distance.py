@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,14 +54,15 @@ class Distance:
         count = max(1, round(share * sum(sizes)))
         drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(draw))[:count]
         made, start = copy(self), 0
-        made.batches, made.held = [], []
+        picked: list[tuple[Mapping[str, Tensor], Tensor]] = []
         for batch, ref, size in zip(self.batches, self.held, sizes, strict=True):
             rows = drawn[(drawn >= start) & (drawn < start + size)].sort()[0] - start
             start += size
             if len(rows):
                 parts = ref.split(self._units(batch, ref))
-                made.batches.append({k: v[rows] for k, v in batch.items()})
-                made.held.append(torch.cat([parts[i] for i in rows.tolist()]))
+                picked.append(({k: v[rows] for k, v in batch.items()}, torch.cat([parts[i] for i in rows.tolist()])))
+        joined = list(_joined(picked, max(sizes), pad=self.goal.embeds))
+        made.batches, made.held = [b for b, _ in joined], [ref for _, ref in joined]
         return made
 
     def _units(self, batch: Mapping[str, Tensor], ref: Tensor) -> list[int]:
@@ -98,6 +100,35 @@ class Distance:
         """The mean distance of a unit."""
         values, weights = self.documents(model)
         return float((values * weights).sum() / weights.sum())
+
+
+def _joined(
+    parts: Sequence[tuple[Mapping[str, Tensor], Tensor]], most: int, *, pad: bool
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    """Batches after each other as one, in lots of `most` rows, where they have one shape; with `pad`, texts of any length."""
+    lot: list[tuple[Mapping[str, Tensor], Tensor]] = []
+    for part in parts:
+        if lot and (sum(_rows(b) for b, _ in lot) + _rows(part[0]) > most or not (pad or _alike(lot[0][0], part[0]))):
+            yield _lot(lot)
+            lot = []
+        lot.append(part)
+    if lot:
+        yield _lot(lot)
+
+
+def _alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return {k: v.shape[1:] for k, v in a.items()} == {k: v.shape[1:] for k, v in b.items()}
+
+
+def _lot(parts: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> tuple[Mapping[str, Tensor], Tensor]:
+    made: dict[str, Tensor] = {}
+    for k in parts[0][0]:
+        rows = [b[k] for b, _ in parts]
+        if any(r.shape[1:] != rows[0].shape[1:] for r in rows):
+            width = max(r.shape[1] for r in rows)
+            rows = [F.pad(r, (0, width - r.shape[1])) for r in rows]
+        made[k] = torch.cat(rows)
+    return made, torch.cat([ref for _, ref in parts])
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:

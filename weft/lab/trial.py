@@ -24,7 +24,7 @@ from weft.expr import Expr
 from weft.lab import metrics, tasks
 from weft.lab.distance import Distance, padded, windows
 from weft.learn.data import Example, Pair, Response, Text
-from weft.model import expressions, fork, match, places
+from weft.model import expressions, fork, match, mode, places
 from weft.model import fingerprint as model_fingerprint
 from weft.stats import Stats, collect, objective
 from weft.store.cache import Cache, key
@@ -137,28 +137,31 @@ class Trial:
 
         return self._distances([chain_key(chain), *at], chosen)
 
-    def allocated(self, search: str, share: float, among: Among) -> Arm:
+    def allocated(self, search: Step, share: float, among: Among) -> Arm:
         """Distances after every site became the candidate that the search chose within `share` of the bytes."""
         chains, size = AMONG[among].chains(), AMONG[among].size
 
         def chosen() -> dict[Chain, list[str]]:
             cost, error = self.table(among)
             budget = int(share * sum(size(e) for n, e in expressions(self.subject.model).items() if n in self.sites))
-            method = get(search)
+            method = get(search.method)
             given = (self.bench(chains, error.isfinite()),) if method.needs else ()
             made: dict[Chain, list[str]] = {}
-            for name, c in zip(self.sites, method(cost, error, budget, *given).tolist(), strict=True):
+            for name, c in zip(
+                self.sites, method(cost, error, budget, *given, **dict(search.options)).tolist(), strict=True
+            ):
                 made.setdefault(chains[c], []).append(name)
             return made
 
-        return self._distances([search, get(search).fingerprint(), share, [chain_key(c) for c in chains]], chosen)
+        return self._distances([chain_key((search,)), share, [chain_key(c) for c in chains]], chosen)
 
     def bench(self, chains: Sequence[Chain], usable: Tensor) -> Bench:
         """Where a search measures what it needs, on the calibration texts."""
         name = key("bench", self.subject.fingerprint, self.data, self.code)
         near = Distance(self.subject.model, self.batches, self.goal, self.store, name)
+        mode(model := fork(self.subject.model), "speed")
         return Bench(
-            fork(self.subject.model), self.sites, chains, usable, self.stats, self.batches, self.goal,
+            model, self.sites, chains, usable, self.stats, self.batches, self.goal,
             lambda model, share, draw: near.part(share, draw)(model), cache=self.store, about=name, seed=self.seed,
         )  # fmt: skip
 

@@ -20,21 +20,23 @@ from weft.learn.train import train
 from weft.model import fork
 from weft.store.cache import key
 
-RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
+RATES = (2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
-STEPS = 16
+STEPS = 12
 BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
-TOKENS, WORDS = 128, 48
+TOKENS, WORDS = 128, 32
 """Tokens of a training window, and of either text of a pair."""
 READ = 1024
 """Tokens of the training texts that a branch which begins as text may read."""
 PAGE = 512
 """Characters of a document that are trained and tested on."""
-SNIPPET = 160
+SNIPPET = 96
 """Characters of a pair's positive that are."""
-CHOICE = 20
-"""Examples that a learning rate is chosen by."""
+CHOICE, PAIRS_CHOICE = 20, 100
+"""Examples that a learning rate is chosen by; of pairs, whose scores vary more, more."""
+TESTED = 200
+"""Examples that are tested on, at most."""
 
 
 def gained(trial: Trial, chain: Chain) -> Arm:
@@ -71,7 +73,7 @@ def rate(trial: Trial, chain: Chain, best: dict[int, nn.Module] | None = None) -
 
 def lowest(among: Sequence[float], score: Callable[[float], float]) -> float:
     """The one of these, in order, where a score with one valley is lowest: from the middle up or down, for as long as it falls."""
-    best = len(among) // 2
+    best = (len(among) - 1) // 2
     least = score(among[best])
     for way in (1, -1):
         start = best
@@ -100,10 +102,10 @@ def _metric(trial: Trial) -> tuple[str, str]:
 
 def _task(trial: Trial) -> tasks.Task:
     """The tuning task, its examples cut short."""
-    held = task_of(trial.subject.tuning_task, trial.seed, pairs=trial.subject.embeds)
-    return dataclasses.replace(
-        held, train=_short(held.train), select=_short(held.select[:CHOICE]), test=_short(held.test)
-    )
+    embeds = trial.subject.embeds
+    held = task_of(trial.subject.tuning_task, trial.seed, pairs=embeds)
+    select = held.select[: PAIRS_CHOICE if embeds else CHOICE]
+    return dataclasses.replace(held, train=_short(held.train), select=_short(select), test=_short(held.test[:TESTED]))
 
 
 def recipe(trial: Trial) -> list[Any]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         merge,
         methods,
         probe,
+        reader,
         run,
         save,
         show,
@@ -64,8 +65,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "weft.api": (
-        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "run", "save", "show", "train",
-        "verify",
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "reader", "run", "save", "show",
+        "train", "verify",
     ),
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
@@ -88,8 +89,8 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
     "blend_adapters", "combine", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit", "fork", "gathered",
-    "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove", "rename_adapter",
-    "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
+    "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove", "reader",
+    "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

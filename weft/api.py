@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,13 @@ from weft.lab import models
 from weft.learn.data import Example
 from weft.learn.tokenizer import tokenizer
 from weft.learn.train import History
-from weft.model import DeviceMap, branches, expressions, stack_of, taps
+from weft.model import DeviceMap, branches, expressions, fork, stack_of, taps
 from weft.progress import Progress, Silent
 from weft.score import examples
 from weft.store.cache import Cache, default
+
+if TYPE_CHECKING:
+    from weft.learn.reader import Reader
 
 To = Literal["hf", "peft", "compressed-tensors"]
 
@@ -238,6 +241,25 @@ def train(
     scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
     how: dict[str, Any] = {"held_out": scored, "optimizer": moves, "out": out, "progress": progress}
     return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
+
+
+def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, **options: Any) -> Reader:
+    """Something to read or write one long text with, which learns each chunk of it into weights that last as long as the reader.
+
+    `method` makes what learns, in a fork: the model itself never changes. `options` are its own, and those of
+    `weft.learn.settings.Reading`: chunk, window, epochs, lr, seed. `start`: the token before the first; if not given, the
+    tokenizer's end of text. Errors: OptionError; ConflictError for a model that predicts no text; PathError for one without a tokenizer.
+    """
+    from weft.learn.reader import Reader
+    from weft.learn.settings import Reading
+
+    how = Reading.of(**{k: options.pop(k) for k in list(options) if k in Reading.model_fields})
+    apart = fork(model).requires_grad_(False)
+    apply(apart, method, seed=how.seed, **options)
+    if start is None:
+        words = tokenizer(model)
+        start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
+    return Reader(apart, how, start=start)
 
 
 def merge(model: nn.Module, *, to: Target, at: str | Sequence[str] = "*") -> Merges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -58,6 +59,11 @@ class Proof:
     paper: str
     tried: Callable[..., Any]
     """`(lab) -> Claim`"""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of how it is tried: editing that invalidates this proof alone."""
+        return hashlib.blake2b(inspect.getsource(self.tried).encode(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -163,7 +169,7 @@ class Method:
         return attach
 
     def fingerprint(self) -> str:
-        """Hash of the method's file: editing it invalidates its steps and its proof."""
+        """Hash of the method's file without claims and docstrings: editing the rest invalidates its steps and proofs."""
         file = inspect.getfile(self.fn)
         now = os.stat(file)
         return _hash(file, now.st_mtime_ns, now.st_size)
@@ -171,7 +177,28 @@ class Method:
 
 @functools.cache
 def _hash(file: str, _changed: int, _size: int) -> str:
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_working(Path(file).read_text("utf8")).encode(), digest_size=16).hexdigest()
+
+
+def _working(text: str) -> str:
+    """The lines of a method's file that its results depend on."""
+    tree = ast.parse(text)
+    silent = [n for n in tree.body if isinstance(n, ast.FunctionDef) and any(map(_is_claim, n.decorator_list))]
+    first = [n.decorator_list[0].lineno for n in silent]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            silent.append(node.body[0])
+            first.append(node.body[0].lineno)
+    gone = {i for start, n in zip(first, silent, strict=True) for i in range(start, (n.end_lineno or start) + 1)}
+    return "\n".join(line for i, line in enumerate(text.splitlines(), 1) if i not in gone and line.strip())
+
+
+def _is_claim(decorator: ast.expr) -> bool:
+    return (
+        isinstance(decorator, ast.Call)
+        and isinstance(decorator.func, ast.Attribute)
+        and decorator.func.attr == Method.claim.__name__
+    )
 
 
 def _finite(where: str, made: Expr, before: Expr | None = None) -> None:

@@ -14,6 +14,7 @@ from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import merging, models
 from weft.lab.decoding import changed
 from weft.lab.probing import probed
+from weft.lab.reading import read
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
@@ -136,12 +137,28 @@ class Lab:
 
         On lab models that write text. Errors: ConflictError if there is none.
         """
-        lab = self._with({n for n, trials in self.trials.items() if not trials[0].subject.embeds}, "a decoder")
+        lab = self._writers()
         runs: dict[str, Run] = {arm: partial(changed, how=how) for arm, how in (("ours", ours), ("baseline", baseline))}
         arms = {
             arm: ", ".join(f"{k}={v}" for k, v in how.items()) for arm, how in (("ours", ours), ("baseline", baseline))
         }
         return lab._judge(runs, arms, [], factor, "less")
+
+    def read(self, *, ours: Steps) -> Claim:
+        """Holds if long texts are predicted better where what `ours` makes trainable learns each chunk after it was read, window alike.
+
+        On lab models that write text. Errors: ConflictError if there is none.
+        """
+        lab, chain = self._writers(), _chain(ours)
+        runs: dict[str, Run] = {
+            arm: partial(read, chain=chain, learns=learns) for arm, learns in (("ours", True), ("baseline", False))
+        }
+        arms = {"ours": f"{_describe(chain)}, learning", "baseline": "the window alone"}
+        return lab._judge(runs, arms, [s.method for s in chain], 1.0, "less")
+
+    def _writers(self) -> Lab:
+        """The same lab with the models that write text."""
+        return self._with({n for n, trials in self.trials.items() if not trials[0].subject.embeds}, "a decoder")
 
     def merge(
         self,

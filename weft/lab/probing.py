@@ -11,7 +11,7 @@ from weft.lab.trial import Arm, Trial
 from weft.lab.tuning import STEPS, rate, recipe, selected, tuned
 from weft.store.cache import key
 
-LADDER = (1, 2, 3, 4, 6, 8, 12, STEPS)
+LADDER = (1, 2, 3, 4, 6, STEPS)
 """Steps that an arm which gains more than the other is trained for instead."""
 
 

@@ -132,7 +132,8 @@ def _tried(
 def _file(m: Method, name: str, claim: Claim, left_out: dict[str, list[str]]) -> dict[str, Any]:
     """What a file of proof says."""
     of = m.proofs[name]
-    head = {"method": m.name, "claim": of.claim, "paper": of.paper, "date": today(), "fingerprint": m.fingerprint()}
+    head = {"method": m.name, "claim": of.claim, "paper": of.paper, "date": today()}
+    head |= {"fingerprint": m.fingerprint(), "tried": of.fingerprint}
     return head | claim.as_json() | ({"left_out": left_out} if left_out else {})
 
 
@@ -198,7 +199,7 @@ def _changed(m: Method, name: str, path: Path) -> str:
     if not path.exists():
         return "no proof"
     held, known_ = read_json(path), set(method_names())
-    if held["claim"] != m.proofs[name].claim:
+    if held["tried"] != m.proofs[name].fingerprint:
         return "another claim"
     now = {n: get(n).fingerprint() if n in known_ else "" for n in {**held["methods"], m.name: ""}}
     changed = [n for n, f in {**held["methods"], m.name: held["fingerprint"]}.items() if now[n] != f]

@@ -22,7 +22,7 @@ from weft.store.cache import key
 
 RATES = (2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
-STEPS = 12
+STEPS = 8
 BATCH, PAIRS = 4, 8
 """Examples a step; of pairs, which are told apart from each other, more."""
 TOKENS, WORDS = 128, 32
@@ -33,9 +33,9 @@ PAGE = 512
 """Characters of a document that are trained and tested on."""
 SNIPPET = 96
 """Characters of a pair's positive that are."""
-CHOICE, PAIRS_CHOICE = 20, 100
+CHOICE, PAIRS_CHOICE = 12, 60
 """Examples that a learning rate is chosen by; of pairs, whose scores vary more, more."""
-TESTED = 200
+TESTED = 160
 """Examples that are tested on, at most."""
 
 

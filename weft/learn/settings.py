@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,10 +13,39 @@ def _about(text: str, **limits: Any) -> Any:
     return Field(description=text, **limits)
 
 
-class Training(BaseModel):
-    """Options of a training run; their descriptions are what the command line says of them."""
+class Checked(BaseModel):
+    """Options with ranges and descriptions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """The settings. Errors: OptionError for every option that is unknown or out of range, and for contradictions."""
+        try:
+            made = cls(**given)
+        except ValidationError as e:
+            fix = f"options: {', '.join(cls.model_fields)}"
+            raise_all([_refused(str(p["loc"][0]), p["input"], str(p["msg"]), fix) for p in e.errors()])
+            raise
+        made.agree()
+        return made
+
+    def agree(self) -> None:
+        """Errors: OptionError for options that contradict each other."""
+
+
+class Reading(Checked):
+    """How a reader reads and learns."""
+
+    chunk: Annotated[int, _about("tokens that are learnt at a time", ge=1)] = 256
+    window: Annotated[int, _about("tokens before a chunk that are seen with it", ge=1)] = 256
+    epochs: Annotated[int, _about("steps on a chunk; 0: nothing is learnt", ge=0)] = 2
+    lr: Annotated[float, _about("learning rate of AdamW", gt=0)] = 2e-3
+    seed: Annotated[int, _about("of the start of what is learnt, and of what is drawn", ge=0, lt=1 << 32)] = 0
+
+
+class Training(Checked):
+    """Options of a training run; their descriptions are what the command line says of them."""
 
     steps: Annotated[int | None, _about("steps; 200, unless epochs are given", ge=1)] = None
     epochs: Annotated[float | None, _about("times that every example is seen, instead of steps", gt=0)] = None
@@ -47,19 +76,7 @@ class Training(BaseModel):
     ] = ()
     seed: Annotated[int, _about("of the order of examples, dropout and all that is drawn", ge=0, lt=1 << 32)] = 0
 
-    @classmethod
-    def of(cls, **given: Any) -> Training:
-        """The settings. Errors: OptionError for every option that is unknown or out of range, and for contradictions."""
-        try:
-            made = cls(**given)
-        except ValidationError as e:
-            fix = f"options: {', '.join(cls.model_fields)}"
-            raise_all([_refused(str(p["loc"][0]), p["input"], str(p["msg"]), fix) for p in e.errors()])
-            raise
-        made._agree()
-        return made
-
-    def _agree(self) -> None:
+    def agree(self) -> None:
         problems: list[WeftError] = []
         if self.steps is not None and self.epochs is not None:
             got = f"steps {self.steps} and epochs {self.epochs:g}"

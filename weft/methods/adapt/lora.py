@@ -23,7 +23,7 @@ TAKEN = ("pissa", "olora", "corda", "corda_last")
 """Starts that a frozen term takes away again."""
 
 
-@method(kind="rewrite", rows="P057", paper="2106.09685")
+@method(kind="rewrite", rows="P057 P323", paper="2106.09685")
 def lora(
     g: Group,
     *,
@@ -202,3 +202,12 @@ def lq(lab: Lab) -> Claim:
 def qlora(lab: Lab) -> Claim:
     adapter = ("lora", {"rank": 16})
     return lab.tune(ours=[("nf4", {"double": True}), adapter], baseline=[adapter], share=0.9)
+
+
+@lora.claim(
+    "learnt from each chunk after it was read, a temporary adapter of rank 16 makes long texts more predictable",
+    of="temporary",
+    paper="2401.11504",
+)
+def temporary(lab: Lab) -> Claim:
+    return lab.read(ours=[("lora", {"rank": 16})])

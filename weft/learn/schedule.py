@@ -89,8 +89,10 @@ Rewrites = Mapping[str, Expr]
 class Schedule:
     """What a method of kind schedule makes for a run. What it has to remember from step to step are notes of its terms."""
 
-    takes: ClassVar[type[Expr]] = SparseDelta
-    """The terms that it rewrites."""
+    takes: ClassVar[tuple[type[Expr], ...]] = (SparseDelta,)
+    """The nodes that it rewrites."""
+    adds: ClassVar[str] = "sparse"
+    """The method that adds such terms."""
 
     def begin(self, held: Sequence[Trained]) -> Rewrites:
         """What stands there before the first step."""
@@ -126,4 +128,6 @@ def at_least(steps: int, least: int, where: str) -> None:
     """Errors: OptionError for a run that is too short to rewrite anything."""
     if steps < least:
         fix = "train for more steps"
-        raise OptionError("this run is too short for the schedule", where=where, got=steps, want=f"{least} steps", fix=fix)
+        raise OptionError(
+            "this run is too short for the schedule", where=where, got=steps, want=f"{least} steps", fix=fix
+        )

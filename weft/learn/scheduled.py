@@ -32,8 +32,8 @@ class Scheduled:
         self.model, self.schedule = model, schedule
         found = [t for t in trained_terms(model) if isinstance(t.term, schedule.takes)]
         if not found:
-            want = f"a term of an adapter that trains, a {schedule.takes.__name__}"
-            fix = "add one first, as weft.apply(model, 'sparse') does"
+            want = f"a term of an adapter that trains, a {schedule.takes[0].__name__}"
+            fix = f"add one first: weft.apply(model, '{schedule.adds}')"
             where, got = type(model).__name__, "no such term"
             raise ConflictError("there is nothing to rewrite", where=where, got=got, want=want, fix=fix)
         held = [Trained(f"{t.site} {t.role}", t.role, t.term, t.beside, {t.role: t.term}) for t in found]

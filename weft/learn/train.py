@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, OptionError

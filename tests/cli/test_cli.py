@@ -281,7 +281,7 @@ def test_train_takes_a_schedule_with_its_options(model: Path, texts: Path, tmp_p
         (["--method", "lora", "--during", "spiel"], "there is nothing to rewrite"),
     ):
         made = weft_("train", str(model), *how, "--replace", *bad)
-        assert made.exit_code == 2 and said in made.output
+        assert made.exit_code in (2, 4) and said in made.output
 
 
 def test_train_collects_what_a_start_has_to_know(model: Path, texts: Path, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 import weft
 from weft.engine import get, names, optimizers, schedules
-from weft.error import ConflictError, OptionError
+from weft.error import ConflictError, FormatError, OptionError, PathError
 from weft.expr import Expr
 from weft.learn.data import Text
+from weft.learn.schedule import Schedule
 from weft.learn.train import train
 from weft.learn.trainer import trainable
 from weft.model import expressions, fork, weave
@@ -27,7 +29,7 @@ from weft.model.adapters import trained_terms
 from weft.store import load, save
 
 SCHEDULES = [name for name in names() if get(name).kind == "schedule"]
-ON: dict[str, tuple[str, dict[str, Any]]] = {}
+ON: dict[str, tuple[str, dict[str, Any]]] = {"relocate": ("loca", {"count": 40, "alpha": 8.0})}
 """What a schedule works on, where that is not `sparse`."""
 SHORT: dict[str, dict[str, Any]] = {"spiel": {"every": 4, "over": 2}}
 """Options with which a schedule acts several times in twelve steps."""
@@ -45,10 +47,16 @@ def ready(name: str, *base: tuple[str, dict[str, Any]], family: str = "llama") -
     return model
 
 
-def taught(model: nn.Module, name: str | None, **options: Any) -> list[float]:
+VARIANTS: dict[str, list[dict[str, Any]]] = {"spiel": [{}, {"by": "momentum"}]}
+"""Options under which a schedule goes another way."""
+
+
+def taught(
+    model: nn.Module, name: str | None, more: Mapping[str, Any] = MappingProxyType({}), **options: Any
+) -> list[float]:
     """The losses of a run."""
     how: dict[str, Any] = {"batch": 2, "lr": 2e-2, "steps": STEPS, "schedule": "constant", **options}
-    during = schedules.named(name, **SHORT.get(name, {})) if name else None
+    during = schedules.named(name, **SHORT.get(name, {}), **more) if name else None
     return [loss for _, loss in train(model, DATA, tokenizer=tokenizer(), during=during, **how).losses]
 
 
@@ -151,13 +159,12 @@ def the_best_step_comes_back(name: str) -> None:
 
 def zeros_stay(name: str) -> None:
     """Of a base with a pattern of zeros only entries that it keeps are trained, for terms that can be so."""
-    if name in ON:
-        return
-    model = ready(name, ("magnitude", {"sparsity": 0.5}))
-    taught(model, name)
-    for t in trained_terms(model):
-        kept = t.beside["base"].mask()
-        assert kept is not None and not bool((t.term.dense() != 0)[~kept].any()), t.site
+    for more in VARIANTS.get(name, [{}]) if name not in ON else ():
+        model = ready(name, ("magnitude", {"sparsity": 0.5}))
+        taught(model, name, more)
+        for t in trained_terms(model):
+            kept, mine = t.beside["base"].mask(), t.term.mask()
+            assert kept is not None and mine is not None and not bool(mine[~kept].any()), t.site
 
 
 def a_saved_model_is_the_trained_one(name: str) -> None:
@@ -214,8 +221,24 @@ def a_short_run_ends_or_is_refused(name: str) -> None:
             assert same(model, ready(name))
 
 
+def a_checkpoint_of_another_run_is_refused(name: str) -> None:
+    """Of one without a schedule, of one with another, and of this one where there is none: the model does not train on."""
+
+    class Another(Schedule):
+        takes = (Expr,)
+
+    runs = (None, schedules.named(name, **SHORT.get(name, {})), lambda _: Another())
+    for first, second in ((0, 1), (1, 0), (2, 1), (1, 2)):
+        with TemporaryDirectory() as folder:
+            how: dict[str, Any] = {"batch": 2, "save_every": 1, "tokenizer": tokenizer(), "out": Path(folder)}
+            train(ready(name), DATA, steps=4, during=runs[first], **how)
+            with pytest.raises((FormatError, PathError)):
+                train(ready(name), DATA, steps=STEPS, during=runs[second], **how)
+
+
 LAWS = (
     it_trains, it_stays_within_the_budget, the_base_stays, it_goes_on_from_a_checkpoint, the_best_step_comes_back, zeros_stay,
+    a_checkpoint_of_another_run_is_refused,
     a_saved_model_is_the_trained_one, others_train_beside_it, it_refuses, a_short_run_ends_or_is_refused,
 )  # fmt: skip
 

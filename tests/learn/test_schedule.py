@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.engine import schedules
+from weft.error import ConflictError
 from weft.expr import Basis, Dense, Expr, LowRank, SparseDelta, Sum
 from weft.learn.data import Text
 from weft.learn.schedule import Rewrites, Schedule, Trained
@@ -22,7 +23,7 @@ from weft.learn.train import train
 from weft.learn.trainer import trainable
 from weft.learn.watch import watched
 from weft.linalg.masks import largest, largest_together
-from weft.model import expressions, set_expressions, weave
+from weft.model import expressions, fork, set_expressions, weave
 from weft.model.adapters import trained_terms
 
 TEXTS = [Text(f"the {a} sat on the {b} mat .") for a in ("cat", "dog", "bird") for b in ("old", "red")]
@@ -312,6 +313,160 @@ def test_spiel_by_momentum_follows_sm3() -> None:
         *stays.tolist(),
         *rc.sort(descending=True, stable=True).indices[:count].tolist(),
     }
+
+
+def test_id3_takes_in_by_gradient_over_magnitude() -> None:
+    """Over all weights, to i / n of the budget, what is in stays in; the last choice leaves a step to train."""
+    schedule = schedules.named("id3", every=2, power=1.0, eps=0.5)(7)
+    weights = [torch.randn(3, 4, generator=rng(1)), torch.randn(5, 2, generator=rng(2))]
+    places = (sparse([0, 1, 2, 3], [0.0] * 4, (3, 4)), sparse([4, 5], [0.0] * 2, (5, 2)))
+    held = [trained(t, w) for t, w in zip(places, weights, strict=True)]
+    for i, at in enumerate(held):
+        at.name = str(i)
+    put(held, schedule.begin(held))
+    assert [len(at.values) for at in held] == [0, 0]
+    assert [s for s in range(1, 9) if schedule.watches(s)] == [1, 2, 3, 4, 5, 6]
+    inside: set[tuple[int, int]] = set()
+    for choice in (1, 2, 3):
+        grads = [
+            [torch.randn(w.shape, generator=rng(10 * choice + k + 5 * i)) for i, w in enumerate(weights)]
+            for k in (0, 1)
+        ]
+        for k in (0, 1):
+            for at, g in zip(held, grads[k], strict=True):
+                schedule.see(at, g, 2 * choice - 1 + k)
+                Alone().settle(at)
+            if k == 0:
+                assert schedule.after(2 * choice - 1, held) == {}
+        scores: dict[tuple[int, int], tuple[float, float]] = {}
+        for i, w in enumerate(weights):
+            for p in range(w.numel()):
+                if (i, p) not in inside:
+                    size = float(w.abs().flatten()[p]) + 0.5
+                    scores[i, p] = tuple(float(g[i].abs().flatten()[p]) / size for g in grads)  # type: ignore[assignment]
+        nominated = {
+            q for i in (0, 1) for q in sorted((q for q in scores if q[0] == i), key=lambda q: -scores[q][0])[:2]
+        }
+        inside |= set(sorted(nominated, key=lambda q: -scores[q][1])[:2])
+        put(held, schedule.after(2 * choice, held))
+        assert {(i, p) for i, at in enumerate(held) for p in at.entries().tolist()} == inside and len(
+            inside
+        ) == 2 * choice
+    assert schedule.after(7, held) == {} and all(set(at.notes) == {"budget"} for at in held)
+
+
+def put(held: Sequence[Trained], made: Rewrites) -> None:
+    """Put new terms in place, as training does."""
+    for at in held:
+        if at.name in made:
+            new = made[at.name]
+            at.parts = new.named() if isinstance(new, Sum) else {at.role: new}
+            at.term = at.parts[at.role]
+
+
+def test_sara_goes_on_with_what_is_still_small() -> None:
+    """The smallest weights first; halfway those that stayed within the largest of these magnitudes; at the end all in one."""
+    schedule, w = schedules.named("sara", turn=0.5)(8), torch.tensor([[0.1, -2.0, 0.3], [-0.2, 0.05, 4.0]])
+    at = trained(sparse([1, 2, 5, 0], [0.0] * 4, (2, 3)), w)
+    put([at], schedule.begin([at]))
+    assert at.entries().tolist() == [0, 2, 3, 4]
+    at.values.data = torch.tensor([-0.1, 0.2, 0.6, -0.4])  # the weights become 0, 0.5, 0.4, -0.35; the limit is 0.3
+    assert not any(schedule.watches(s) for s in range(1, 9)) and schedule.after(3, [at]) == {}
+    put([at], schedule.after(4, [at]))
+    assert at.entries().tolist() == [0] and at.values.tolist() == pytest.approx([-0.1])
+    frozen = at.parts["adapter:default-start"]
+    assert isinstance(frozen, SparseDelta) and frozen.frozen() and frozen.entries().tolist() == [2, 3, 4]
+    at.values.data = torch.tensor([0.7])
+    assert schedule.after(5, [at]) == {}
+    put([at], schedule.after(8, [at]))
+    assert at.entries().tolist() == [0, 2, 3, 4] and at.values.tolist() == pytest.approx([0.7, 0.2, 0.6, -0.4])
+    with pytest.raises(ConflictError, match="begun already"):
+        schedule.begin([at])
+
+
+def test_lt_sft_keeps_what_moved_most() -> None:
+    """Of all weights together, from zero again, and of what a pattern keeps."""
+    schedule = schedules.named("lt_sft", full=0.25)(8)
+    held = [trained(sparse([0, 1], [0.0] * 2, (2, 3))), trained(sparse([4], [0.0], (5, 2)))]
+    for i, at in enumerate(held):
+        at.name = str(i)
+    put(held, schedule.begin(held))
+    assert all(isinstance(at.term, Dense) and not bool(at.values.any()) for at in held)
+    held[0].values.data = torch.tensor([[0.1, -0.9, 0.0], [0.2, 0.3, -0.1]])
+    held[1].values.data = torch.linspace(-0.5, 0.45, 10).view(5, 2)
+    assert schedule.after(1, held) == {}
+    put(held, schedule.after(2, held))
+    assert held[0].entries().tolist() == [1] and held[1].entries().tolist() == [0, 9]
+    assert not any(bool(at.values.any()) or at.notes for at in held)
+
+
+def test_sums_of_two_lt_sft_deltas(tiny: Any, words: Any) -> None:
+    """Two trainings of one base add up to the base and both differences, and take no more than both."""
+    base, made = weave(tiny()), []
+    for name, data in (("task", TEXTS[:3]), ("tongue", TEXTS[3:])):
+        model = fork(base)
+        weft.apply(model, "sparse", rank=1, name=name, at="all-linear")
+        train(model, data, tokenizer=words, steps=4, batch=2, lr=2e-2, during=schedules.named("lt_sft"))
+        made.append({t.site: (t.role, t.term) for t in trained_terms(model)})
+    both = fork(base)
+    put_both = {s: Sum({"base": e, **dict(m[s] for m in made)}) for s, e in expressions(base).items() if s in made[0]}
+    set_expressions(both, put_both)
+    assert set(weft.adapters(both)) == {"task", "tongue"}
+    for site, e in expressions(both).items():
+        want = expressions(base)[site].dense() + sum(m[site][1].dense() for m in made if site in m)
+        assert torch.allclose(e.dense(), want, atol=1e-6)
+    weft.activate(both, "task")
+    weft.activate(both, ["task", "tongue"])
+    assert sum(bool(t.term.dense().any()) for t in trained_terms(both)) > 4
+
+
+def test_relocate_goes_down_the_central_difference() -> None:
+    """(L(p + 1) - L(p - 1)) / 2 for L = <G, value>, and so q; steps of a given root mean square, within the table, rounded."""
+    m, n = 6, 9
+    schedule = schedules.named("relocate", until=0.5, every=2, by=0.8)(8)
+    assert [s for s in range(1, 9) if schedule.watches(s)] == [2, 4]
+    at = trained(Basis(nn.Parameter(torch.zeros(5)), "cosine", 3, m, n, 0.7))
+    first = at.term.dense
+    put([at], schedule.begin([at]))
+    with torch.no_grad():
+        at.values.copy_(torch.randn(5, generator=rng(4)))
+    assert torch.allclose(at.term.dense(), first(), atol=1e-6)  # the same parameter, the same places
+    g, places = torch.randn(m, n, generator=rng(5)), torch.stack([at.term.p, at.term.q]).long()
+    schedule.see(at, g, 2)
+    Alone().settle(at)
+
+    def wave(p: int, q: int) -> Tensor:
+        i, j = torch.arange(m).double()[:, None] + 0.5, torch.arange(n).double() + 0.5
+        return 0.7 * 2 * torch.cos(torch.pi * i * p / m) * torch.cos(torch.pi * j * q / n)
+
+    want = torch.zeros(2, 5).double()
+    for k, (p, q) in enumerate(places.T.tolist()):
+        for axis, (a, b) in enumerate((((p + 1, q), (p - 1, q)), ((p, q + 1), (p, q - 1)))):
+            want[axis, k] = float(at.values[k]) * float((g * (wave(*a) - wave(*b))).sum()) / 2
+    assert torch.allclose(at.notes["slope"].double(), want, rtol=1e-4, atol=1e-5)
+    held = at.values
+    put([at], schedule.after(2, [at]))
+    moved = places - 0.8 * want / want.square().mean().sqrt()
+    moved = torch.stack([moved[0].clamp(0, m - 1), moved[1].clamp(0, n - 1)])
+    assert torch.allclose(at.notes["places"].double(), moved, atol=1e-4) and at.values is held
+    assert torch.equal(torch.stack([at.term.p, at.term.q]).double(), moved.round())
+    other = trained(Basis(nn.Parameter(torch.zeros(5)), "fourier", 3, m, n))
+    with pytest.raises(ConflictError, match="no places that move"):
+        schedule.begin([other])
+
+
+@pytest.mark.parametrize("name", ["spiel", "id3", "relocate"])
+def test_a_term_that_is_not_used_stays_as_it_is(name: str, tiny: Any, words: Any) -> None:
+    """An adapter that is off is not computed: it sees nothing, and no run breaks; the one that is on goes its way."""
+    model, base = weave(tiny()), {"relocate": ("loca", {"count": 20})}.get(name, ("sparse", {"rank": 1}))
+    for which in ("on", "off"):
+        weft.apply(model, base[0], name=which, at="all-linear", **base[1])
+    weft.activate(model, {"on": 0.5})
+    options = {"spiel": {"every": 3, "over": 1}}.get(name, {})
+    before = {(t.site, t.role): t.term.dense().detach() for t in trained_terms(model)}
+    train(model, TEXTS, tokenizer=words, steps=6, batch=2, lr=2e-2, during=schedules.named(name, **options))
+    for t in trained_terms(model):
+        assert torch.equal(t.term.dense(), before[t.site, t.role]) == (t.role == "adapter:off")
 
 
 class Alone:

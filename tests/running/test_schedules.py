@@ -64,6 +64,10 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
         assert a[case].keys() == b[case].keys() and all(torch.equal(a[case][n], b[case][n]) for n in a[case])
         assert a[f"{case} same"] and b[f"{case} same"] and torch.equal(a[f"{case} losses"], a[f"{case} again"])
         losses, model = learnt(case, None, 2)
+        first = weave(build_tiny())
+        apply(first, [Step.of("rtn"), Step.of("sparse", rank=2)], at="all-linear")
+        begun = [k for k in a[case] if k.endswith("columns") and "start" not in k]
+        assert not any(torch.equal(a[case][k], state(first)[k]) for k in begun)  # they did choose
         exact = len(losses) if case in ("lt_sft", "sara") else 2
         assert np.allclose(losses[:exact], a[f"{case} losses"][:exact], rtol=1e-4)
         if case == "sara":

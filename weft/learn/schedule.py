@@ -76,6 +76,16 @@ class Trained:
         best = largest(self.open(score), count)
         self.fresh["nominated"] = torch.cat([self.fresh.get("nominated", best[:0]), best]).unique()
 
+    def measure(self, gradient: Float[Tensor, "m n"]) -> None:
+        """Add up the gradient at the places that were nominated."""
+        if "nominated" in self.notes:
+            self.add("sum", gradient.flatten()[self.notes["nominated"]])
+
+    def measured(self) -> tuple[Int[Tensor, "k"], Float[Tensor, "k"]]:
+        """The places that were nominated and their sums, which are forgotten; none of a term that was not used, as of an expert may be."""
+        places, sums = (self.notes.pop(note, self.values.new_zeros(0)) for note in ("nominated", "sum"))
+        return (places.long(), sums) if len(places) == len(sums) else (places[:0].long(), sums[:0])
+
     def add(self, note: str, value: Tensor) -> None:
         """Add to a note. Over the parts of a batch and the processes it becomes what the gradient is over them."""
         held = self.fresh.get(note)

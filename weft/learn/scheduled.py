@@ -57,10 +57,11 @@ class Scheduled:
     def settle(self, accelerator: Any) -> None:
         """Bring together what all processes noted in this step, in the same order in each."""
         mine = [(n, note, tuple(t.shape)) for n, at in self.held.items() for note, t in at.fresh.items()]
-        for name, note, shape in sorted(set(gather_object(mine))):
+        said: list[tuple[str, str, tuple[int, ...]]] = gather_object(mine)
+        for (name, note), shape in sorted({(name, note): shape for name, note, shape in said}.items()):
             at = self.held[name]
             value = at.fresh.pop(note, None)
-            if note == "nominated":
+            if note == "nominated":  # as many as there are, in every process
                 value = at.values.new_zeros(0, dtype=torch.long) if value is None else value
                 every = accelerator.gather(accelerator.pad_across_processes(value, pad_index=-1))
                 at.notes[note] = every[every >= 0].unique()
@@ -103,39 +104,53 @@ class Scheduled:
     def save(self, folder: Path) -> None:
         """Write what the terms are besides the tensors that train, and all notes."""
         content: dict[str, Tensor] = {}
-        said: dict[str, Any] = {}
+        terms: dict[str, Any] = {}
         for i, (name, at) in enumerate(self.held.items()):
             paths = {f"{role}/{p}": t for role, e in at.parts.items() for p, t in tensors(e).items()}
             content |= {f"{i}/{p}": t for p, t in paths.items() if t is not at.values}
             content |= {f"{i}/note/{n}": t for n, t in at.notes.items()}
             trains = next(p for p, t in paths.items() if t is at.values)
-            said[name] = {
-                "parts": {role: spec(e) for role, e in at.parts.items()},
-                "trains": [trains, list(at.values.shape)],
-            }
+            parts = {role: spec(e) for role, e in at.parts.items()}
+            terms[name] = {"parts": parts, "trains": trains, "shape": list(at.values.shape)}
         write_tensors(folder / TENSORS, content)
-        write_json(folder / TREES, said)
+        write_json(folder / TREES, {"by": self._by(), "terms": terms})
 
     def restore(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
         """Put back the terms and notes that `save` wrote; the numbers that train come from the trainer's own file.
 
-        Errors: FormatError for those of another model or schedule.
+        Errors: PathError where there are none; FormatError for those of another model or schedule.
         """
         said, content = read_json(folder / TREES), read_tensors(folder / TENSORS)
         table: dict[int, Mapping[str, Expr]] = {}
-        if not isinstance(said, dict) or list(said) != list(self.held):
-            got = sorted(map(str, set(said) ^ set(self.held)))[:5] if isinstance(said, dict) else type(said).__name__
-            want, fix = "the terms that the schedule rewrites", "remove the checkpoint folder"
-            raise FormatError("a checkpoint is of another model", where=str(folder), got=got, want=want, fix=fix)
-        for i, at in enumerate(self.held.values()):
-            values, (path, shape) = at.values, said[at.name]["trains"]
+        if said.get("by") != self._by() or list(said["terms"]) != list(self.held):
+            got = f"{len(said['terms'])} terms under {said.get('by')}"
+            problem = _another(folder, got, f"{len(self.held)} under {self._by()}")
+            raise problem
+        for i, (at, of) in enumerate(zip(self.held.values(), said["terms"].values(), strict=True)):
+            values = at.values
             held = {p.removeprefix(f"{i}/"): t.to(values.device) for p, t in content.items() if p.startswith(f"{i}/")}
-            notes = {p.removeprefix("note/"): t for p, t in held.items() if p.startswith("note/")}
-            held[path] = values if list(values.shape) == shape else nn.Parameter(values.new_empty(shape))
-            parts = {role: build(tree, held.__getitem__, f"{role}/") for role, tree in said[at.name]["parts"].items()}
+            fits = list(values.shape) == of["shape"]
+            held[of["trains"]] = values if fits else nn.Parameter(values.new_empty(of["shape"]))
+            parts = {role: build(tree, held.__getitem__, f"{role}/") for role, tree in of["parts"].items()}
             self._replace(at, parts, optimizer, table)
-            at.notes = notes
+            at.notes = {p.removeprefix("note/"): t for p, t in held.items() if p.startswith("note/")}
         put_terms(self.model, table)
+
+    def _by(self) -> str:
+        """What tells the schedule from others."""
+        return f"{type(self.schedule).__module__}.{type(self.schedule).__qualname__}"
+
+
+def refuse_scheduled(folder: Path) -> None:
+    """Errors: FormatError for a checkpoint of a run with a schedule, where there is none."""
+    if (folder / TREES).exists():
+        problem = _another(folder, "a run with a schedule", "one without")
+        raise problem
+
+
+def _another(folder: Path, got: str, want: str) -> FormatError:
+    fix = "remove the checkpoint folder, or train as before"
+    return FormatError("a checkpoint is of another run", where=str(folder), got=got, want=want, fix=fix)
 
 
 def _holding(term: Expr, old: nn.Parameter, new: nn.Parameter) -> Expr:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError
-from weft.learn.scheduled import Scheduled
+from weft.learn.scheduled import Scheduled, refuse_scheduled
 from weft.learn.settings import Training
 from weft.memory import peak
 from weft.progress import Step
@@ -92,6 +92,8 @@ class Run(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.during is not None:
             self.during.restore(Path(resume_from_checkpoint), cast(Any, self.optimizer))
+        else:
+            refuse_scheduled(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

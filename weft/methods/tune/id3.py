@@ -56,19 +56,16 @@ class _ID3(Schedule):
             score = self._score(gradient.flatten(), at.weight().flatten()).index_fill(0, at.entries(), -torch.inf)
             at.nominate(score.view(gradient.shape), self._added(at, step + self.every - 1))
         else:
-            at.add("sum", gradient.flatten()[at.notes["nominated"]])
+            at.measure(gradient)
 
     def after(self, step: int, held: Sequence[Trained]) -> Rewrites:
         if step % self.every or not self.watches(step):
             return {}
-        places = [at.notes.pop("nominated") for at in held]
-        scores = [
-            self._score(at.notes.pop("sum"), at.weight().flatten()[p]) for at, p in zip(held, places, strict=True)
-        ]
+        found = [at.measured() for at in held]
+        scores = [self._score(g, at.weight().flatten()[p]) for at, (p, g) in zip(held, found, strict=True)]
         chosen = largest_together(scores, self._added(held[0], step))
-        return {
-            at.name: at.moved(torch.cat([at.entries(), p[c]])) for at, p, c in zip(held, places, chosen, strict=True)
-        }
+        places = [p[c] for (p, _), c in zip(found, chosen, strict=True)]
+        return {at.name: at.moved(torch.cat([at.entries(), p])) for at, p in zip(held, places, strict=True)}
 
     def _score(self, gradient: Float[Tensor, "k"], weight: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
         return gradient.abs() / (weight.abs() + self.eps) ** self.power

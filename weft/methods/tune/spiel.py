@@ -53,7 +53,7 @@ class _SpIEL(Schedule):
 
     def see(self, at: Trained, gradient: Float[Tensor, "m n"], step: int) -> None:
         if (step - 1) % self.every:
-            at.add("sum", gradient.flatten()[at.notes["nominated"]])
+            at.measure(gradient)
         else:
             at.nominate(gradient.abs(), len(at.values))
 
@@ -69,17 +69,15 @@ class _SpIEL(Schedule):
     def _chosen(self, at: Trained, count: int) -> SparseDelta:
         """The term with `count` entries dropped and as many grown; fewer where there are fewer candidates."""
         if self.estimates:
-            places, score = None, at.open(at.notes["rows"].outer(at.notes["columns"]))
+            score = at.open(at.notes["rows"].outer(at.notes["columns"]))
+            places = torch.arange(len(score), device=score.device)
         else:
-            places, score = at.notes.pop("nominated"), at.notes.pop("sum").abs()
+            places, sums = at.measured()
+            score = sums.abs()
         held, size = at.entries(), at.values.abs()
         stays = held[largest(size, len(held) - count)]
-        score = (
-            score.index_fill(0, stays, -torch.inf)
-            if places is None
-            else score.where(~torch.isin(places, stays), -torch.inf)
-        )
-        grown = largest(score, count) if places is None else places[largest(score, count)]
+        free = score.new_ones(at.term.shape, dtype=torch.bool).flatten().index_fill(0, stays, False)
+        grown = places[largest(score.where(free[places], -torch.inf), count)]
         rest = ~torch.isin(held, torch.cat([stays, grown]))
         filled = held[rest][largest(size[rest], len(held) - len(stays) - len(grown))]
         return at.moved(torch.cat([stays, grown, filled]))

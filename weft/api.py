@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import Findings, cuts, get, optimizers, transports
+from weft.engine import Findings, cuts, get, optimizers, schedules, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merges
 from weft.engine.merge import To as Target
 from weft.engine.recipe import KINDS, Recipe, read
+from weft.engine.registry import apart
 from weft.engine.run import Change, Step
 from weft.error import OptionError, whole
 from weft.lab import models
@@ -219,6 +220,7 @@ def train(
     *,
     held_out: str | Path | Sequence[Example] | None = None,
     optimizer: str | None = None,
+    during: str | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -228,18 +230,25 @@ def train(
     `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
     warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
-    `optimizer` names a method of that kind (`muon`, `lora_plus` ...); its options come with the others.
+    `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
+    (`spiel` ...). Their options come with the others; one that both have with the method's name before it (`galore_every`).
     Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
     target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
     """
     from weft.learn.settings import Training
     from weft.learn.train import train as learn
 
-    moves, options = optimizers.split(optimizer, options)
+    (moves, rewrites), options = apart(options, optimizer, during)
     seed = Training.of(**options).seed
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
     scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
-    how: dict[str, Any] = {"held_out": scored, "optimizer": moves, "out": out, "progress": progress}
+    how: dict[str, Any] = {
+        "held_out": scored,
+        "optimizer": optimizers.named(optimizer, **moves) if optimizer is not None else None,
+        "during": schedules.named(during, **rewrites) if during is not None else None,
+        "out": out,
+        "progress": progress,
+    }
     return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
 
 

@@ -245,6 +245,45 @@ def test_train_takes_an_optimizer_with_its_options(model: Path, texts: Path, tmp
         assert made.exit_code == 2 and said in made.output
 
 
+def test_train_takes_a_schedule_with_its_options(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Beside those of the method and the optimizer; another kind, and a model without its terms, are refused."""
+    how = [
+        "--data",
+        str(texts),
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--length",
+        "32",
+        "--json",
+        "--out",
+        str(tmp_path / "t"),
+    ]
+    both = [
+        "--optimizer",
+        "galore",
+        "--galore-rank",
+        "3",
+        "--every",
+        "2",
+        "--during",
+        "spiel",
+        "--spiel-every",
+        "3",
+        "--over",
+        "1",
+    ]
+    made = weft_("train", str(model), *how, "--method", "sparse", "--rank", "1", *both)
+    assert made.exit_code == 0 and json.loads(made.stdout)[0]["steps"] == 4
+    for bad, said in (
+        (["--method", "sparse", "--during", "rtn"], "rewrites nothing during training"),
+        (["--method", "lora", "--during", "spiel"], "there is nothing to rewrite"),
+    ):
+        made = weft_("train", str(model), *how, "--replace", *bad)
+        assert made.exit_code in (2, 4) and said in made.output
+
+
 def test_train_collects_what_a_start_has_to_know(model: Path, texts: Path, tmp_path: Path) -> None:
     """Evidence of the training data, for a start that asks for it and for no other."""
     for init, collected in (("pissa", False), ("eva", True)):

@@ -252,6 +252,9 @@ EXPRS: dict[str, Maker] = {
 
 MAKERS: dict[str, Maker] = {
     "Cayley": lambda m, n, g: Cayley(0.5 * randn(g, -(-n // 4), 6), 4),
+    "Cosines": lambda m, n, g: NODES["Cosines"](
+        randn(g, 5), *(torch.randint(0, size, (5,), generator=g).int() for size in (m, n)), m, n, 0.5
+    ),
     "Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g)),
 }
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""

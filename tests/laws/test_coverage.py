@@ -19,6 +19,7 @@ from . import (
     test_probes,
     test_rewrites,
     test_routed,
+    test_schedules,
     test_searches,
     test_transports,
 )
@@ -52,6 +53,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "branch": len(test_branches.MODELS) + len(test_branches.LAWS),
         "cut": len(test_cuts.MODELS) + len(test_cuts.LAWS),
         "optimizer": len(test_optimizers.LAWS),
+        "schedule": len(test_schedules.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

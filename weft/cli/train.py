@@ -20,7 +20,7 @@ DEFAULT = "lora"
 
 
 def command(argv: Sequence[str]) -> Callable[..., None]:
-    """The command, with the options of the method and the optimizer that this command line names.
+    """The command, with the options of the method, the optimizer and the schedule that this command line names.
 
     An option that is called as one of training, or as one before it, has its method's name before it: `--prompt-length`.
     """
@@ -31,7 +31,7 @@ def command(argv: Sequence[str]) -> Callable[..., None]:
     shared = inspect.signature(_shared, eval_str=True).parameters
     taken, asked = {*fields, *shared}, [parameter(n, f) for n, f in fields.items()]
     own: dict[str, dict[str, str]] = {}
-    for word, default in (("method", DEFAULT), ("optimizer", "")):
+    for word, default in (("method", DEFAULT), ("optimizer", ""), ("during", "")):
         name = _named(argv, word) or default
         held = get(name).options.model_fields if name in {e.name for e in entries()} else {}
         own[word] = {n: f"{name}_{n}" if n in taken else n for n in held}
@@ -39,9 +39,9 @@ def command(argv: Sequence[str]) -> Callable[..., None]:
         asked += [parameter(own[word][n], f) for n, f in held.items()]
 
     def run(**given: Any) -> None:
-        options, moves = ({n: plain(given.pop(flag)) for n, flag in own[word].items()} for word in own)
+        of = {word: {n: plain(given.pop(flag)) for n, flag in own[word].items()} for word in own}
         how = {n: plain(given.pop(n)) for n in fields}
-        _train(options=options, moves=moves, how=how, **given)
+        _train(options=of.pop("method"), of=of, how=how, **given)
 
     whole = [*shared.values(), *asked]
     run.__doc__ = HELP
@@ -72,6 +72,9 @@ def _shared(
     optimizer: Annotated[
         str | None, typer.Option(help="What moves it instead of AdamW: muon, lora_plus ..., of the verb tune.")
     ] = None,
+    during: Annotated[
+        str | None, typer.Option(help="What rewrites the terms while they train: spiel ..., of the verb tune.")
+    ] = None,
     at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
     replace: Replace = False,
     cache: CacheFolder = None,
@@ -82,8 +85,9 @@ def _shared(
 
 
 def _train(
-    *, model: str, data: str, out: Path, held_out: str | None, method: str, optimizer: str | None, at: list[str] | None, replace: bool,
-    cache: Path | None, as_json: bool, quiet: bool, options: dict[str, Any], moves: dict[str, Any], how: dict[str, Any],
+    *, model: str, data: str, out: Path, held_out: str | None, method: str, optimizer: str | None, during: str | None,
+    at: list[str] | None, replace: bool, cache: Path | None, as_json: bool, quiet: bool, options: dict[str, Any],
+    of: dict[str, dict[str, Any]], how: dict[str, Any],
 ) -> None:  # fmt: skip
     import weft
     from weft.engine.run import Step
@@ -95,17 +99,15 @@ def _train(
     learned = examples(data, "train", settings.seed)  # bad data shows before the model is loaded
     scored = examples(held_out, "test", settings.seed) if held_out else None
     woven = load(model, quiet)
-    of: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
-    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **of, **options).fallbacks:
+    seen: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
+    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **seen, **options).fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
-    about = key(
-        str(Path(model).absolute()), data, held_out, method, chosen, optimizer, moves, at, settings.model_dump()
-    )
+    beside: dict[str, Any] = {"optimizer": optimizer, "during": during}
+    about = key(str(Path(model).absolute()), data, held_out, method, chosen, beside, of, at, settings.model_dump())
     work = (cache or default()) / "train" / about
-    history = weft.train(
-        woven, learned, held_out=scored, optimizer=optimizer, out=work, progress=bars(quiet), **how, **moves
-    )
+    own = {f"{beside[word]}_{n}": v for word, held in of.items() for n, v in held.items()}
+    history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **beside, **how, **own)
     weft.save(woven, out, replace=replace, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     row = {"steps": len(history.losses), "loss": loss, "tokens": history.tokens, "seconds": history.seconds}

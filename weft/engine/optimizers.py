@@ -27,11 +27,3 @@ def named(method: str, **options: Any) -> Make:
         return chosen.fn(params, lr, **bound)
 
     return make
-
-
-def split(method: str | None, options: Mapping[str, Any]) -> tuple[Make | None, dict[str, Any]]:
-    """The optimizer of this name, made with those of the options that are its own, and the options that are left."""
-    if method is None:
-        return None, dict(options)
-    own = {n: v for n, v in options.items() if n in get(method).options.model_fields}
-    return named(method, **own), {n: v for n, v in options.items() if n not in own}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from weft.catalog import files
 from weft.engine.method import METHODS, Method
@@ -27,3 +29,24 @@ def get(name: str) -> Method:
         got, want = f"{type(e).__name__}: {e}", f"a module with a method called {name}"
         what, fix = "a method's file cannot be used", "mend the file"
         raise FormatError(what, where=files()[name], got=got, want=want, fix=fix) from e
+
+
+def apart(options: Mapping[str, Any], *methods: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The options of each of these methods, and those that are left. `METHOD_OPTION` is that method's, whatever others have.
+
+    Errors: OptionError for one that two of the methods have.
+    """
+    owners: dict[str, list[str]] = {}
+    for method in filter(None, methods):
+        for name in get(method).options.model_fields:
+            owners.setdefault(name, []).append(method)
+            owners[f"{method}_{name}"] = [method]
+    held: dict[str | None, dict[str, Any]] = {method: {} for method in (None, *methods)}
+    for name, value in options.items():
+        mine = owners.get(name, [None])
+        if len(mine) > 1:
+            got, want = f"{name}, which {' and '.join(map(str, mine))} have", "the method's name before it"
+            fix = f"give {' or '.join(f'{m}_{name}' for m in mine)}"
+            raise OptionError("an option is of two methods", where=name, got=got, want=want, fix=fix)
+        held[mine[0]][name if mine[0] is None else name.removeprefix(f"{mine[0]}_")] = value
+    return [held[m] if m is not None else {} for m in methods], held[None]

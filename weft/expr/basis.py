@@ -116,6 +116,11 @@ class Basis(Expr):
         entries = {"random": k * m * n, "fastfood": 3 * m * n}.get(kind, 2 * k * (m + n))
         return (made() if entries > _KEPT else self.derive(f"tables {dtype} {device}", shared)).value
 
+    def frequencies(self) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
+        """The p and q of kinds cosine and fourier."""
+        p, q = _frequencies(self.seed, self.m, self.n, len(self.c))
+        return p.int().to(self.c.device), q.int().to(self.c.device)
+
     def promises(self) -> Promises:
         per = {"cosine": len(self.c), "fourier": 2 * len(self.c)}.get(self.kind, min(self.m, self.n))
         return Promises(rank=min(per, self.m, self.n))

@@ -106,7 +106,7 @@ class SparseDelta(Expr):
             return
         total = int(self.counts.sum()) if not bool((self.counts < 0).any()) else -1
         good = total == len(self.columns) and not bool(((self.columns < 0) | (self.columns >= self.n)).any())
-        at = self._at().long() * self.n + self.columns.long() if good else None
+        at = self.entries() if good else None
         if at is None or not bool((at.diff() > 0).all()):
             raise ShapeError(
                 "SparseDelta.columns does not fit SparseDelta.counts",
@@ -120,6 +120,10 @@ class SparseDelta(Expr):
         """The row of every entry."""
         rows = torch.arange(len(self.counts), device=self.counts.device)
         return rows.repeat_interleave(self.counts, output_size=len(self.columns))
+
+    def entries(self) -> Int[Tensor, "k"]:
+        """The place of every value in the matrix, row by row: ascending."""
+        return self._at() * self.n + self.columns
 
     def dense(self) -> Float[Tensor, "m n"]:
         value = _wide(self.values)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from weft.engine import branches, get, optimizers
+from weft.engine import branches, get, optimizers, schedules
 from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -131,18 +131,25 @@ def tried(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
 
 
 def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> nn.Module:
-    """The model after so many steps at this rate, by the chain's optimizer if it has one. Errors: NumericError if it diverged."""
+    """The model after so many steps at this rate, by the chain's optimizer and under its schedule if it has them.
+
+    Errors: NumericError if it diverged.
+    """
     model = fork(trial.subject.model)
-    moves = [optimizers.named(s.method, **dict(s.options)) for s in chain if get(s.method).kind == "optimizer"]
+    kinds = {"optimizer": optimizers.named, "schedule": schedules.named}
+    made = {
+        kind: [f(s.method, **dict(s.options)) for s in chain if get(s.method).kind == kind] for kind, f in kinds.items()
+    }
     for step in chain:
-        if get(step.method).kind != "optimizer":
+        if get(step.method).kind not in kinds:
             _add(trial, model, step)
     how: dict[str, Any] = {
         "batch": PAIRS if trial.subject.embeds else BATCH,
         "length": WORDS if trial.subject.embeds else TOKENS,
         "lr": rate,
         "seed": trial.seed,
-        "optimizer": moves[-1] if moves else None,
+        "optimizer": next(reversed(made["optimizer"]), None),
+        "during": next(reversed(made["schedule"]), None),
     }
     train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how)
     return model.cpu()

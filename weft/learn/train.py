@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, OptionError
@@ -20,6 +19,8 @@ from weft.learn.batches import Collate, Ordered, Row, inputs, order, packed
 from weft.learn.data import Example, Pair, encode
 from weft.learn.leaks import refuse_leaks
 from weft.learn.objective import contrast, everyones, likelihood
+from weft.learn.schedule import Make
+from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
 from weft.learn.trainer import Loss, Optimizer, Run, Watch, arguments, diverged, last, trainable
 from weft.memory import peak
@@ -50,6 +51,7 @@ def train(
     tokenizer: Any,
     held_out: Sequence[Example] | None = None,
     optimizer: Optimizer | None = None,
+    during: Make | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -59,15 +61,15 @@ def train(
     A step's loss is the mean over its targets, however many processes and micro-batches share them. Pairs train an embedding model
     by contrast with all others of the step in the micro-batch. Every step takes `batch` examples, at most all there are.
     `optimizer` makes what moves them, from their names and the peak rate; AdamW without it. One that has a `measure` is given the
-    loss of each micro-batch, to take as often as it likes, and no gradient.
+    loss of each micro-batch, to take as often as it likes, and no gradient. `during` makes the schedule that rewrites terms meanwhile.
     With `held_out`, it is scored every `eval_every` steps and after the last, and the model ends with the tensors of the best score.
     With `out`, checkpoints are kept there, and a later call goes on from the last one, bit for bit.
     Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and number of processes.
     It trains on a CUDA device where there is one, and the model ends where it was.
     Errors: OptionError for what is out of range, or if nothing is trainable; ConflictError for a model that fully_shard
-    spread, for held-out data that is trained on, and for a model that cannot keep packed examples apart; FormatError if no token
-    is a target or one is not in the vocabulary; NumericError naming the step whose loss is not finite; PathError,
-    ResourceError for `out`.
+    spread, held-out data that is trained on, a model that cannot keep packed examples apart, a schedule without terms or gradients;
+    FormatError if no token is a target or one is not in the vocabulary; NumericError naming the step whose loss is not finite;
+    PathError, ResourceError for `out`.
     """
     how = Training.of(**options)
     _may_train(model, data)
@@ -88,14 +90,14 @@ def train(
         if how.pack:
             _keeps_apart(model, collate, items)
         scored = None if held_out is None else _held(model, held_out, tokenizer, how, batch)
-        moved = optimizer(trainable(model), how.lr) if optimizer is not None else None
+        moved, rewrites = _movers(model, optimizer, during, how.lr, steps)
         run = Run(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
             optimizers=(moved, None),
         )  # fmt: skip
         run.loss_of, run.measure = loss, getattr(moved, "measure", None)
+        run.follow(rewrites)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
-        run.remove_callback(transformers.PrinterCallback)
         with (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
             run.go(last(work, args) if out else None)
@@ -119,6 +121,20 @@ def _own(optimizer: Optimizer | None, how: Training) -> None:
     if optimizer is not None and how.weight_decay:
         got, want, fix = f"{how.weight_decay} and an optimizer of its own", "0", "give it to the optimizer"
         raise OptionError("weight decay is AdamW's", where="weight_decay", got=got, want=want, fix=fix)
+
+
+def _movers(
+    model: nn.Module, optimizer: Optimizer | None, during: Make | None, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer | None, Scheduled | None]:
+    """The optimizer, and the schedule, which has begun. Errors: ConflictError for one beside an optimizer by losses alone."""
+    rewrites = Scheduled(model, during(steps)) if during is not None else None
+    moved = optimizer(trainable(model), lr) if optimizer is not None else None
+    if rewrites is not None:
+        if hasattr(moved, "measure"):
+            got, want, fix = "an optimizer by losses alone", "gradients", "leave one of them out"
+            raise ConflictError("schedules go by gradients", where="during", got=got, want=want, fix=fix)
+        rewrites.begin(moved)
+    return moved, rewrites
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError
+from weft.learn.scheduled import Scheduled, refuse_scheduled
 from weft.learn.settings import Training
 from weft.memory import peak
 from weft.progress import Step
@@ -41,7 +42,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint)).name  # the folder may have moved since
-        restore(cast(nn.Module, self.model), Path(str(self.args.output_dir)) / best)
+        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
 
 
 class Run(Trainer):
@@ -50,12 +51,21 @@ class Run(Trainer):
     loss_of: Loss
     measure: Measure | None = None
     """What takes the losses, of an optimizer that goes by them alone."""
+    during: Scheduled | None = None
+    """What rewrites terms while they train."""
+
+    def follow(self, during: Scheduled | None) -> None:
+        """Let a schedule rewrite terms while they train."""
+        self.during = during
+        if during is not None:
+            self.add_callback(Rewrite(during))
 
     def go(self, checkpoint: str | None) -> None:
         """Train, from a checkpoint on if there is one; from the last step's, take what is there, for one more step would be another run.
 
         Errors: ConflictError for a checkpoint of more steps than are asked for.
         """
+        self.remove_callback(transformers.PrinterCallback)
         held = (
             transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
             if checkpoint
@@ -72,12 +82,26 @@ class Run(Trainer):
         if held.best_model_checkpoint:
             self._load_best_model()
         else:
-            restore(cast(nn.Module, self.model), Path(str(checkpoint)))
+            self._load_from_checkpoint(str(checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.during is not None:
+            self.during.save(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.during is not None:
+            self.during.restore(Path(resume_from_checkpoint), cast(Any, self.optimizer))
+        else:
+            refuse_scheduled(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.during is not None:
+            return self._scheduled(self.during, inputs, num_items_in_batch)
         if self.measure is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -91,6 +115,19 @@ class Run(Trainer):
             return cast(Tensor, self.accelerator.reduce(found / parts, "mean"))
 
         return self.measure(loss)
+
+    def _scheduled(self, during: Scheduled, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A part of a step in which parameters may be others than in the last one, so that gradients are averaged here and not by DDP."""
+        model = cast(nn.Module, self.model)
+        with during.watching(self.state.global_step + 1):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            during.settle(self.accelerator)
+            for p in trainable(model).values() if self.accelerator.num_processes > 1 else ():
+                p.grad = cast(
+                    Tensor, self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+                )
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -144,6 +181,16 @@ class Watch(transformers.TrainerCallback):
         self.move(1, f"{speed:,.0f} tokens/s, {peak() / 1e9:.2f} GB")
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = control.should_save = True
+
+
+class Rewrite(transformers.TrainerCallback):
+    """Lets a schedule rewrite terms after each step of the optimizer."""
+
+    def __init__(self, during: Scheduled) -> None:
+        self.during = during
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.during.rewrite(state.global_step + 1, given["optimizer"])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -27,6 +27,18 @@ Change = Callable[[dict[str, Expr]], dict[str, Expr]]
 
 
 @dataclass(frozen=True)
+class TrainedTerm:
+    """A term of an adapter with one tensor that trains."""
+
+    site: str
+    role: str
+    term: Expr
+    """Without its gate."""
+    beside: Mapping[str, Expr]
+    """Base and compensation of the sum that it is in."""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter of a model: terms `adapter:NAME` beside its weights, or branches of that name."""
 
@@ -146,6 +158,36 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
             f"adapter:{new}{r.removeprefix(role)}" if name_of(r) == name else r: t for r, t in terms.items()
         },
     )
+
+
+def trained_terms(model: nn.Module) -> list[TrainedTerm]:
+    """The adapter terms in which one tensor trains, by site and in order."""
+    found: list[TrainedTerm] = []
+
+    def look(site: str, expr: Expr) -> None:
+        if isinstance(expr, Sum):
+            held = expr.named()
+            beside = {r: t for r, t in held.items() if name_of(r) is None}
+            for role, term in held.items():
+                bare = term.kept if isinstance(term, Gated) else term
+                if role not in beside and sum(p.requires_grad for p in bare.parameters()) == 1:
+                    found.append(TrainedTerm(site, role, bare, beside))
+        for kid in expr.kids():
+            look(site, kid)
+
+    for site, expr in expressions(model).items():
+        look(site, expr)
+    return found
+
+
+def put_terms(model: nn.Module, made: Mapping[int, Mapping[str, Expr]]) -> None:
+    """Put other terms, by role, in the place of adapter terms, in place. `made` goes by the ids of the old ones; gates stay."""
+
+    def other(role: str, term: Expr) -> dict[str, Expr]:
+        new = made.get(id(term.kept if isinstance(term, Gated) else term), {role: term})
+        return {r: term.rebuild(kept=t) if isinstance(term, Gated) and t is not term else t for r, t in new.items()}
+
+    _edit(model, lambda terms: {r: t for role, term in terms.items() for r, t in other(role, term).items()})
 
 
 def name_of(role: str) -> str | None:

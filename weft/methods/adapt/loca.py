@@ -25,8 +25,8 @@ def loca(
 ) -> Expr:
     """Add alpha times the inverse cosine transform [m n] of a sparse spectrum; only its entries train, from zero.
 
-    Departures from the paper: places stay where they are drawn, once for all weights of a shape (it moves them by finite differences, in
-    turns with the coefficients, for the first part of the training); and waves of frequency zero are √2 times as high as in the orthonormal
+    Departures from the paper: places stay where they are drawn, once for all weights of a shape, unless it is trained under `relocate`,
+    which moves them in the first part of the training; and waves of frequency zero are √2 times as high as in the orthonormal
     transform.
     """
     m, n = g.now.shape

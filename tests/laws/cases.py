@@ -32,6 +32,7 @@ from weft.expr import (
     Product,
     Quantized,
     Routed,
+    Signs,
     SparseDelta,
     Sum,
     build,
@@ -253,6 +254,7 @@ EXPRS: dict[str, Maker] = {
 MAKERS: dict[str, Maker] = {
     "Cayley": lambda m, n, g: Cayley(0.5 * randn(g, -(-n // 4), 6), 4),
     "Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g)),
+    "Signs": lambda m, n, g: Signs.of(randn(g, m, n).sign() * (torch.rand(m, n, generator=g) < 0.1), randn(g, 1)),
 }
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""
 

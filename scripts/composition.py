@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import weft
 from weft.engine import get, names
 from weft.engine.run import Step, apply
-from weft.expr import NODES, Codebook, Dense, Expr, LowRank, SparseDelta, Sum, total
+from weft.expr import NODES, Codebook, Dense, Expr, LowRank, Signs, SparseDelta, Sum, total
 from weft.model import expressions, fingerprint, fork, set_expressions, unweave, weave
 from weft.stats import Stats, collect
 
@@ -84,6 +84,8 @@ def made(node: str, w: Tensor) -> Expr:
             return Codebook.of((w.unsqueeze(-1) - books.view(1, 1, 16)).abs().argmin(-1).unsqueeze(-1), books, N)
         case "SparseDelta":
             return SparseDelta.of(w, w.abs() > w.abs().median())
+        case "Signs":
+            return Signs.of(w.sign() * (w.abs() > w.abs().median()), w.std())
         case "Sum":
             return total({"base": Dense(w), "adapter:given": thin})
         case "Routed":

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
 from weft.engine import blend as engine_blend
+from weft.engine import coefficients
 from weft.engine import combine as engine
+from weft.engine.coefficients import Tried, Way
 from weft.engine.run import Change, Step
-from weft.error import ConflictError, PathError, WeftError, whole
+from weft.error import ConflictError, OptionError, PathError, WeftError, whole
+from weft.learn.data import Example
 from weft.learn.tokenizer import source, tokenizer
 from weft.progress import Progress, Silent
+from weft.stats import Batch, collect, fishers
+from weft.store.cache import Cache, default
+
+Data = str | Sequence[Batch]
+"""Texts by the name of a file, a folder or a lab task; or batches of a model's inputs."""
 
 
-def combine(
-    models: Sequence[nn.Module],
-    method: str,
-    *,
-    base: nn.Module | None = None,
-    weights: Sequence[float] | None = None,
-    at: str | Sequence[str] = "*",
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> nn.Module:
-    """A new woven model, frozen, that a merge (`soup`, `ties`, ...) makes of these, which are not changed.
+@dataclass(frozen=True)
+class Combined:
+    """A merged model, what became of each site, the declared fallbacks (where, what), and what a search of weights tried."""
 
-    `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it. Norms,
-    biases and the like are merged as weights are. What `at` does not match, the configuration and the tokenizer are those of the
-    base, or of the first model. A declared fallback is a warning. Errors, all at once and before anything runs: OptionError for an
-    unknown method or option, a missing base, weights out of range, a pattern that matches nothing; ConflictError and ShapeError for
-    models of other families, configurations, vocabularies, weights, shapes or ties. Then NumericError naming weight and model.
-    """
-    how: dict[str, Any] = {"base": base, "weights": weights, "at": at, "seed": seed, "progress": progress}
-    made, _, fallbacks = combined(models, method, **how, **options)
-    for where, what in fallbacks:
+    model: nn.Module
+    changes: list[Change]
+    fallbacks: list[tuple[str, str]]
+    tried: list[Tried]
+
+
+def combine(models: Sequence[nn.Module], method: str, **how: Any) -> nn.Module:
+    """The model that `combined` makes, which says what `how` may be. A declared fallback is a warning. Errors: as there."""
+    made = combined(models, method, **how)
+    for where, what in made.fallbacks:
         warnings.warn(f"{where}: {what}", stacklevel=2)
-    return made
+    return made.model
 
 
 def combined(
@@ -50,16 +53,114 @@ def combined(
     base: nn.Module | None = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
+    data: Data | Sequence[Data] | None = None,
+    tokens: int = 16384,
+    search: Way | None = None,
+    held_out: str | Sequence[Example] | None = None,
+    trials: int | None = None,
     seed: int = 0,
+    cache: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
-    """What `combine` gives, what became of each site, and the declared fallbacks: (where, what). Errors: as there."""
+) -> Combined:
+    """A new woven model, frozen, that a merge (`soup`, `ties`, ...) makes of these, which are not changed.
+
+    `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it. Norms,
+    biases and the like are merged as weights are. What `at` does not match, the configuration and the tokenizer are those of the
+    base, or of the first model. A merge that has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`,
+    one for all or one for each, and of weft's own texts without; what it finds out stays in `cache`.
+    `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
+    models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
+    `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
+    Errors, all at once and before anything runs: OptionError for an unknown method or option, a missing base, weights out of range,
+    a pattern that matches nothing; ConflictError and ShapeError for models of other families, configurations, vocabularies, weights,
+    shapes or ties. Then NumericError naming weight and model.
+    """
     whole(0, seed=seed)
-    step = Step.of(method, **options)
+    step, bars = Step.of(method, **options), progress or Silent()
     strange = other_words([*([base] if base is not None else []), *models])
-    with (progress or Silent()).bar(method, engine.reach(models, at, base)) as done:
-        return engine.run(models, step, base=base, weights=weights, at=at, seed=seed, strange=strange, done=done)
+    look = _look(models, step, data, tokens, seed, Cache(cache or default()), bars)
+    score = _score(search, held_out, trials, weights, len(models))
+
+    def merged(given: Sequence[float] | None) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
+        with bars.bar(method, engine.reach(models, at, base)) as done:
+            return engine.run(
+                models, step, base=base, weights=given, at=at, seed=seed, strange=strange, look=look, done=done
+            )
+
+    if search is None or score is None:
+        return Combined(*merged(weights), [])
+    tried = coefficients.search(search, len(models), lambda w: score(merged(w)[0]), trials=trials, seed=seed)
+    return Combined(*merged(coefficients.best(tried).weights), tried)
+
+
+def _score(
+    search: Way | None,
+    held_out: str | Sequence[Example] | None,
+    trials: int | None,
+    weights: Sequence[float] | None,
+    count: int,
+) -> Callable[[nn.Module], float] | None:
+    """What a search goes by; None without one. Errors: OptionError for a call that has one of search and held-out data, and as `check`."""
+    if search is None or held_out is None:
+        if search is not None or held_out is not None or trials is not None:
+            got = "a search and nothing to score on" if search is not None else "held-out data or trials and no search"
+            want, fix = "both search and held_out, or neither", "give the other"
+            raise OptionError("weights cannot be searched", where="search, held_out", got=got, want=want, fix=fix)
+        return None
+    if weights is not None:
+        raise OptionError(
+            "weights are what is searched", where="weights", got=weights, want="none", fix="leave one out"
+        )
+    coefficients.check(search, count, trials)
+    from weft.score import evaluate, examples
+
+    found = examples(held_out, "test") if isinstance(held_out, str) else held_out
+    return lambda model: float(evaluate(model, found)["mean"])
+
+
+def _look(
+    models: Sequence[nn.Module],
+    step: Step,
+    data: Data | Sequence[Data] | None,
+    tokens: int,
+    seed: int,
+    cache: Cache,
+    progress: Progress,
+) -> Callable[[int], engine.Seen] | None:
+    """How the engine finds what data says of a member; None for a merge that does not ask. Errors: OptionError."""
+    needs = step.needs & {"gram", "fisher"}
+    if not needs:
+        if data is not None:
+            got, want, fix = "data", f"none: {step.describe()} looks at weights alone", "leave it out"
+            raise OptionError("this merge reads no data", where="data", got=got, want=want, fix=fix)
+        return None
+    one = data is None or isinstance(data, str) or all(isinstance(d, Mapping) for d in data)
+    held = [cast("Data | None", data)] * len(models) if one else list(cast(Sequence[Data], data))
+    if len(held) != len(models):
+        got, want = f"{len(held)} for {len(models)} models", "one for all, or one a model"
+        raise OptionError("data does not fit the members", where="data", got=got, want=want, fix="give as many")
+
+    @once
+    def look(i: int) -> engine.Seen:
+        found = _batches(models[i], held[i], tokens, seed)
+        stats = (
+            collect(models[i], found, cache.folder / "evidence", seed=seed, progress=progress)
+            if "gram" in needs
+            else None
+        )
+        return engine.Seen(stats, fishers(models[i], found, cache, seed=seed) if "fisher" in needs else {})
+
+    return look
+
+
+def _batches(model: nn.Module, data: Data | None, tokens: int, seed: int) -> Sequence[Batch]:
+    """What a member reads of its data."""
+    if data is not None and not isinstance(data, str):
+        return data
+    from weft.fitting.data import calibration
+
+    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
 
 
 def blend_adapters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.engine import Bench
-from weft.engine import bench as module
 from weft.engine.run import Step, apply
 from weft.model import expressions, fork, places, weave
 from weft.model.blocks import block_of
@@ -119,8 +119,9 @@ def test_relative_errors_are_those_of_the_weights(make: Any, evidence: Stats) ->
 def test_fisher_scores_weigh_every_entry(make: Any, evidence: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
     """½ Σ F dW², however many sites are held at a time."""
     model, bench, _ = make()
-    monkeypatch.setattr(module, "TOGETHER", 3000)
-    lots = list(bench._together())
+    fishers = import_module("weft.stats.fisher")
+    monkeypatch.setattr(fishers, "TOGETHER", 3000)
+    lots = list(fishers.lots(expressions(model)))
     assert len(lots) > 3 and [n for lot in lots for n in lot] == bench.sites
     got = bench.fisher()
     weights = fisher(model, bench.sites, bench.batches, bench.goal, seed=1)

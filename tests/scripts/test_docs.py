@@ -31,6 +31,7 @@ from weft.expr import (
     Permutation,
     Product,
     Quantized,
+    Signs,
     SparseDelta,
     Sum,
 )  # fmt: skip
@@ -71,6 +72,7 @@ def every_part(m: int, n: int) -> list[Expr]:
         Codebook.of(torch.randint(0, 300, (m, n // 3, 2)), torch.randn(2, 300, 3), n),
         Codebook.of(torch.randint(0, 5, (m, n, 1)), torch.randn(1, 5, 1), n),
         SparseDelta.of(w, torch.rand(m, n) < 0.1),
+        Signs.of(w.sign() * (torch.rand(m, n) < 0.002), w.std()),
         Kronecker(torch.randn(4, 6), torch.randn(m // 4, n // 6)),
         Blocks(quantized(m, n // 4, "int4", 0, True), 4),
         *(Basis(torch.randn(7), kind, 11, m, n) for kind in ("random", "cosine", "fourier")),

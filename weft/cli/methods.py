@@ -87,6 +87,14 @@ def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet
         emit([{"site": n, **at} for n, at in found.sites.items()], as_json=False, quiet=quiet, foot=found.says)
 
 
+class Search(enum.StrEnum):
+    """How weights are searched."""
+
+    grid = "grid"
+    greedy = "greedy"
+    cma = "cma"
+
+
 def _of_merges(
     *,
     models: Annotated[
@@ -98,9 +106,26 @@ def _of_merges(
         list[str] | None,
         typer.Option(help="Weights: a glob, or all-linear; repeatable. Others are the base's, or the first model's."),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For merges that read data: a file, a folder or a lab task, for all, or one for each model in order "
+            "(repeatable); weft's own texts if not given."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of data a model.", min=1)] = 16384,
+    search: Annotated[
+        Search | None,
+        typer.Option(help="Find the weights by --held-out: of two models, from the best model on, or by CMA-ES."),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Data that weights are searched by: a file or a lab task.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Merges that grid (11) and cma (64) try.", min=2)] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; without it nothing is saved.")] = None,
     replace: Replace = False,
+    cache: CacheFolder = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -115,15 +140,22 @@ def merge(
     base: str | None,
     weight: list[float] | None,
     at: list[str] | None,
+    data: list[str] | None,
+    tokens: int,
+    search: Search | None,
+    held_out: str | None,
+    trials: int | None,
     seed: int,
     out: Path | None,
     replace: bool,
+    cache: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> int | None:
     """Load, merge, save, print what became of each site; 3 if the method fell back anywhere."""
     import weft
     from weft.api import Changes
+    from weft.engine.coefficients import best
     from weft.engine.run import Step
     from weft.merging import combined
     from weft.store import save
@@ -134,11 +166,23 @@ def merge(
         for held in (*members, *([origin] if origin is not None else [])):
             weft.may_write(held, out, replace=replace)
     how: dict[str, Any] = {"base": origin, "weights": weight, "at": at or "*", "seed": seed, "progress": bars(quiet)}
-    made, sites, fallbacks = combined(members, name, **how, **options)
+    how |= {"data": data[0] if data and len(data) == 1 else data or None, "tokens": tokens, "cache": cache}
+    how |= {"search": plain(search), "held_out": held_out, "trials": trials}
+    made = combined(members, name, **how, **options)
+    if made.tried:
+        weight = list(best(made.tried).weights)
+    for t in made.tried:
+        say(f"weights {', '.join(f'{w:.4g}' for w in t.weights)}: {t.score:.6g}, {t.seconds:.1f} s")
     if out is not None:
         said = {"models": models, "base": base, "weights": weight, "method": name, "options": dict(step.options)}
-        save(made, out, replace=replace, manifest={"merged": {**said, "seed": seed}}, progress=bars(quiet))
-    return changed(Changes(sites, fallbacks), out, as_json, quiet)
+        said |= {"data": data} if data else {}
+        said |= (
+            {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in made.tried]}
+            if search
+            else {}
+        )
+        save(made.model, out, replace=replace, manifest={"merged": {**said, "seed": seed}}, progress=bars(quiet))
+    return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)
 
 
 def rewrite(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,13 +15,12 @@ from weft.memory import release
 from weft.model import Site, expressions, set_expressions
 from weft.model.blocks import block_of
 from weft.stats import Objective, Stats, fisher
+from weft.stats.fisher import lots
 from weft.store.cache import Cache, key
 
 Batch = Mapping[str, Tensor]
 Distance = Callable[[nn.Module, float, int], float]
 """Of a model to the original, on a share of the texts that choices are made by; a number draws which."""
-TOGETHER = 1 << 28
-"""Entries of the weights whose single gradients are held at a time."""
 
 
 class Bench:
@@ -99,7 +98,7 @@ class Bench:
 
         def make() -> dict[str, list[float | None]]:
             made: dict[str, list[float | None]] = {}
-            for names in self._together():
+            for names in lots({n: self.plain[n] for n in self.sites}):
                 self._place({})
                 held = fisher(self.model, names, self.batches, self.goal, seed=self.seed)
 
@@ -149,16 +148,6 @@ class Bench:
             put(self.model, {n: self.chains[part[n]] for n in names if n in part}, self.stats, seed=self.seed)
             self.placed |= {n: part.get(n) for n in names}
 
-    def _together(self) -> Iterator[list[str]]:
-        """The sites in lots of no more than `TOGETHER` entries, but one site at least."""
-        lot: list[str] = []
-        for name in self.sites:
-            if lot and sum(_entries(self.plain[n]) for n in [*lot, name]) > TOGETHER:
-                yield lot
-                lot = []
-            lot.append(name)
-        yield lot
-
     def _scores(self, names: Sequence[str], score: Callable[[Site, Expr], float]) -> dict[str, list[float | None]]:
         """A number a candidate of each of these sites, as the sites of a group with that candidate are rewritten together."""
         self._place({})
@@ -189,10 +178,6 @@ def put(model: nn.Module, chains: Mapping[str, Chain], stats: Stats, *, seed: in
             made = run(type(group)(part, group.notes, group.cache), chain)
             set_expressions(model, {s.name: e for s, e in zip(part, made, strict=True)})
         release()
-
-
-def _entries(expr: Expr) -> int:
-    return expr.shape[0] * expr.shape[1]
 
 
 def _sizes(site: Site) -> Tensor:

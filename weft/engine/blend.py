@@ -72,6 +72,10 @@ def _check(
     if step is not None and get(step.method).kind != "merge":
         got, fix = f"a {get(step.method).kind} method", "weft methods shows kinds"
         raise OptionError("this method merges nothing", where=step.method, got=got, want="linear, or a merge", fix=fix)
+    if step is not None and (asked := sorted(step.needs - {"base"})):
+        got, want = f"a merge that needs {', '.join(asked)}", "one that looks at weights alone"
+        fix = "merge models instead: weft.combine"
+        raise OptionError("adapters cannot be merged so", where=step.method, got=got, want=want, fix=fix)
     if beside := [b.key for b in branches(model) if b.name in weights]:
         want, fix = "terms of weights", "leave it out"
         raise ConflictError("a branch is not blended", where=beside[0], got="a branch", want=want, fix=fix)

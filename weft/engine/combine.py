@@ -33,6 +33,7 @@ from weft.model import (
     taps,
 )
 from weft.model.weave import Original
+from weft.stats import Stats
 from weft.store.library import config_of
 from weft.store.tensors import word_sum
 
@@ -46,22 +47,27 @@ def run(
     at: str | Sequence[str] = "*",
     seed: int = 0,
     strange: Sequence[WeftError] = (),
+    look: Look | None = None,
     done: Callable[[int], None] | None = None,
 ) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
     """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model.
+    `look` finds what data says of a member, for a merge that needs it.
     Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
-    raise_all([*_misused(method, models, given, base), *(refusals(models, base) if models else ()), *strange])
+    wrong = _misused(method, models, given, base, blind=look is None and bool(step.needs - {"base"}))
+    raise_all([*wrong, *(refusals(models, base) if models else ()), *strange])
     named, lead = _named(models, base), base if base is not None else models[0]
-    merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed)
+    seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
+    merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed, seen)
     made, changes = fork(lead), list[Change]()
     sites, plain = _chosen(lead, at)
     for name in sites:
         held = {label: site(m, name).now for label, m in named.items()}
-        expr = merge(name, held, {label: places(m)[name].dtype for label, m in named.items()})
+        linear = places(lead)[name].kind != "embedding"
+        expr = merge(name, held, {label: places(m)[name].dtype for label, m in named.items()}, linear)
         set_expressions(made, {name: expr})
         before = ", ".join(dict.fromkeys(e.describe() for e in held.values()))
         changes.append(Change(name, before, expr.describe(), expr.nbytes(), None))
@@ -77,17 +83,38 @@ def run(
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What data says of one model, by site: the Grams of its inputs, and the diagonal of its Fisher information."""
+
+    stats: Stats | None = None
+    fisher: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def gram(self, name: str) -> Tensor | None:
+        """E[x xᵀ] of what a linear layer reads; None where nothing went through, or it is looked up as well."""
+        uses = self.stats.evidence([name])[name] if self.stats is not None else ()
+        return uses[0].gram if len(uses) == 1 and uses[0].tokens else None
+
+
+Look = Callable[[int], Seen]
+"""What data says of the model at this place of the list."""
+
+
+@dataclass(frozen=True)
 class _Merge:
-    """One step with the weights of its members, by what errors call them."""
+    """One step with the weights of its members, by what errors call them, and what data says of them."""
 
     step: Step
     weights: Mapping[str, float]
     seed: int
+    seen: Mapping[str, Seen]
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def __call__(self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype]) -> Expr:
+    def __call__(
+        self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
+    ) -> Expr:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
         labels = sorted(self.weights, key=lambda label: (_mark(held[label]), self.weights[label]))
+        seen = [self.seen[label] for label in labels if label in self.seen]
         sources = Sources(
             name=name,
             members=tuple(held[label] for label in labels),
@@ -97,6 +124,8 @@ class _Merge:
             seed=self.seed,
             labels=tuple(labels),
             notes=self.notes,
+            grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
+            fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
         )
         return get(self.step.method)(sources, **dict(self.step.options))
 
@@ -149,7 +178,7 @@ def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[
 
 
 def _misused(
-    method: Method, models: Sequence[nn.Module], weights: Sequence[float], base: nn.Module | None
+    method: Method, models: Sequence[nn.Module], weights: Sequence[float], base: nn.Module | None, *, blind: bool
 ) -> list[WeftError]:
     """What is wrong with the call, whatever the models hold."""
     wrong: list[tuple[str, object, str, str]] = []
@@ -167,6 +196,8 @@ def _misused(
         wrong.append(("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"))
     if "base" in method.needs and base is None:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
+    if blind:
+        wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     what = f"{method.name} cannot be done so"
     return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
 

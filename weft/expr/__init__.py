@@ -13,6 +13,7 @@ from weft.expr.generated import Hadamard, Permutation, hadamard
 from weft.expr.nodes import Dense, Diagonal, LowRank, Quantized, spread
 from weft.expr.products import product
 from weft.expr.routed import Routed
+from weft.expr.signs import Signs
 from weft.expr.sparse import NM, Masked
 from weft.expr.structured import Blocks, Codebook, Kronecker, SparseDelta
 from weft.expr.tree import (
@@ -35,9 +36,9 @@ from weft.expr.tree import (
 
 __all__ = [
     "CHUNK", "NM", "NODES", "SIDES", "Basis", "Blocks", "Codebook", "Dense", "Diagonal", "Expr", "Field", "Hadamard", "Kronecker",
-    "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "SparseDelta", "Sum", "between", "build",
-    "dense_copy", "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of", "total",
-    "unfrozen", "valueless",
+    "LowRank", "Masked", "Normal", "Permutation", "Product", "Promises", "Quantized", "Routed", "Signs", "SparseDelta", "Sum", "between",
+    "build", "dense_copy", "fields", "fork", "hadamard", "identity", "normal", "product", "spec", "spread", "stack", "tensors", "terms_of",
+    "total", "unfrozen", "valueless",
 ]  # fmt: skip
 
 for _found in iter_modules(__path__):

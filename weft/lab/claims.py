@@ -168,11 +168,14 @@ class Lab:
         members: merging.Members,
         share: float = 1.0,
         count: int | None = None,
+        tuned: Steps = (),
+        search: Literal["greedy", "cma"] | None = None,
     ) -> Claim:
         """Holds if merge `ours` gains, on the members' tasks, at least `share` of what `baseline` gains, and more than nothing.
 
-        Members are tuned from the lab model, all linear layers of it: on different tasks, or on one with different seeds; `count` of
-        them. The baseline is another merge, the mean member, or the best one, which other examples choose. Tasks count alike.
+        Members are tuned from the lab model, all linear layers of it or what `tuned` makes trainable: on different tasks, on mixtures
+        of all but one, or on one with different seeds or rates; `count` of them. The baseline is another merge, the mean member, or
+        the best one, which other examples choose; they also choose the weights of ours where there is a `search`. Tasks count alike.
         Errors: ConflictError if no lab model has tasks for such members.
         """
         lab = self._with({n for n in self.trials if merging.able(n, members, count)}, "tasks to merge members of")
@@ -185,12 +188,18 @@ class Lab:
         def on(run: Callable[[Trial, Sequence[merging.Of]], Arm]) -> Run:
             return lambda trial: run(trial, merging.members(trial, members, count))
 
-        runs = {arm: on(partial(merging.gained, step)) for arm, step in steps.items()}
+        way = _chain(tuned)
+        runs = {
+            arm: on(partial(merging.gained, step, way=way, search=search if arm == "ours" else None))
+            for arm, step in steps.items()
+        }
         if not isinstance(baseline, tuple):
-            runs["baseline"] = on(merging.mean if baseline == "mean" else merging.best)
+            runs["baseline"] = on(partial(merging.mean if baseline == "mean" else merging.best, way=way))
         runs["floor"] = on(merging.nothing)
         arms = {"ours": "", "baseline": f"the {baseline} member", "floor": "untuned"}
         arms |= {arm: f"{step.describe()} of members with other {members}" for arm, step in steps.items()}
+        arms |= {arm: f"{said}, tuned by {_describe(way)}" for arm, said in arms.items() if way and arm != "floor"}
+        arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
     def _judge(

@@ -1,8 +1,10 @@
-"""The merged arms of a claim: members tuned from the lab model on several tasks, or on one with several seeds, then merged."""
+"""The merged arms of a claim: members tuned from the lab model on other tasks, mixtures of them, seeds or rates, then merged."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,24 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.engine import combine
-from weft.engine.run import Step, chain_key
-from weft.expr import Dense, unfrozen
+from weft.engine import coefficients, combine
+from weft.engine.run import Chain, Step, apply, chain_key
+from weft.expr import unfrozen
 from weft.lab import metrics, tasks
+from weft.lab.distance import padded
 from weft.lab.trial import Arm, Trial, task_of
-from weft.learn.data import Example, fingerprint
+from weft.learn.data import Example, Pair, Response, fingerprint
 from weft.learn.train import train
 from weft.model import expressions, fork, match, places, set_expressions
+from weft.stats import collect, fishers
 from weft.store.cache import key
 
 TASKS: Mapping[str, tuple[str, ...]] = {"ref-lm": ("sorting", "dates", "arithmetic"), "minilm": ("naming",)}
 """What members of each lab model are tuned on; those that differ by their seed, on the first."""
-Members = Literal["tasks", "seeds"]
+Members = Literal["tasks", "seeds", "rates", "mixtures"]
 COUNT = 3
 """Members that differ by their seed."""
+RATES = (1.0, 0.25, 4.0, 16.0)
+"""Those that differ by their rate are tuned at these multiples of it."""
 STEPS = 40
 BATCH = 8
 TOKENS = 64
+READ = 4096
+"""Tokens of its training texts that a member's evidence is of."""
+TRIALS = {"cma": 24}
+"""Merges that a search tries, where it can be told."""
 RATE = 5e-4
 """Peak learning rate; for pairs a tenth of it."""
 TESTED = 100
@@ -35,81 +45,150 @@ TESTED = 100
 CHOICE = 48
 """Examples that the best member is chosen by."""
 
-Of = tuple[str, int]
-"""A member: its task and its seed."""
+Of = tuple[str, int] | tuple[str, int, float]
+"""A member: its task, or several with + between them, its seed, and its rate as a multiple of the usual one."""
 
 
 def able(model: str, kind: Members, count: int | None) -> bool:
     """Whether a lab model has tasks for such members."""
-    return len(TASKS.get(model, ())) >= (1 if kind == "seeds" else max(2, count or 2))
+    least = {"seeds": 1, "rates": 1, "mixtures": 3, "tasks": count or 2}
+    return len(TASKS.get(model, ())) >= least[kind]
 
 
 def members(trial: Trial, kind: Members, count: int | None) -> list[Of]:
-    """The members of a trial: `count` of them, or 3 seeds, or all tasks."""
+    """The members of a trial: `count` of them, or 3 seeds, all rates, all tasks, or all tasks but one in every way."""
     known = TASKS[trial.subject.name]
     if kind == "seeds":
         size = count or COUNT
         return [(known[0], size * trial.seed + i) for i in range(size)]
+    if kind == "rates":
+        return [(known[0], trial.seed, times) for times in RATES[:count]]
+    if kind == "mixtures":
+        return [("+".join(some), trial.seed) for some in itertools.combinations(known, len(known) - 1)][:count]
     return [(name, trial.seed) for name in known[:count]]
 
 
-def gained(step: Step, trial: Trial, of: Sequence[Of]) -> Arm:
-    """How much lower the test scores of the members' tasks are after they were merged, tasks counting alike."""
+def gained(step: Step, trial: Trial, of: Sequence[Of], way: Chain = (), search: coefficients.Way | None = None) -> Arm:
+    """How much lower the test scores of the members' tasks are after they were merged, tasks counting alike.
+
+    `way` makes what is tuned trainable, all of every linear layer if it is empty. `search` finds the members' weights on the examples
+    to choose by.
+    """
 
     def make() -> metrics.Scores:
-        made, _, _ = combine.run([member(trial, m) for m in of], step, base=trial.subject.model, seed=trial.seed)
-        return _gain(trial, made, of)
+        models = [member(trial, m, way) for m in of]
 
-    return trial.arm("merged", [chain_key((step,)), *_recipe(trial, of)], make, _metric(trial))
+        @functools.cache
+        def look(i: int) -> combine.Seen:
+            return _seen(trial, models[i], of[i], step)
+
+        def merged(weights: Sequence[float] | None) -> nn.Module:
+            how: dict[str, Any] = {"base": trial.subject.model, "weights": weights, "seed": trial.seed, "look": look}
+            return combine.run(models, step, **how)[0]
+
+        found = None
+        if search is not None:
+            tried = coefficients.search(
+                search, len(of), lambda w: _choice(trial, merged(w), of), trials=TRIALS.get(search), seed=trial.seed
+            )
+            found = coefficients.best(tried).weights
+        return _gain(trial, merged(found), of)
+
+    about = [chain_key((step,)), chain_key(way), search, TRIALS.get(search or ""), *_recipe(trial, of)]
+    return trial.arm("merged", about, make, _metric(trial))
 
 
-def mean(trial: Trial, of: Sequence[Of]) -> Arm:
+def _seen(trial: Trial, model: nn.Module, of: Of, step: Step) -> combine.Seen:
+    """What a member's own data says of it, as far as the merge asks."""
+    needs = step.needs - {"base"}
+    if not needs:
+        return combine.Seen()
+    found = padded(_texts(_task(trial, *of[:2]).train), trial.subject.tokenizer, length=TOKENS, tokens=READ)
+    stats = collect(model, found, trial.store.folder / "evidence", seed=trial.seed) if "gram" in needs else None
+    return combine.Seen(stats, fishers(model, found, trial.store, seed=trial.seed) if "fisher" in needs else {})
+
+
+def _texts(examples: Sequence[Example]) -> list[str]:
+    """What a model reads of these examples."""
+    made: list[str] = []
+    for e in examples:
+        made += (
+            [e.query, e.positive] if isinstance(e, Pair) else [e.prompt + e.response] if isinstance(e, Response) else []
+        )
+    return made
+
+
+def mean(trial: Trial, of: Sequence[Of], way: Chain = ()) -> Arm:
     """The mean over the members of what each gains on all of these tasks."""
-    arms = [_alone(trial, m, of) for m in of]
+    arms = [_alone(trial, m, of, way) for m in of]
     values = np.mean([a.values for a in arms], axis=0)
     return dataclasses.replace(arms[0], values=values, seconds=sum(a.seconds for a in arms))
 
 
-def best(trial: Trial, of: Sequence[Of]) -> Arm:
+def best(trial: Trial, of: Sequence[Of], way: Chain = ()) -> Arm:
     """What the member gains that scores best on the examples to choose by."""
 
     def make() -> metrics.Scores:
-        chosen = [
-            _score(trial, member(trial, m), [e for name in _names(of) for e in _task(trial, name).select]) for m in of
-        ]
-        means = [float((values * weights).sum() / weights.sum()) for values, weights in chosen]
+        means = [_choice(trial, member(trial, m, way), of) for m in of]
         return np.array(means), np.ones(len(means))
 
-    scores = trial.arm("members chosen", _recipe(trial, of), make, _metric(trial))
-    return _alone(trial, of[int(np.argmin(scores.values))], of)
+    scores = trial.arm("members chosen", [chain_key(way), *_recipe(trial, of)], make, _metric(trial))
+    return _alone(trial, of[int(np.argmin(scores.values))], of, way)
 
 
-def member(trial: Trial, of: Of) -> nn.Module:
-    """The lab model with all its linear layers tuned on a task, in float32; kept in the cache for all claims."""
-    name, seed = of
+def _choice(trial: Trial, model: nn.Module, of: Sequence[Of]) -> float:
+    """The score on the examples to choose by, those of all tasks together."""
+    values, weights = _score(trial, model, [e for name in _names(of) for e in _task(trial, name).select])
+    return float((values * weights).sum() / weights.sum())
+
+
+def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
+    """The lab model with all its linear layers tuned on a task, in float32, or what `way` makes trainable; kept for all claims."""
+    name, seed, *times = of
     task, base = _task(trial, name, seed), trial.subject.model
     sites = match(base, "all-linear")
+    rate = (RATE / 10 if trial.subject.embeds else RATE) * sum(times or [1.0])
+
+    def start() -> nn.Module:
+        model = fork(base)
+        if way:
+            apply(model, way, at="all-linear", seed=seed)
+        else:
+            set_expressions(model, {n: unfrozen(expressions(base)[n]) for n in sites})
+        return model
 
     def make() -> dict[str, Tensor]:
-        model = fork(base)
-        set_expressions(model, {n: unfrozen(expressions(base)[n]) for n in sites})
-        rate = RATE / 10 if trial.subject.embeds else RATE
+        model = start()
         how: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": TOKENS, "lr": rate, "seed": seed}
         train(model, task.train, tokenizer=trial.subject.tokenizer, **how)
-        return {n: expressions(model)[n].dense().detach().cpu().clone() for n in sites}
+        return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    about = [trial.subject.fingerprint, trial.code, STEPS, BATCH, TOKENS, RATE, seed, fingerprint(task.train)]
-    held = trial.store.tensors("lab-members", key(*about), make)
-    model = fork(base)
-    set_expressions(model, {n: Dense(held[n]) for n in sites})
-    for n in sites:
-        places(model)[n].dtype = torch.float32
-    return model
+    about = [
+        trial.subject.fingerprint,
+        trial.code,
+        chain_key(way),
+        STEPS,
+        BATCH,
+        TOKENS,
+        rate,
+        seed,
+        fingerprint(task.train),
+    ]
+    held, model = trial.store.tensors("lab-members", key(*about), make), start()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n in held:
+                p.copy_(held[n])
+    if not way:
+        for n in sites:
+            places(model)[n].dtype = torch.float32
+    return model.requires_grad_(False)
 
 
-def _alone(trial: Trial, one: Of, of: Sequence[Of]) -> Arm:
+def _alone(trial: Trial, one: Of, of: Sequence[Of], way: Chain = ()) -> Arm:
     """What one member gains on the tasks of all."""
-    return trial.arm("member", [one, *_recipe(trial, of)], lambda: _gain(trial, member(trial, one), of), _metric(trial))
+    about = [one, chain_key(way), *_recipe(trial, of)]
+    return trial.arm("member", about, lambda: _gain(trial, member(trial, one, way), of), _metric(trial))
 
 
 def _gain(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
@@ -149,13 +228,17 @@ def _metric(trial: Trial) -> tuple[str, str]:
 
 
 def _names(of: Sequence[Of]) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in of))
+    return list(dict.fromkeys(part for name, *_ in of for part in name.split("+")))
 
 
 def _task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
-    """A task, its sets cut short."""
-    held = task_of(name, seed, pairs=trial.subject.embeds)
-    return dataclasses.replace(held, select=held.select[:CHOICE], test=held.test[:TESTED])
+    """A task, its sets cut short; of several, the examples of each in turn."""
+    first, *others = (task_of(part, seed, pairs=trial.subject.embeds) for part in name.split("+"))
+    held = dataclasses.replace(first, select=first.select[:CHOICE], test=first.test[:TESTED])
+    if not others:
+        return held
+    turns = zip(first.train, *(t.train for t in others), strict=False)
+    return dataclasses.replace(held, name=name, train=[e for turn in turns for e in turn])
 
 
 def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:
@@ -164,5 +247,5 @@ def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:
 
 def _recipe(trial: Trial, of: Sequence[Of]) -> list[Any]:
     """What a merged arm depends on besides its method."""
-    trained = [[seed, fingerprint(_task(trial, name, seed).train)] for name, seed in of]
+    trained = [[seed, times, fingerprint(_task(trial, name, seed).train)] for name, seed, *times in of]
     return [STEPS, BATCH, TOKENS, RATE, CHOICE, trained, _tests(trial, of)]

@@ -47,6 +47,25 @@ def whitened(
     return _balanced(b, a @ back, dtype)
 
 
+def directions(
+    x: Float[Tensor, "m n"], most: int
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r"], Float[Tensor, "n r"]]:
+    """The leading singular vectors and values, so many at most, of those that are above rounding."""
+    u, size, v = torch.linalg.svd(x, full_matrices=False)
+    keep = min(most, int((size > size[:1] * max(x.shape) * torch.finfo(x.dtype).eps).sum()))
+    return u[:, :keep], size[:keep], v[:keep].T
+
+
+def isotropic(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """σ U Vᵀ of x = U S Vᵀ, in float64, over the singular values above 1e-6 of the largest, whose mean is σ."""
+    wide = x.double() if x.shape[0] <= x.shape[1] else x.double().T
+    lam, q = torch.linalg.eigh(wide @ wide.T)
+    size = lam.clamp(min=0).sqrt()
+    kept = size > size[-1:] * 1e-6
+    made = (q[:, kept] * (size[kept].mean() / size[kept])) @ (q[:, kept].T @ wide)
+    return made if x.shape[0] <= x.shape[1] else made.T
+
+
 def _leading(
     x: Float[Tensor, "m n"], rank: int, last: bool = False
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:

@@ -1,4 +1,4 @@
-"""Task vectors that disagree: keep the large entries, elect a sign for each, and take the mean of those that have it."""
+"""Task vectors that disagree: keep some entries of each, then add them, or elect a sign a place and average those that have it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,30 @@ def trimmed(delta: Float[Tensor, "m n"], density: float) -> Float[Tensor, "m n"]
     size = delta.abs()
     keep = max(1, round(density * size.numel()))
     return delta * (size >= size.flatten().kthvalue(size.numel() - keep + 1).values)
+
+
+def inliers(delta: Float[Tensor, "m n"], outliers: float) -> Float[Tensor, "m n"]:
+    """Zero in place of the largest entries, at most the share `outliers` of all: none of those that are as large as what stays."""
+    size = delta.abs()
+    return delta * (size <= size.flatten().kthvalue(size.numel() - int(outliers * size.numel())).values)
+
+
+def drawn(delta: Float[Tensor, "m n"], density: float, spread: float, rng: torch.Generator) -> Float[Tensor, "m n"]:
+    """d_ij / p_ij with probability p_ij, else zero; p_ij grows evenly with the rank of |d_ij| within its row, and is `density` in the mean.
+
+    p = density + spread · min(density, 1 - density) · ((2 rank + 1) / n - 1), the smallest entry's rank being 0.
+    """
+    rank, room = delta.abs().argsort(dim=1, stable=True).argsort(dim=1), min(density, 1 - density)
+    p = density + spread * room * ((2 * rank + 1) / delta.shape[1] - 1)
+    return torch.where(torch.rand(delta.shape, generator=rng) < p, delta / p, 0.0)
+
+
+def summed(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:
+    """Σ_k w_k d_k, one delta in memory at a time."""
+    total = torch.zeros(())
+    for w, d in votes:
+        total = total + w * d
+    return total
 
 
 def elected(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weft.error import NumericError, OptionError
-from weft.expr import Dense, Expr, LowRank, SparseDelta, fork, identity, spec, tensors, terms_of, total
+from weft.expr import Dense, Expr, LowRank, Signs, SparseDelta, fork, identity, spec, tensors, terms_of, total
 from weft.expr.gated import settled
 
 Part = tuple[float, Expr]
+Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Sources:
     """What errors call the members."""
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Declared fallbacks: (where, what)."""
+    grams: tuple[Float[Tensor, "n n"] | None, ...] = ()
+    """E[x xᵀ] of what the weight reads in every member, on its data; None where nothing went through. Of linear layers alone."""
+    fishers: tuple[Float[Tensor, "m n"], ...] = ()
+    """The diagonal of every member's Fisher information, on its data."""
 
     def shares(self) -> list[float]:
         """The weights, divided by their sum."""
@@ -45,6 +50,12 @@ class Sources:
     def values(self) -> Iterator[Float[Tensor, "m n"]]:
         """The members' values in float32, one at a time. Errors: NumericError naming the weight and the member."""
         return (self._value(e, label) for e, label in zip(self.members, self._labels(), strict=True))
+
+    def mean(self) -> Float[Tensor, "m n"]:
+        """The weighted mean of the members, in float64. Errors: NumericError."""
+        first, *others = zip(self.shares(), self.values(), strict=True)
+        value = first[1].double()
+        return value + sum((c * (v.double() - value) for c, v in others), torch.zeros_like(value))
 
     def start(self) -> Float[Tensor, "m n"]:
         """The base's value in float32. Errors: NumericError; OptionError without a base."""
@@ -86,6 +97,17 @@ class Sources:
                 value += c * (other - start)
             made.append(value.to(self.dtype))
         return Dense(torch.cat(made))
+
+    def low_rank(self) -> tuple[dict[str, Expr], list[Factors]] | None:
+        """What the base and all members share, and what each member has beside it as factors [m r] and [r n] in float64.
+
+        None where it is not low-rank, where no member has any, or `adapter:merged` is taken.
+        """
+        same, (own, *rest) = _apart([self.origin, *self.members])
+        terms = [t for held in rest for t in held.values()]
+        if own or "adapter:merged" in same or not terms or not all(isinstance(t, LowRank) for t in terms):
+            return None
+        return {r: fork(t) for r, t in same.items()}, [_factors(held, self.origin.shape) for held in rest]
 
     def slices(self) -> Iterator[Sources]:
         """The members in slices of rows, none larger than `CHUNK` entries, without the base."""
@@ -131,12 +153,10 @@ def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
 
     None where their bases differ, or another term does.
     """
-    held = [{r: settled(t) for r, t in terms_of(e).items()} for _, e in parts]
-    first, *others = held
-    same = {r: t for r, t in first.items() if all(r in h and alike(h[r], t) for h in others)}
-    rest = [(c, t) for (c, _), h in zip(parts, held, strict=True) for r, t in h.items() if r not in same]
+    same, others = _apart([e for _, e in parts])
+    rest = [(c, t) for (c, _), held in zip(parts, others, strict=True) for t in held.values()]
     low = [(c, t) for c, t in rest if isinstance(t, LowRank)]
-    sparse = [(c, t) for c, t in rest if isinstance(t, SparseDelta)]
+    sparse = [(c, t) for c, t in rest if isinstance(t, SparseDelta | Signs)]
     made: dict[str, Expr] = {}
     if low:
         made["adapter:merged"] = added_low_rank(low)
@@ -147,13 +167,29 @@ def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
     return {r: fork(t) for r, t in same.items()} | made
 
 
+def _apart(exprs: Sequence[Expr]) -> tuple[dict[str, Expr], list[dict[str, Expr]]]:
+    """The terms that all of these hold alike, and what each has besides, by role."""
+    held = [{r: settled(t) for r, t in terms_of(e).items()} for e in exprs]
+    first, *others = held
+    same = {r: t for r, t in first.items() if all(r in h and alike(h[r], t) for h in others)}
+    return same, [{r: t for r, t in h.items() if r not in same} for h in held]
+
+
+def _factors(terms: Mapping[str, Expr], shape: tuple[int, int]) -> Factors:
+    """The sum of these low-rank terms as one product; of none, of rank zero."""
+    if not terms:
+        return torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64)
+    whole = added_low_rank([(1.0, t) for t in terms.values() if isinstance(t, LowRank)])
+    return whole.b.double(), whole.a.double()
+
+
 def added_low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
     """Σ c s b a = [c₁ s₁ b₁ ... c_k s_k b_k] [a₁; ...; a_k], s the terms' scales."""
     b = torch.cat([c * t.scale * wide(t.b) for c, t in parts], 1)
     return LowRank(b, torch.cat([wide(t.a) for _, t in parts]))
 
 
-def added_sparse(parts: Sequence[tuple[float, SparseDelta]]) -> SparseDelta:
+def added_sparse(parts: Sequence[tuple[float, SparseDelta | Signs]]) -> SparseDelta:
     """Σ c delta at every place where one of them has an entry."""
     value, mask = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     for c, t in parts:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.expr import Dense
+from weft.expr import Dense, Expr
+from weft.memory import release
 from weft.model import expressions, finite, set_expressions
+from weft.stats.evidence import key as evidence_key
 from weft.stats.gradients import lean, trim
-from weft.stats.objective import Objective
+from weft.stats.objective import Objective, objective
 from weft.stats.walker import Batch, forward
+from weft.store.cache import Cache, key
+
+TOGETHER = 1 << 28
+"""Entries of the weights whose single gradients are held at a time."""
 
 
 def fisher(
@@ -43,3 +49,31 @@ def fisher(
     finally:
         set_expressions(model, {n: before[n] for n in names})
     return {n: finite(s, f"{n}.gradient") / max(1, units) for n, s in sums.items()}
+
+
+def fishers(
+    model: nn.Module, batches: Sequence[Batch], cache: Cache, *, seed: int = 0
+) -> dict[str, Float[Tensor, "m n"]]:
+    """`fisher` of every site, a lot of them at a time, found once and mapped from the cache. Errors: NumericError."""
+    about, made = evidence_key(model, batches, seed, gradient=True), dict[str, Tensor]()
+    for names in lots(expressions(model)):
+
+        def make(names: Sequence[str] = names) -> dict[str, Tensor]:
+            return fisher(model, names, batches, objective(model), seed=seed)
+
+        made |= cache.tensors("fisher", key(about, names), make)
+        release()
+    return made
+
+
+def lots(exprs: Mapping[str, Expr]) -> Iterator[list[str]]:
+    """These sites in lots of no more than `TOGETHER` entries, but one site at least."""
+    lot, size = list[str](), 0
+    for name, expr in exprs.items():
+        count = expr.shape[0] * expr.shape[1]
+        if lot and size + count > TOGETHER:
+            yield lot
+            lot, size = [], 0
+        lot.append(name)
+        size += count
+    yield lot

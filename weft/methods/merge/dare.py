@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from weft.engine import Sources, method
+from weft.engine import Asks, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import elected
+from weft.linalg.votes import elected, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", rows="P186", paper="2311.03099", needs={"base"})
+@method(kind="merge", rows="P186 P221", paper="2311.03099", needs={"base"})
 def dare(
     s: Sources,
     *,
@@ -23,21 +25,40 @@ def dare(
     then: Annotated[
         Literal["add", "ties"], Field(description="what is left is added, or its mean where signs agree (no trimming)")
     ] = "add",
+    rescale: Annotated[
+        Literal["share", "outputs"],
+        Asks("gram", frozenset({"outputs"})),
+        Field(description="what is kept is divided by 1 - drop, or by what changes a layer's outputs least"),
+    ] = "share",
     scale: Annotated[float, Field(ge=-10, le=10, description="how much of the result is added to the base")] = 0.4,
 ) -> Expr:
-    """base + scale · Σ_k w_k z_k (member_k - base) / (1 - drop), z_k one with probability 1 - drop, else zero, entry by entry."""
-    kept = (
-        (w, d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= drop) / (1 - drop))
-        for k, (w, d) in enumerate(zip(s.weights, s.deltas(), strict=True))
-    )
-    if then == "ties":
-        return s.dense(s.start() + scale * elected(kept))
-    value = s.start()
-    for w, d in kept:
-        value = value + scale * w * d
-    return s.dense(value)
+    """base + scale · Σ_k w_k z_k d_k / q_k, d_k = member_k - base, z_k one with probability 1 - drop, else zero, entry by entry.
+
+    q_k is 1 - drop. rescale=outputs is DAREx-q (arXiv 2410.09344): on data without labels, a q for every weight, here in closed form,
+    1/q = tr(d G (z d)ᵀ) / tr(z d G (z d)ᵀ), G = E[x xᵀ] of the member's inputs; vectors and embeddings have 1 - drop.
+    """
+
+    def kept() -> Iterator[tuple[float, Tensor]]:
+        for k, (w, d) in enumerate(zip(s.weights, s.deltas(), strict=True)):
+            part = d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= drop)
+            gram = s.grams[k] if rescale == "outputs" and s.grams else None
+            read = part @ gram.to(part.dtype) if gram is not None else torch.zeros(())
+            size = float((read * part).sum())
+            yield w, part * (float((read * d).sum()) / size) if size > 0 else part / (1 - drop)
+
+    return s.dense(s.start() + scale * (elected if then == "ties" else summed)(kept()))
 
 
 @dare.claim("keeps at least 90 % of what adding whole task vectors gains after 90 % of their entries were dropped")
 def claim(lab: Lab) -> Claim:
     return lab.merge(ours=("dare", {"drop": 0.9}), baseline=("task_arithmetic", {}), members="tasks", share=0.9)
+
+
+@dare.claim(
+    "divided by what suits the outputs, keeps more than divided by 1 - drop does after 99 % were dropped",
+    of="darex",
+    paper="2410.09344",
+)
+def darex(lab: Lab) -> Claim:
+    ours, plain = {"drop": 0.99, "rescale": "outputs"}, {"drop": 0.99}
+    return lab.merge(ours=("dare", ours), baseline=("dare", plain), members="tasks")

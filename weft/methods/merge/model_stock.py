@@ -1,0 +1,37 @@
+"""Go from the base towards the members' mean, as far as they agree."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.engine import Sources, method
+from weft.expr import Expr
+
+if TYPE_CHECKING:
+    from weft.lab.claims import Claim, Lab
+
+
+@method(kind="merge", paper="2403.19522", needs={"base"})
+def model_stock(s: Sources) -> Expr:
+    """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
+
+    c is the mean cosine of the angle between d_j and d_k over pairs, weighted by a_j a_k; a d of zero is at right angles to all. For K
+    equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base.
+    """
+    shares, units, seen = s.shares(), torch.zeros(()), 0.0
+    for a, d in zip(shares, s.deltas(), strict=True):
+        if size := float(d.double().norm()):
+            units, seen = units + a / size * d.double(), seen + a * a
+    alike, t = math.fsum(a * a for a in shares), 1.0
+    if alike < 1:
+        c = max(0.0, (float(units.square().sum()) - seen) / (1 - alike))
+        t = c / (alike + (1 - alike) * c)
+    return s.linear([t * a for a in shares], s.origin)
+
+
+@model_stock.claim("members tuned alike but for their seed merge better towards the base than in their mean")
+def claim(lab: Lab) -> Claim:
+    return lab.merge(ours=("model_stock", {}), baseline=("soup", {}), members="seeds", count=2)

@@ -1,4 +1,4 @@
-"""Write docs/methods.md from the methods and their proofs, and the nodes' table in docs/files.md from their classes.
+"""Write docs/methods.md from the methods and their proofs, and the tables of nodes and of PEFT's types in docs/files.md from their classes.
 
 --check only says whether they are fresh."""
 
@@ -18,10 +18,13 @@ import weft
 from weft.engine import Method, get, names
 from weft.expr import NODES, Expr, Field, fields
 from weft.lab.prove import KNOWN_ANSWERS
+from weft.store.peft import KINDS
+from weft.store.peft.kind import Layers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"
 TABLE = re.compile(r"(?<=<!-- nodes, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of nodes -->)", re.DOTALL)
+PEFT = re.compile(r"(?<=<!-- PEFT's types, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of the types -->)", re.DOTALL)
 HOUSE = ROOT / "docs" / "architecture.md"
 SAMPLE = re.compile(r"(?<=<!-- a method, by scripts/docs.py -->\n\n).*?(?=\n\n<!-- end of the method -->)", re.DOTALL)
 HEAD = """# Methods
@@ -188,7 +191,17 @@ def files() -> str:
     rows = [["node", "tensors", "plain fields", "children", "what it is"], *(node(NODES[n]) for n in sorted(NODES))]
     made, count = TABLE.subn(lambda _: table(rows), FILES.read_text("utf8"))
     assert count == 1, "docs/files.md has lost its marks around the nodes"
+    made, count = PEFT.subn(lambda _: table([["`peft_type`", "weft's", "what it is", "refused, or otherwise"], *types()]), made)
+    assert count == 1, "docs/files.md has lost its marks around PEFT's types"
     return made
+
+
+def types() -> list[list[str]]:
+    """PEFT's types of adapters that go out and in."""
+    first = {name: (inspect.getdoc(type(kind)) or "").split("\n\n")[0] for name, kind in KINDS.items()}
+    lost = {n: "not on GPT-2's transposed weights" for n, k in KINDS.items() if isinstance(k, Layers) and not k.transposed}
+    notes = {n: "; ".join(text for text in (k.note, lost.get(n, "")) if text) for n, k in KINDS.items()}
+    return [[f"`{n}`", f"`{k.method}`", plain(" ".join(first[n].split())), plain(notes[n])] for n, k in KINDS.items()]
 
 
 def house() -> str:

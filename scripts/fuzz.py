@@ -89,11 +89,11 @@ def recipe(raw: bytes) -> object:
 
 def adapter(raw: bytes) -> object:
     """A PEFT adapter's settings."""
+    from weft.store.adapter import settings
     from weft.store.files import parse_json
-    from weft.store.lora import settings, unsupported
 
     table = parse_json(raw, "adapter_config.json")
-    return unsupported(table, settings(table)) if isinstance(table, dict) else None
+    return settings(table) if isinstance(table, dict) else None
 
 
 TARGETS: dict[str, Target] = {

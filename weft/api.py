@@ -34,7 +34,7 @@ from weft.store.cache import Cache, default
 if TYPE_CHECKING:
     from weft.learn.reader import Reader
 
-To = Literal["hf", "peft", "compressed-tensors"]
+To = Literal["hf", "peft", "vllm", "compressed-tensors"]
 
 
 class Changes(list[Change]):
@@ -98,10 +98,11 @@ def attach(
     unverified_base: bool = False,
     replace: bool = False,
 ) -> list[str]:
-    """Add a PEFT LoRA folder to a model as terms `adapter:NAME`, in place; returns the sites.
+    """Put a PEFT folder onto a model, in place; returns the sites, vectors and branches that have it.
 
-    `replace`: into the terms that the model has under this name, by writing their numbers, so that a compiled model stays
-    compiled; their rank must suffice. Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for
+    What adds to weights is a term `adapter:NAME`, virtual tokens are a branch NAME; IA3, OFT and LN tuning have no name.
+    `replace`: write a LoRA's numbers into the terms that the model has under this name, so that a compiled model stays compiled;
+    their rank must suffice. Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for
     an adapter of another base or a name that is taken; the model is unchanged then.
     """
     into = store.hotswap if replace else store.attach
@@ -293,21 +294,21 @@ def export(
 ) -> list[str]:
     """Write the model for other tools; returns what had to be written otherwise than it was.
 
-    hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapters as a PEFT LoRA folder;
-    `base` is where a base other than the pretrained weights goes, and `adapter` names one to be written alone.
-    compressed-tensors: int4 and int8 weights, packed, and int8 weights that read int8 tokens.
+    hf: an ordinary checkpoint of today's values in the checkpoint's dtype. peft: the adapter as a folder of PEFT's type for it;
+    `base` is where a base other than the pretrained weights goes, and `adapter` names one to be written alone. vllm: a LoRA
+    folder that keeps to what vLLM loads. compressed-tensors: int4 and int8 weights, packed, and int8 weights that read int8 tokens.
     Errors: OptionError; ConflictError naming what the format cannot hold, or if a folder exists.
     """
     for name, given in (("base", base), ("adapter", adapter)):
-        if given is not None and to != "peft":
+        if given is not None and to not in ("peft", "vllm"):
             what, got = "this is only for PEFT adapters", f"{name} with to={to}"
             raise OptionError(what, where=name, got=got, want=f"no {name}", fix="leave it out")
     if to == "hf":
         store.save(model, out, replace=replace, dense=True)
-    elif to == "peft":
+    elif to in ("peft", "vllm"):
         from weft.store.peft import export_peft
 
-        export_peft(model, out, base=base, adapter=adapter, replace=replace)
+        export_peft(model, out, base=base, adapter=adapter, replace=replace, serving=to == "vllm")
     elif to == "compressed-tensors":
         from weft.store.compressed import export_compressed
 
@@ -317,7 +318,7 @@ def export(
             "unknown export format",
             where="to",
             got=to,
-            want="hf, peft or compressed-tensors",
+            want="hf, peft, vllm or compressed-tensors",
             fix="choose one of these",
         )
     return []

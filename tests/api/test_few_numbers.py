@@ -159,7 +159,7 @@ def test_fourierft_is_the_real_part_of_an_inverse_transform() -> None:
     e = moved(get("fourierft")(site(8, 12), count=5, alpha=3.0))
     made = term(e)
     assert isinstance(made, Basis)
-    every = Basis(torch.eye(5).double()[0], "fourier", made.seed, 8, 12)
+    every = Basis(torch.eye(5).double()[0], made.kind, made.seed, 8, 12)
     spectrum = torch.zeros(8, 12, dtype=torch.complex128)
     for k, c in enumerate(made.c.detach().double()):
         spectrum[place(every.rebuild(c=torch.eye(5).double()[k]).dense())] = complex(c)
@@ -281,7 +281,7 @@ def test_peft_gets_none_of_it(folder: MODELS, tmp_path: Path, method: str) -> No
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("kind", ["random", "cosine", "fourier", "fastfood"])
+@pytest.mark.parametrize("kind", ["random", "cosine", "fourier", "fourier_mt19937", "fastfood"])
 def test_what_is_generated_is_kept_once_or_not_at_all(kind: str) -> None:
     """Alike nodes have one copy, which goes with the last of them; where it would be large, it is made anew, with the same result."""
 

@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 
 import weft
-from weft.error import ConflictError
 from weft.expr import Dense, LowRank, Quantized, terms_of
 from weft.expr.weightnorm import WeightNorm
 
@@ -136,7 +135,7 @@ def test_it_is_saved_and_merged(folder: MODELS, tmp_path: Path, case: str) -> No
     torch.testing.assert_close(values(model)[SITE].float(), want[SITE].float(), rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["rank", "root", "pissa", "olora"])
+@pytest.mark.parametrize("case", OPTIONS)
 def test_peft_reads_it(folder: MODELS, tmp_path: Path, case: str) -> None:
     """As an ordinary LoRA: alpha from the scale, and twice the rank for what started from singular directions."""
     peft = pytest.importorskip("peft")
@@ -150,14 +149,6 @@ def test_peft_reads_it(folder: MODELS, tmp_path: Path, case: str) -> None:
     again = weft.load(place)
     weft.attach(again, tmp_path / "adapter")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
-
-
-def test_peft_gets_no_magnitude(folder: MODELS, tmp_path: Path) -> None:
-    """It is refused by name rather than written without it."""
-    model = moved(adapted(folder(), OPTIONS["magnitude"]))
-    with pytest.raises(ConflictError, match="norm") as caught:
-        weft.export(model, tmp_path / "adapter", to="peft")
-    assert SITE in str(caught.value) and not (tmp_path / "adapter").exists()
 
 
 def test_two_scales_are_one_adapter_for_peft(folder: MODELS, tmp_path: Path) -> None:

@@ -294,9 +294,9 @@ def test_f25_tensors_that_do_not_fit_the_model_are_refused(fault: str, case: Cas
 def test_f25_all_problems_come_together(case: Case) -> None:
     """Of base, settings and tensors alike."""
     other = renamed("layers.1", "layers.7")
-    case.write(both(without(f"{Q0}.lora_B.weight"), other, config(use_dora=True, base_model_name_or_path="other")))
+    case.write(both(without(f"{Q0}.lora_B.weight"), other, config(lora_bias=True, base_model_name_or_path="other")))
     error = case.refused(
-        ConflictError, "other", "use_dora", f"{Q0}.lora_B.weight", "layers.7", "layers.1.self_attn.q_proj"
+        ConflictError, "other", "lora_bias", f"{Q0}.lora_B.weight", "layers.7", "layers.1.self_attn.q_proj"
     )
     assert error.what.startswith("7 problems")
 
@@ -353,9 +353,9 @@ SETTINGS: dict[str, tuple[Edit, type[WeftError], tuple[str, ...]]] = {
     "layers in words": (config(layers_to_transform=["0"]), FormatError, ("layers_to_transform",)),
     "a base that is a number": (config(base_model_name_or_path=7), FormatError, ("base_model_name_or_path=7",)),
     "stabilised in words": (config(use_rslora="yes"), FormatError, ("use_rslora='yes'",)),
-    "dora": (config(use_dora=True), ConflictError, ("use_dora", "merge")),
-    "dora in words": (config(use_dora="yes"), ConflictError, ("use_dora",)),
-    "dora is zero": (config(use_dora=0), ConflictError, ("use_dora",)),
+    "dora without magnitudes": (config(use_dora=True), FormatError, (f"{Q0}.lora_magnitude_vector", "missing")),
+    "dora in words": (config(use_dora="yes"), FormatError, ("use_dora='yes'",)),
+    "dora is zero": (config(use_dora=0), FormatError, ("use_dora=0",)),
     "transposed": (config(fan_in_fan_out=True), ConflictError, ("fan_in_fan_out",)),
     "biases": (config(bias="all"), ConflictError, ("bias", "'all'")),
     "a bias of its own": (config(lora_bias=True), ConflictError, ("lora_bias",)),

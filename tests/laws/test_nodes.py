@@ -238,7 +238,7 @@ MEANINGS: dict[type[Expr], Callable[..., Tensor]] = {
     SparseDelta: placed,
     Basis: generated,
     Hadamard: turned,
-    Kronecker: lambda e: torch.kron(e.a.detach().double(), e.b.detach().double()),
+    Kronecker: lambda e: e.scale * torch.kron(e.a.detach().double(), e.b.detach().double()),
     Blocks: lambda e: torch.block_diag(*meaning(e.kept).chunk(e.count)),
     Permutation: lambda e: torch.eye(e.shape[0]).double()[e.order.long()],
     Diagonal: lambda e: torch.diag(e.d.detach().double()),

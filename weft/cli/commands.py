@@ -229,7 +229,7 @@ def merge(
 def export(
     model: ModelName,
     out: Out,
-    to: Annotated[str, typer.Option(help="hf, peft or compressed-tensors.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, peft, vllm or compressed-tensors.")] = "hf",
     base: Annotated[
         Path | None, typer.Option(help="peft: where a base other than the pretrained weights is written.")
     ] = None,
@@ -239,7 +239,7 @@ def export(
     """Write a model for other tools."""
     import weft
 
-    how = {"to": cast(Literal["hf", "peft", "compressed-tensors"], to), "base": base, "adapter": adapter}
+    how = {"to": cast(Literal["hf", "peft", "vllm", "compressed-tensors"], to), "base": base, "adapter": adapter}
     notes = weft.export(load(model), out, replace=replace_, **cast(Any, how))
     for note in notes:
         say(f"note: {note}")

@@ -23,6 +23,8 @@ _WORK = 1 << 22
 """Generated entries at a time."""
 _KEPT = 1 << 24
 """Generated entries that are kept for the next product; a basis that needs more is generated in each."""
+DRAWN = (2**32 - 1) // 20
+"""Entries that a matrix of kind fourier_mt19937 has fewer than."""
 _SHARED: WeakValueDictionary[object, Derived] = WeakValueDictionary()
 """What is kept, by what it follows from: nodes with one basis have it together, and it goes with the last of them."""
 
@@ -55,7 +57,8 @@ class Basis(Expr):
             got, want = self.scale, "a number"
             raise ShapeError("Basis.scale is not finite", where="Basis.scale", got=got, want=want, fix="check it")
         most = self.m * self.n if self.kind != "random" else 1 << 31
-        if min(self.m, self.n) < 0 or self.m * self.n >= 1 << 40 or len(self.c) > most:
+        large = DRAWN if self.kind == "fourier_mt19937" else 1 << 40
+        if min(self.m, self.n) < 0 or self.m * self.n >= large or len(self.c) > most:
             got, want = f"{len(self.c)} coefficients of {self.m} x {self.n}", f"at most {most}"
             raise ShapeError("Basis.c does not fit", where="Basis.c", got=got, want=want, fix="use fewer")
 
@@ -122,7 +125,8 @@ class Basis(Expr):
         return p.int().to(self.c.device), q.int().to(self.c.device)
 
     def promises(self) -> Promises:
-        per = {"cosine": len(self.c), "fourier": 2 * len(self.c)}.get(self.kind, min(self.m, self.n))
+        waves = 2 * len(self.c)
+        per = {"cosine": len(self.c), "fourier": waves, "fourier_mt19937": waves}.get(self.kind, min(self.m, self.n))
         return Promises(rank=min(per, self.m, self.n))
 
     def describe(self) -> str:
@@ -172,7 +176,26 @@ def _cosines(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "1 m 
 
 def _fouriers(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "2 m k"], Float[Tensor, "2 n k"]]:
     """The B_k of kind fourier, as two columns and two rows each: cos(x + y) = cos x cos y - sin x sin y."""
-    p, q = _frequencies(seed, m, n, count)
+    return _waves(_frequencies(seed, m, n, count), m, n)
+
+
+def _drawn_fouriers(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "2 m k"], Float[Tensor, "2 n k"]]:
+    """The B_k of kind fourier_mt19937: their places are the first of a shuffle, each exchanged with one that a word chooses."""
+    words = np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32)
+    moved, chosen = dict[int, int](), list[int]()
+    for i, word in enumerate(cast("list[int]", words.tolist())):
+        j = i + word % (m * n - i)
+        chosen.append(moved.get(j, j))
+        moved[j] = moved.get(i, i)
+    at = torch.tensor(chosen, dtype=torch.int64)
+    return _waves(((at // max(1, n)).double(), (at % max(1, n)).double()), m, n)
+
+
+def _waves(
+    at: tuple[Float[Tensor, "k"], Float[Tensor, "k"]], m: int, n: int
+) -> tuple[Float[Tensor, "2 m k"], Float[Tensor, "2 n k"]]:
+    """The waves of these frequencies (p, q)."""
+    p, q = at
     i, j = (torch.arange(size).double().unsqueeze(1) for size in (m, n))
     x, y = 2 * math.pi / max(1, m) * (i * p % max(1, m)), 2 * math.pi / max(1, n) * (j * q % max(1, n))
     return 2**0.5 * torch.stack([x.cos(), -x.sin()]), torch.stack([y.cos(), y.sin()])
@@ -216,6 +239,7 @@ _TABLES: dict[str, Callable[[int, int, int, int], tuple[Tensor, ...]]] = {
     "random": _matrices,
     "cosine": _cosines,
     "fourier": _fouriers,
+    "fourier_mt19937": _drawn_fouriers,
     "fastfood": _mixing,
 }
 """What every kind of basis is generated as, from seed, m, n and the number of coefficients."""

@@ -169,26 +169,30 @@ class SparseDelta(Expr):
 
 
 class Kronecker(Expr):
-    """value = a ⊗ b: block (i, j) is a[i, j] b."""
+    """value = scale (a ⊗ b): block (i, j) is scale a[i, j] b."""
 
     a: Float[Tensor, "p q"]
     b: Float[Tensor, "s t"]
+    scale: float = 1.0
 
     def size(self, dims: dict[str, int]) -> tuple[int, int]:
         return dims["p"] * dims["s"], dims["q"] * dims["t"]
 
     def dense(self) -> Float[Tensor, "m n"]:
-        return torch.kron(_wide(self.a), _wide(self.b))
+        return self._scaled(torch.kron(_wide(self.a), _wide(self.b)))
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         blocks = x.unflatten(-1, (self.a.shape[1], self.b.shape[1]))  # [*b q t]
         inner = F.linear(blocks, self.b.to(x.dtype)).transpose(-1, -2)  # [*b s q]
-        return F.linear(inner, self.a.to(x.dtype)).transpose(-1, -2).flatten(-2)
+        return self._scaled(F.linear(inner, self.a.to(x.dtype)).transpose(-1, -2).flatten(-2))
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self.scale == 1 else value * self.scale
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         ids = torch.arange(self.shape[0], device=self.a.device)[rows]
         a, b = _wide(self.a)[ids // self.b.shape[0]], _wide(self.b)[ids % self.b.shape[0]]
-        return Dense((a.unsqueeze(2) * b.unsqueeze(1)).flatten(1))
+        return Dense(self._scaled((a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)))
 
     def promises(self) -> Promises:
         return Promises(rank=min(self.a.shape) * min(self.b.shape))

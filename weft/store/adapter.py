@@ -1,16 +1,16 @@
-"""Read a PEFT LoRA folder onto a woven model: all of it is checked against the model before any of the model changes."""
+"""Read a PEFT folder onto a woven model: all of it is checked against the model before any of the model changes."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from os.path import isfile
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from weft.error import (
@@ -19,75 +19,105 @@ from weft.error import (
     NumericError,
     OptionError,
     PathError,
-    ShapeError,
     WeftError,
     raise_all,
 )
-from weft.expr import Expr, LowRank, terms_of, total
-from weft.model import Place, expressions, places, set_expressions, taps
-from weft.model.devices import device_of
-from weft.store.audit import Entry, header
+from weft.expr import Expr, terms_of, total
+from weft.model import add_branch, expressions, places, set_expressions
+from weft.model.sites import set_vectors
+from weft.store.audit import header
 from weft.store.checkpoint import read_object
-from weft.store.lora import (
+from weft.store.peft import KINDS, fingerprint_of_base
+from weft.store.peft.kind import Kind
+from weft.store.peft.settings import (
     CONFIG,
     COPY,
     LIMIT,
     MERGE,
+    SHOWN,
     TENSORS,
     Settings,
     brief,
-    ends,
-    key,
-    settings,
     some,
-    split,
     unsupported,
+    wrong,
 )
-from weft.store.peft import fingerprint_of_base
 from weft.store.swap import MANIFEST, digest, inside, read_manifest
 from weft.store.tensors import read_tensors
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _UNVERIFIED = "pass unverified_base=True (--unverified-base)"
 
 
 def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unverified_base: bool = False) -> list[str]:
-    """Add a PEFT LoRA adapter's terms `adapter:NAME` = scale B A, frozen, to a woven model; returns their sites.
+    """Put a PEFT adapter of any type in `KINDS` on a woven model, frozen; returns the sites, vectors and branches that have it.
 
-    The tensors say which modules are meant; a list of targets must agree with them, a regular expression is never run.
-    `unverified_base` takes an adapter whose base cannot be told; one made for other weights is refused all the same.
+    LoRA and what else adds to a weight is a term `adapter:NAME`, virtual tokens are a branch NAME; IA3 and OFT are sides of a
+    weight, LN tuning is in the norms' own values, and have no name. The tensors say which modules are meant; a list of targets
+    must agree with them, a regular expression is never run. `unverified_base` takes an adapter whose base cannot be told; one
+    made for other weights is refused all the same.
     Errors, the model being as it was: PathError, FormatError, ShapeError, NumericError, ConflictError, OptionError.
     """
-    place, role, sites = Path(folder), _role(model, name), _sites(model)
+    place = Path(folder)
+    _must_be_free(model, name)
     _only_plain_files(place)
     table = read_object(place / CONFIG)
-    given = settings(table)
-    pairs, strays = _pairs(header(place / TENSORS).tensors, sites)
+    kind = _kind(table)
+    given = _settings(kind, table)
     mark, problems = _manifest(place)
-    problems += _other_base(model, given, mark, unverified_base) + unsupported(table, given) + strays
-    problems += [p for path in pairs for p in _misfits(model, path, sites[path], pairs[path], given.rank(path))]
-    raise_all(problems + _unlike_targets(model, given, set(pairs)))
+    problems += _other_base(model, given, mark, unverified_base) + unsupported(table, given, kind.idle)
+    more, make = kind.read(model, given, header(place / TENSORS).tensors)
+    raise_all(problems + more)
     held = read_tensors(place / TENSORS)
     raise_all(some([k for k, t in held.items() if _beyond(t, LIMIT)], lambda k: _unsound(k, held[k])))
-    now, on = expressions(model), {n: tap for n, tap in taps(model).items() if tap.turns()}
-    made: dict[str, Expr] = {}
-    for path in pairs:
-        site, expr = sites[path].name, now[sites[path].name]
-        device = device_of(expr)
-        down = held[key(path, "A")].to(device)
-        if site in on:  # what it was made for is read before the turns
-            down = on[site].turned(down.to(torch.promote_types(down.dtype, torch.float32)))
-        term = LowRank(held[key(path, "B")].to(device).clone(), down.clone(), given.scale(path))
-        made[site] = total({**terms_of(expr), role: term})
-    wrong = {n: count for n, e in made.items() if (count := _overflows(e, places(model)[n].dtype))}
-    raise_all(some(list(wrong), lambda n: _overflow(n, f"{wrong[n]} of {math.prod(made[n].shape)} values")))
-    set_expressions(model, made)
-    return list(made)
+    change = make(held, name)
+    large = {n: count for n, e in change.exprs.items() if (count := _overflows(e, places(model)[n].dtype))}
+    raise_all(some(list(large), lambda n: _overflow(n, f"{large[n]} of {math.prod(change.exprs[n].shape)} values")))
+    add_branch(model, *change.branches)
+    set_vectors(model, change.vectors)
+    set_expressions(model, change.exprs)
+    return [*change.exprs, *change.vectors, *(b.key for b in change.branches)]
 
 
-def _role(model: nn.Module, name: str) -> str:
-    """The terms' role, if the name is sound and free."""
+def _kind(table: Mapping[str, Any]) -> Kind:
+    """The type of an adapter. Errors: FormatError for none, ConflictError for one that weft does not read."""
+    name = table.get("peft_type")
+    if isinstance(name, str) and name in KINDS:
+        return KINDS[name]
+    raise (ConflictError if isinstance(name, str) else FormatError)(
+        "this kind of adapter cannot be attached",
+        where=f"{CONFIG}: peft_type",
+        got=brief(name),
+        want=", ".join(KINDS),
+        fix=MERGE,
+    )
+
+
+def _settings(kind: Kind, table: Mapping[str, Any]) -> Settings:
+    """The settings that a type knows. Errors: FormatError naming all that are missing or ill-typed."""
+    try:
+        return kind.settings.model_validate(table)
+    except ValidationError as e:
+        bad = {".".join(map(str, p["loc"])): p for p in e.errors()[:SHOWN]}
+        got = {k: "nothing" if p["type"] == "missing" else brief(p["input"]) for k, p in bad.items()}
+        raise FormatError(
+            "the adapter's settings are wrong",
+            where=f"{CONFIG}: {', '.join(bad)}",
+            got=", ".join(f"{k}={v}" for k, v in got.items()),
+            want="; ".join(f"{k}: {p['msg']}" for k, p in bad.items()),
+            fix=COPY,
+        ) from None
+
+
+def settings(table: Mapping[str, Any]) -> tuple[Settings, list[WeftError]]:
+    """The settings of a folder, and those of them under which its value is not known. Errors: as `attach`."""
+    kind = _kind(table)
+    given = _settings(kind, table)
+    return given, unsupported(table, given, kind.idle)
+
+
+def _must_be_free(model: nn.Module, name: str) -> None:
+    """Refuse a name that is none, or that an adapter's terms have."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise OptionError(
             "an adapter cannot have this name",
@@ -106,12 +136,6 @@ def _role(model: nn.Module, name: str) -> str:
             want="a free name",
             fix="attach it under another name",
         )
-    return role
-
-
-def _sites(model: nn.Module) -> dict[str, Place]:
-    """Every woven module's site."""
-    return {path: place for place in places(model).values() for path in place.modules}
 
 
 def _only_plain_files(folder: Path) -> None:
@@ -155,10 +179,10 @@ def _manifest(folder: Path) -> tuple[str | None, list[WeftError]]:
         listed, found = manifest["files"].get(name, {}), digest(folder / name)
         if any(listed.get(k) != v for k, v in found.items()):
             want = listed.get("blake2b") or "a listed file"
-            problems.append(_wrong("a file differs from the manifest", name, found["blake2b"], want))
+            problems.append(wrong("a file differs from the manifest", name, found["blake2b"], want))
     if not isinstance(mark, str | None):
         problems.append(
-            _wrong("a fingerprint is no text", f"{MANIFEST}: base_fingerprint", brief(mark), "32 hex digits")
+            wrong("a fingerprint is no text", f"{MANIFEST}: base_fingerprint", brief(mark), "32 hex digits")
         )
     return mark if isinstance(mark, str) else None, problems
 
@@ -211,82 +235,6 @@ def _last(name: str) -> str:
     return (cached or parts or [""])[-1]
 
 
-def _pairs(
-    found: Mapping[str, Entry], sites: Mapping[str, Place]
-) -> tuple[dict[str, dict[str, Entry]], list[WeftError]]:
-    """The halves A and B of every module that the model has, and the tensors that belong to none."""
-    pairs: dict[str, dict[str, Entry]] = {}
-    for name, entry in found.items():
-        if at := split(name):
-            pairs.setdefault(at[0], {})[at[1]] = entry
-    want = f"{key('MODULE', 'A')} and {key('MODULE', 'B')}"
-    problems = some(
-        [n for n in found if not split(n)],
-        lambda n: _wrong("a tensor is no half of a LoRA pair", n, list(found[n].shape), want, MERGE),
-    )
-    problems += some([path for path in pairs if path not in sites], lambda path: _unknown(path, sites))
-    if not pairs:
-        problems.append(_wrong("there is no LoRA pair", TENSORS, f"{len(found)} tensors", want))
-    return {path: pairs[path] for path in sites if path in pairs}, problems
-
-
-def _unknown(path: str, sites: Mapping[str, Place]) -> WeftError:
-    near = difflib.get_close_matches(path, sites, 3, 0.5)
-    want = f"one of the model's; near: {', '.join(near)}" if near else "one of the model's linear layers"
-    return _wrong("the adapter is of a module that the model has not", f"{TENSORS}: {path}", path, want)
-
-
-def _misfits(model: nn.Module, path: str, site: Place, halves: Mapping[str, Entry], rank: int) -> list[WeftError]:
-    """Why a module cannot take these tensors."""
-    module = model.get_submodule(path)
-    if not site.linear or len(site.modules) > 1:
-        got = f"a weight shared with {', '.join(p for p in site.modules if p != path)}"
-        got = got if len(site.modules) > 1 else type(module).__name__.removeprefix("Woven")
-        return [
-            ConflictError("the adapter's module takes no LoRA", where=path, got=got, want="a linear layer", fix=MERGE)
-        ]
-    problems: list[WeftError] = []
-    rows, columns = cast(Expr, module.expr).shape
-    want = {"A": (rank, columns), "B": (rows, rank)}
-    for half, shape in want.items():
-        name, entry = key(path, half), halves.get(half)
-        if entry is None:
-            problems.append(_wrong("half of a pair is missing", name, "no such tensor", f"{list(shape)}"))
-        elif entry.shape != shape or entry.dtype not in _FLOATS:
-            got = f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
-            what, wanted = "a tensor does not fit", f"floats {list(shape)}: rank {rank} by {CONFIG}"
-            problems.append(ShapeError(what, where=name, got=got, want=wanted, fix=COPY))
-    return problems
-
-
-def _unlike_targets(model: nn.Module, given: Settings, have: set[str]) -> list[WeftError]:
-    """How the pairs differ from a list of targets; a regular expression says nothing."""
-    if not isinstance(given.target_modules, list):
-        return []
-    linear = [path for path, site in _sites(model).items() if site.linear]
-    meant = [path for path in linear if given.targets(path)]
-    count = f"{len(have.intersection(meant))} of {len(meant)} pairs"
-    problems = some(
-        [path for path in meant if path not in have],
-        lambda path: _wrong(
-            "the adapter is incomplete", key(path, "A"), count, "a pair for every module of target_modules"
-        ),
-    )
-    problems += some(
-        sorted(have.intersection(linear).difference(meant)),
-        lambda path: _wrong(
-            "a pair is not meant by the settings", f"{TENSORS}: {path}", path, "a module of target_modules"
-        ),
-    )
-    known = {end for path in linear for end in ends(path)}
-    return problems + some(
-        [entry for entry in given.target_modules if entry not in known],
-        lambda entry: _wrong(
-            "a target got no tensor", f"{CONFIG}: target_modules", entry or "''", "a linear layer's name"
-        ),
-    )
-
-
 def _beyond(t: Tensor, limit: float) -> int:
     """How many values are NaN or not below `limit` in size."""
     return t.numel() - int((t.to(torch.promote_types(t.dtype, torch.float32)).abs() < limit).sum())
@@ -314,7 +262,3 @@ def _overflow(site: str, got: str) -> WeftError:
         want="finite values",
         fix="check lora_alpha and the adapter's tensors",
     )
-
-
-def _wrong(what: str, where: str, got: object, want: str, fix: str = COPY) -> FormatError:
-    return FormatError(what, where=where, got=got, want=want, fix=fix)

@@ -30,7 +30,9 @@ def hotswap(model: nn.Module, folder: Path | str, *, name: str = "default", unve
         raise OptionError("there is no such adapter to replace", where="name", got=name, want=want, fix=fix)
     beside = fork(model)
     sites = attach(beside, folder, name=f"{name}-new", unverified_base=unverified_base)
-    given = {n: terms_of(expressions(beside)[n])[fresh] for n in sites}
+    now = expressions(beside)
+    given = {n: terms_of(now[n]).get(fresh) if n in now else None for n in sites}
+    raise_all([_no_lora(n, now.get(n)) for n, new in given.items() if not isinstance(new, LowRank)])
     raise_all([p for n in dict.fromkeys([*slots, *given]) if (p := _misfit(n, slots.get(n), given.get(n)))])
     starts = [_bare(t) for e in expressions(model).values() if (t := terms_of(e).get(f"{role}-start")) is not None]
     with torch.no_grad():
@@ -51,6 +53,13 @@ def _write(slot: LowRank, new: LowRank) -> None:
 
 def _bare(term: Expr) -> Expr:
     return term.kept if isinstance(term, Gated) else term
+
+
+def _no_lora(site: str, new: Expr | None) -> WeftError:
+    """Only a LoRA's numbers can be written over another's."""
+    got = new.describe() if new is not None else "no term of a weight"
+    fix = "delete the old one (weft.delete_adapter), then attach this one"
+    return ConflictError("this adapter cannot replace a LoRA in place", where=site, got=got, want="a LoRA", fix=fix)
 
 
 def _misfit(site: str, slot: Expr | None, new: Expr | None) -> WeftError | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from weft.engine import Group, method
 from weft.expr import Basis, Expr, total
+from weft.expr.basis import DRAWN
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -25,7 +26,8 @@ def fourierft(
 ) -> Expr:
     """Add alpha times the real part of the orthonormal inverse Fourier transform [m n] of a sparse spectrum; only its entries train.
 
-    Their places are drawn once for all weights of a shape and are in no file. They start at zero: it changes nothing until it is trained.
+    Their places are drawn once for all weights of a shape, as PEFT draws them, and are in no file. They start at zero: it changes
+    nothing until it is trained.
     Departures from the paper: a start from zero instead of normal numbers, which would change the output; and an orthonormal transform, so
     that a step at one rate is as long whatever the shape (the paper's alpha is sqrt(m n) times this one).
     """
@@ -34,7 +36,8 @@ def fourierft(
     if most < count:
         g.fallback(f"{most} coefficients, which is all of a weight of {m} x {n}")
     scale = alpha * (2 * m * n) ** -0.5  # the basis has entries of variance 1, √2 cos
-    term = Basis(nn.Parameter(torch.zeros(most)), "fourier", g.common(f"fourierft {name}"), m, n, scale)
+    kind = "fourier_mt19937" if m * n < DRAWN else "fourier"
+    term = Basis(nn.Parameter(torch.zeros(most)), kind, g.common(f"fourierft {name}"), m, n, scale)
     return total({"base": g.now, f"adapter:{name}": term})
 
 

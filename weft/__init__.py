@@ -27,11 +27,9 @@ if TYPE_CHECKING:
         merge,
         methods,
         probe,
-        reader,
         run,
         save,
         show,
-        train,
         verify,
     )
     from weft.error import WeftError
@@ -62,11 +60,11 @@ if TYPE_CHECKING:
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate
     from weft.store.mend import import_
+    from weft.training import reader, train
 
 _HOME = {
     "weft.api": (
-        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "reader", "run", "save", "show",
-        "train", "verify",
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "run", "save", "show", "verify",
     ),
     "weft.error": ("WeftError",),
     "weft.fitting.fit": ("fit", "plan"),
@@ -83,6 +81,7 @@ _HOME = {
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
     "weft.score": ("evaluate", "generate"),
+    "weft.training": ("reader", "train"),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 

@@ -5,34 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import Findings, cuts, get, optimizers, schedules, transports
+from weft.engine import Findings, cuts, get, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
 from weft.engine.merge import Merges
 from weft.engine.merge import To as Target
 from weft.engine.recipe import KINDS, Recipe, read
-from weft.engine.registry import apart
 from weft.engine.run import Change, Step
 from weft.error import OptionError, whole
 from weft.lab import models
-from weft.learn.data import Example
 from weft.learn.tokenizer import tokenizer
-from weft.learn.train import History
-from weft.model import DeviceMap, branches, expressions, fork, stack_of, taps
+from weft.model import DeviceMap, branches, expressions, stack_of, taps
 from weft.progress import Progress, Silent
-from weft.score import examples
 from weft.store.cache import Cache, default
-
-if TYPE_CHECKING:
-    from weft.learn.reader import Reader
 
 To = Literal["hf", "peft", "vllm", "compressed-tensors"]
 
@@ -213,63 +206,6 @@ def _texts(model: nn.Module, data: str | None, tokens: int, seed: int) -> list[d
     from weft.fitting.data import calibration
 
     return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
-
-
-def train(
-    model: nn.Module,
-    data: str | Path | Sequence[Example],
-    *,
-    held_out: str | Path | Sequence[Example] | None = None,
-    optimizer: str | None = None,
-    during: str | None = None,
-    out: Path | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> History:
-    """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
-
-    `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
-    warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
-    `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
-    `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
-    (`spiel` ...). Their options come with the others; one that both have with the method's name before it (`galore_every`).
-    Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
-    target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
-    """
-    from weft.learn.settings import Training
-    from weft.learn.train import train as learn
-
-    (moves, rewrites), options = apart(options, optimizer, during)
-    seed = Training.of(**options).seed
-    learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
-    scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
-    how: dict[str, Any] = {
-        "held_out": scored,
-        "optimizer": optimizers.named(optimizer, **moves) if optimizer is not None else None,
-        "during": schedules.named(during, **rewrites) if during is not None else None,
-        "out": out,
-        "progress": progress,
-    }
-    return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
-
-
-def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, **options: Any) -> Reader:
-    """Something to read or write one long text with, which learns each chunk of it into weights that last as long as the reader.
-
-    `method` makes what learns, in a fork: the model itself never changes. `options` are its own, and those of
-    `weft.learn.settings.Reading`: chunk, window, epochs, lr, seed. `start`: the token before the first; if not given, the
-    tokenizer's end of text. Errors: OptionError; ConflictError for a model that predicts no text; PathError for one without a tokenizer.
-    """
-    from weft.learn.reader import Reader
-    from weft.learn.settings import Reading
-
-    how = Reading.of(**{k: options.pop(k) for k in list(options) if k in Reading.model_fields})
-    apart = fork(model).requires_grad_(False)
-    apply(apart, method, seed=how.seed, **options)
-    if start is None:
-        words = tokenizer(model)
-        start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
-    return Reader(apart, how, start=start)
 
 
 def merge(model: nn.Module, *, to: Target, at: str | Sequence[str] = "*") -> Merges:

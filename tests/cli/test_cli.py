@@ -464,7 +464,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     out.mkdir()
     (out / "mine").write_text("x")
     monkeypatch.setattr("weft.api._evidence", lambda *_: pytest.fail("work was done"))
-    monkeypatch.setattr("weft.api.train", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("weft.training.train", lambda *_, **__: pytest.fail("work was done"))
     for argv in (
         ["gptq", str(model), "--out", str(out)],
         ["train", str(model), "--data", "python", "--out", str(out)],

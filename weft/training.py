@@ -1,0 +1,73 @@
+"""Training in Python: what is trainable of a woven model learns from examples, or from one long text for as long as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from weft.api import apply
+from weft.engine import optimizers, schedules
+from weft.engine.registry import apart
+from weft.learn.data import Example
+from weft.learn.reader import Reader
+from weft.learn.settings import Reading, Training
+from weft.learn.tokenizer import tokenizer
+from weft.learn.train import History
+from weft.learn.train import train as learn
+from weft.model import fork
+from weft.progress import Progress
+from weft.score import examples
+
+
+def train(
+    model: nn.Module,
+    data: str | Path | Sequence[Example],
+    *,
+    held_out: str | Path | Sequence[Example] | None = None,
+    optimizer: str | None = None,
+    during: str | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> History:
+    """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
+
+    `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
+    warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
+    `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
+    `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
+    (`spiel` ...). Their options come with the others; one that both have with the method's name before it (`galore_every`).
+    Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
+    target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
+    """
+    (moves, rewrites), options = apart(options, optimizer, during)
+    seed = Training.of(**options).seed
+    learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
+    scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
+    how: dict[str, Any] = {
+        "held_out": scored,
+        "optimizer": optimizers.named(optimizer, **moves) if optimizer is not None else None,
+        "during": schedules.named(during, **rewrites) if during is not None else None,
+        "out": out,
+        "progress": progress,
+    }
+    return learn(model, learned, tokenizer=tokenizer(model), **how, **options)
+
+
+def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, **options: Any) -> Reader:
+    """Something to read or write one long text with, which learns each chunk of it into weights that last as long as the reader.
+
+    `method` makes what learns, in a fork: the model itself never changes. `options` are its own, and those of
+    `weft.learn.settings.Reading`: chunk, window, epochs, lr, seed. `start`: the token before the first; if not given, the
+    tokenizer's end of text. Errors: OptionError; ConflictError for a model that predicts no text; PathError for one without a tokenizer.
+    """
+    how = Reading.of(**{k: options.pop(k) for k in list(options) if k in Reading.model_fields})
+    own = fork(model).requires_grad_(False)
+    apply(own, method, seed=how.seed, **options)
+    if start is None:
+        words = tokenizer(model)
+        start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
+    return Reader(own, how, start=start)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import weft
 from weft.engine import schedules
-from weft.error import ConflictError
+from weft.engine.registry import apart
+from weft.error import ConflictError, OptionError
 from weft.expr import Basis, Dense, Expr, LowRank, SparseDelta, Sum
 from weft.learn.data import Text
 from weft.learn.schedule import Rewrites, Schedule, Trained
@@ -442,7 +443,7 @@ def test_relocate_goes_down_the_central_difference() -> None:
     want = torch.zeros(2, 5).double()
     for k, (p, q) in enumerate(places.T.tolist()):
         for axis, (a, b) in enumerate((((p + 1, q), (p - 1, q)), ((p, q + 1), (p, q - 1)))):
-            want[axis, k] = float(at.values[k]) * float((g * (wave(*a) - wave(*b))).sum()) / 2
+            want[axis, k] = float(at.values.detach()[k]) * float((g * (wave(*a) - wave(*b))).sum()) / 2
     assert torch.allclose(at.notes["slope"].double(), want, rtol=1e-4, atol=1e-5)
     held = at.values
     put([at], schedule.after(2, [at]))
@@ -467,6 +468,15 @@ def test_a_term_that_is_not_used_stays_as_it_is(name: str, tiny: Any, words: Any
     train(model, TEXTS, tokenizer=words, steps=6, batch=2, lr=2e-2, during=schedules.named(name, **options))
     for t in trained_terms(model):
         assert torch.equal(t.term.dense(), before[t.site, t.role]) == (t.role == "adapter:off")
+
+
+def test_an_option_of_two_methods_has_one_of_their_names() -> None:
+    """Without it, it is refused; what is no method's is left."""
+    (moves, rewrites), rest = apart({"galore_every": 3, "spiel_every": 4, "over": 2, "lr": 1.0}, "galore", "spiel")
+    assert (moves, rewrites, rest) == ({"every": 3}, {"every": 4, "over": 2}, {"lr": 1.0})
+    assert apart({"every": 3, "lr": 1.0}, None, "spiel") == ([{}, {"every": 3}], {"lr": 1.0})
+    with pytest.raises(OptionError, match="two methods"):
+        apart({"every": 3}, "galore", "spiel")
 
 
 class Alone:

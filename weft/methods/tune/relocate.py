@@ -62,13 +62,14 @@ class _Relocate(Schedule):
         return {at.name: self._moved(at) for at in held if "slope" in at.notes} if self.watches(step) else {}
 
     def _moved(self, at: Trained) -> Expr:
-        slope = at.notes.pop("slope")
-        size = slope.square().mean().sqrt()
-        most = torch.tensor([[at.term.shape[0] - 1.0], [at.term.shape[1] - 1.0]], device=slope.device)
-        here = at.notes.get("places", torch.stack([at.term.p, at.term.q]).float())
+        term, slope = at.term, at.notes.pop("slope")
+        if not isinstance(term, Cosines):
+            return term
+        size, most = slope.square().mean().sqrt(), slope.new_tensor([[term.m - 1.0], [term.n - 1.0]])
+        here = at.notes.get("places", torch.stack([term.p, term.q]).float())
         at.notes["places"] = (here - self.by * slope / size if float(size) else here).clamp(min=0).minimum(most)
         p, q = at.notes["places"].round().int()
-        return at.term.rebuild(p=p, q=q)
+        return term.rebuild(p=p, q=q)
 
 
 def _placed(at: Trained) -> Expr:

@@ -223,7 +223,7 @@ def train(
     """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
 
     `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
-    warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
+    warmup, weight_decay, label_smoothing, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
     `optimizer` names a method of that kind (`muon`, `lora_plus` ...); its options come with the others.
     Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a

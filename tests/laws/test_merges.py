@@ -675,6 +675,42 @@ def test_a_negative_weight_takes_away() -> None:
         close(e.dense(), weft.expressions(base)[n].dense())
 
 
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "core_space", "model_stock"])
+def test_members_may_have_bases_of_their_own(name: str) -> None:
+    """What each learnt since its own base is added to the first, symbolic or not; bases that are all one are one."""
+    base, members = family(name, members=2)
+    other, _ = family(name, seed=1)
+    moved = fork(other)
+    lifted = {n: e.dense() - weft.expressions(base)[n].dense() for n, e in weft.expressions(members[1]).items()}
+    set_expressions(moved, {n: Dense(weft.expressions(other)[n].dense() + d) for n, d in lifted.items()})
+    for n, t in plain_tensors(moved).items():
+        t.data = t.data + plain_tensors(members[1])[n] - plain_tensors(base)[n]
+    want = weft.combine(members, name, base=base)
+    made_ = weft.combine([members[0], moved], name, base=[base, other])
+    for n, e in weft.expressions(want).items():
+        torch.testing.assert_close(weft.expressions(made_)[n].dense(), e.dense(), rtol=1e-3, atol=1e-4)
+    for n, t in plain_tensors(want).items():
+        torch.testing.assert_close(plain_tensors(made_)[n], t, rtol=1e-3, atol=1e-4)
+    same = weft.combine(members, name, base=[base, fork(base)])
+    for n, e in weft.expressions(want).items():
+        torch.testing.assert_close(weft.expressions(same)[n].dense(), e.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_on_bases_of_their_own_are_dense_or_refused() -> None:
+    """A sum of differences is exact; as many bases as models, or one; none for a merge that takes no differences."""
+    one, two = quantized(8, 32, rng("q")), quantized(8, 32, rng("other"))
+    members = [tuned(one, 1), tuned(two, 2)]
+    s = sources(members, base=one, own=(one, two))
+    want = one.dense() + sum(terms_of(e)[f"adapter:a{i}"].dense().detach() for i, e in enumerate(members, 1))
+    torch.testing.assert_close(get("task_arithmetic")(s, scale=1.0).dense(), want, rtol=1e-4, atol=1e-4)
+    base, models = family("soup")
+    for name, bases, said in (("ties", [base, base], "2 for 3 models"), ("soup", [base] * 3, "no differences")):
+        with pytest.raises(OptionError, match=said):
+            weft.combine(models, name, base=bases)
+    with pytest.raises(WeftError, match="one family"):
+        weft.combine(models, "ties", base=[base, base, weave(build_tiny("bert"))])
+
+
 def _with(model: nn.Module, **changed: Any) -> nn.Module:
     for k, v in changed.items():
         setattr(model.config, k, v)

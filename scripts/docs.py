@@ -81,10 +81,10 @@ def facts(method: Method) -> str:
     if method.paper:
         made.append(f"arXiv [{method.paper}](https://arxiv.org/abs/{method.paper})")
     if method.kind == "merge":
-        made.append("needs the base" if method.needs else "needs no base")
+        made.append("needs the base" if "base" in method.needs else "needs no base")
         made.append(f"takes {method.members or 'any number of'} models")
-    elif method.needs:
-        made.append(f"needs calibration data ({', '.join(sorted(method.needs))})")
+    if needs := sorted(method.needs - {"base"}):
+        made.append(f"needs calibration data ({', '.join(needs)})")
     made += [f"{option} {', '.join(sorted(a.values))} need calibration data ({a.need})" for option, a in method.asked()]
     if method.per == "input":
         made.append("solves the weights that read one input together")

@@ -50,7 +50,7 @@ def combined(
     models: Sequence[nn.Module],
     method: str,
     *,
-    base: nn.Module | None = None,
+    base: engine.Base = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
     data: Data | Sequence[Data] | None = None,
@@ -65,10 +65,11 @@ def combined(
 ) -> Combined:
     """A new woven model, frozen, that a merge (`soup`, `ties`, ...) makes of these, which are not changed.
 
-    `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it. Norms,
-    biases and the like are merged as weights are. What `at` does not match, the configuration and the tokenizer are those of the
-    base, or of the first model. A merge that has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`,
-    one for all or one for each, and of weft's own texts without; what it finds out stays in `cache`.
+    `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it, or one for each,
+    the first of which is what they are added to. Norms, biases and the like are merged as weights are. What `at` does not match, the
+    configuration and the tokenizer are those of the base, or of the first model. A merge that has to know the members' inputs
+    (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's own texts without; what it
+    finds out stays in `cache`.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
@@ -78,7 +79,7 @@ def combined(
     """
     whole(0, seed=seed)
     step, bars = Step.of(method, **options), progress or Silent()
-    strange = other_words([*([base] if base is not None else []), *models])
+    strange = other_words([*engine.bases_of(base), *models])
     look = _look(models, step, data, tokens, seed, Cache(cache or default()), bars)
     score = _score(search, held_out, trials, weights, len(models))
 

@@ -36,7 +36,7 @@ def train(
     """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
 
     `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
-    warmup, weight_decay, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
+    warmup, weight_decay, label_smoothing, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
     `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
     (`spiel` ...). Their options come with the others; one that both have with the method's name before it (`galore_every`).

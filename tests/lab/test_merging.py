@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from weft.engine import get
+from weft.engine import names as method_names
 from weft.engine.run import Step
 from weft.error import ConflictError
+from weft.expr import terms_of
 from weft.lab import merging
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -22,6 +24,7 @@ from weft.learn.data import Example, Response
 from weft.model import expressions, fingerprint, weave
 from weft.store.cache import Cache
 
+MERGES = [name for name in method_names() if get(name).kind == "merge"]
 VERBS = {"sat": "ran", "ran": "flew", "flew": "sat"}
 
 
@@ -120,3 +123,36 @@ def test_too_few_tasks_are_refused(lab: Lab) -> None:
         lab.merge(ours=("soup", {}), baseline="mean", members="tasks", count=3)
     with pytest.raises(ConflictError, match="no lab model is left"):
         lab.only("bare").merge(ours=("soup", {}), baseline="mean", members="seeds")
+
+
+def test_every_claim_of_a_merge_has_a_verdict(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with data, searches, adapters, rates, mixtures and views among them: numbers for every arm, and the merge's fingerprint."""
+    pytest.importorskip("cma")
+    monkeypatch.setattr(merging, "TASKS", {"tiny": ("verbs", "colours", "again")})
+    monkeypatch.setattr(merging, "VIEWS", {"tiny": ("verbs", "colours")})
+    monkeypatch.setattr(merging, "TRIALS", {"cma": 4})
+    for name in MERGES:
+        for of, proof in get(name).proofs.items():
+            made = proof.tried(lab)
+            assert name in made.methods and made.models == ["tiny"] and made.seeds == 3, of
+            found = made.findings[0]
+            assert all(np.isfinite([found.ours, found.baseline, found.floor])), of
+
+
+def test_a_member_depends_on_its_data_its_rate_and_what_tunes_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture has every task's examples in turn; an adapter stays one, on the model's own base."""
+    trial = lab.trials["tiny"][0]
+    monkeypatch.setattr(merging, "TASKS", {"tiny": ("verbs", "colours", "again")})
+    mixed = merging.members(trial, "mixtures", None)
+    assert [m[0] for m in mixed] == ["verbs+colours", "verbs+again", "colours+again"]
+    train = merging._task(trial, "verbs+colours").train
+    assert train[:4] == [e for i in range(2) for e in (small("verbs", 0).train[i], small("colours", 0).train[i])]
+    assert merging._names([("verbs+colours", 0), ("verbs+again", 0)]) == ["verbs", "colours", "again"]
+    rates = [fingerprint(merging.member(trial, m)) for m in merging.members(trial, "rates", 2)]
+    assert len({*rates, fingerprint(merging.member(trial, mixed[0]))}) == 3
+    assert rates[0] == fingerprint(merging.member(trial, ("verbs", 0)))
+    adapted = merging.member(trial, ("verbs", 0), (Step.of("lora", rank=2),))
+    for n, e in expressions(adapted).items():
+        if "proj" in n:
+            assert torch.equal(terms_of(e)["base"].dense(), expressions(trial.subject.model)[n].dense())
+            assert bool(terms_of(e)["adapter:default"].dense().any())

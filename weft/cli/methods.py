@@ -100,7 +100,13 @@ def _of_merges(
     models: Annotated[
         list[str], typer.Argument(help="Folders, hub ids or lab models.", metavar="MODEL...", show_default=False)
     ],
-    base: Annotated[str | None, typer.Option(help="The model that they were tuned from.", metavar="MODEL")] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The model that they were tuned from; or one for each in order (repeatable), the first to be added to.",
+            metavar="MODEL",
+        ),
+    ] = None,
     weight: Annotated[list[float] | None, typer.Option(help="Weight of a model, in order; repeatable. 1 each.")] = None,
     at: Annotated[
         list[str] | None,
@@ -137,7 +143,7 @@ def merge(
     options: dict[str, Any],
     *,
     models: list[str],
-    base: str | None,
+    base: list[str] | None,
     weight: list[float] | None,
     at: list[str] | None,
     data: list[str] | None,
@@ -161,11 +167,17 @@ def merge(
     from weft.store import save
 
     step = Step.of(name, **options)  # bad options show before the models are loaded
-    members, origin = [load(m, quiet) for m in models], load(base, quiet) if base is not None else None
+    members, bases = [load(m, quiet) for m in models], [load(b, quiet) for b in base or ()]
     if out is not None:
-        for held in (*members, *([origin] if origin is not None else [])):
+        for held in (*members, *bases):
             weft.may_write(held, out, replace=replace)
-    how: dict[str, Any] = {"base": origin, "weights": weight, "at": at or "*", "seed": seed, "progress": bars(quiet)}
+    how: dict[str, Any] = {
+        "base": bases[0] if len(bases) == 1 else bases or None,
+        "weights": weight,
+        "at": at or "*",
+        "seed": seed,
+        "progress": bars(quiet),
+    }
     how |= {"data": data[0] if data and len(data) == 1 else data or None, "tokens": tokens, "cache": cache}
     how |= {"search": plain(search), "held_out": held_out, "trials": trials}
     made = combined(members, name, **how, **options)
@@ -174,7 +186,14 @@ def merge(
     for t in made.tried:
         say(f"weights {', '.join(f'{w:.4g}' for w in t.weights)}: {t.score:.6g}, {t.seconds:.1f} s")
     if out is not None:
-        said = {"models": models, "base": base, "weights": weight, "method": name, "options": dict(step.options)}
+        told = base[0] if base and len(base) == 1 else base or None
+        said: dict[str, Any] = {
+            "models": models,
+            "base": told,
+            "weights": weight,
+            "method": name,
+            "options": dict(step.options),
+        }
         said |= {"data": data} if data else {}
         said |= (
             {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in made.tried]}

@@ -37,12 +37,15 @@ from weft.stats import Stats
 from weft.store.library import config_of
 from weft.store.tensors import word_sum
 
+Base = nn.Module | Sequence[nn.Module] | None
+"""What members were tuned from: one model for all, or one for each."""
+
 
 def run(
     models: Sequence[nn.Module],
     step: Step,
     *,
-    base: nn.Module | None = None,
+    base: Base = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
     seed: int = 0,
@@ -52,14 +55,16 @@ def run(
 ) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
     """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
 
-    Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model.
+    Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
+    bases, what each member was tuned from, the first is what task vectors are added to.
     `look` finds what data says of a member, for a merge that needs it.
     Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
-    wrong = _misused(method, models, given, base, blind=look is None and bool(step.needs - {"base"}))
+    bases = bases_of(base)
+    wrong = _misused(method, models, given, bases, blind=look is None and bool(step.needs - {"base"}))
     raise_all([*wrong, *(refusals(models, base) if models else ()), *strange])
-    named, lead = _named(models, base), base if base is not None else models[0]
+    named, lead = _named(models, bases), [*bases, *models][0]
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
     merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed, seen)
     made, changes = fork(lead), list[Change]()
@@ -115,12 +120,14 @@ class _Merge:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
         labels = sorted(self.weights, key=lambda label: (_mark(held[label]), self.weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
+        several = len(held) > len(labels) + 1
         sources = Sources(
             name=name,
             members=tuple(held[label] for label in labels),
             weights=tuple(self.weights[label] for label in labels),
             dtype=dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
             base=held.get("base"),
+            own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
             seed=self.seed,
             labels=tuple(labels),
             notes=self.notes,
@@ -156,15 +163,20 @@ def _value(expr: Expr) -> Tensor:
     return expr.dense().detach()
 
 
-def _named(models: Sequence[nn.Module], base: nn.Module | None = None) -> dict[str, nn.Module]:
+def bases_of(base: Base) -> list[nn.Module]:
+    """The bases in a list: none, one for all, or one for each member."""
+    return [] if base is None else [base] if isinstance(base, nn.Module) else [*base]
+
+
+def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
     """The models by name, the one that others are compared with first."""
-    held = {"base": base} if base is not None else dict[str, nn.Module]()
-    return held | {f"member {i}": m for i, m in enumerate(models, 1)}
+    first = {"base" if i == 1 else f"the base of member {i}": m for i, m in enumerate(bases, 1)}
+    return first | {f"member {i}": m for i, m in enumerate(models, 1)}
 
 
-def reach(models: Sequence[nn.Module], at: str | Sequence[str], base: nn.Module | None = None) -> int:
+def reach(models: Sequence[nn.Module], at: str | Sequence[str], base: Base = None) -> int:
     """How many sites `run` would merge. Errors: OptionError for a pattern that matches nothing."""
-    lead = base if base is not None else next(iter(models), None)
+    lead = next(iter([*bases_of(base), *models]), None)
     return len(_chosen(lead, at)[0]) if lead is not None else 0
 
 
@@ -178,7 +190,7 @@ def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[
 
 
 def _misused(
-    method: Method, models: Sequence[nn.Module], weights: Sequence[float], base: nn.Module | None, *, blind: bool
+    method: Method, models: Sequence[nn.Module], weights: Sequence[float], bases: Sequence[nn.Module], *, blind: bool
 ) -> list[WeftError]:
     """What is wrong with the call, whatever the models hold."""
     wrong: list[tuple[str, object, str, str]] = []
@@ -194,21 +206,24 @@ def _misused(
         wrong.append(("weights", weights, "finite numbers", "give others"))
     elif not method.signed and models and (min(weights) < 0 or math.fsum(weights) <= 0):
         wrong.append(("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"))
-    if "base" in method.needs and base is None:
+    if "base" in method.needs and not bases:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
+    if len(bases) > 1 and ("base" not in method.needs or len(bases) != len(models)):
+        want = "one for each model" if "base" in method.needs else "one: this merge takes no differences"
+        wrong.append(("base", f"{len(bases)} for {len(models)} models", want, "give one, or as many"))
     if blind:
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     what = f"{method.name} cannot be done so"
     return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
 
 
-def refusals(models: Sequence[nn.Module], base: nn.Module | None = None) -> list[WeftError]:
+def refusals(models: Sequence[nn.Module], base: Base = None) -> list[WeftError]:
     """Every reason why these models cannot be merged.
 
     ConflictError for another class or configuration, for weights without a value, taps, branches, and what is tied otherwise; ShapeError
     for weights that another model lacks or has in another shape, and for buffers that differ.
     """
-    (first, lead), *others = _named(models, base).items()
+    (first, lead), *others = _named(models, bases_of(base)).items()
     problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m)]
     for label, model in others:
         problems += _strange(label, model, first, lead) or [

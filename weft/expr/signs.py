@@ -17,7 +17,8 @@ SKIP = 255
 class Signs(Expr):
     """A few entries of one size; the rest is zero. value at places[k] = -scale where bit k of `signs` is set, else scale.
 
-    Places are i n + j, ascending: a gap g below 255 means g zeros and then an entry, 255 means as many zeros and no entry.
+    Places are i n + j, ascending: a gap g below 255 means g zeros and then an entry, 255 means as many zeros and no entry. The last gap
+    ends at place m n, behind the matrix.
     """
 
     scale: Float[Tensor, "one"]
@@ -31,10 +32,10 @@ class Signs(Expr):
         """`scale` times these signs, of which zeros are not stored."""
         flat = signs.flatten()
         at = flat.nonzero()[:, 0]
-        zeros = at.diff(prepend=at.new_full((1,), -1)) - 1
+        zeros = at.diff(prepend=at.new_tensor([-1]), append=at.new_tensor([len(flat)])) - 1
         skips = zeros // SKIP
-        gaps = torch.full((len(at) + int(skips.sum()),), SKIP, dtype=torch.uint8, device=flat.device)
-        gaps[torch.arange(len(at), device=at.device) + skips.cumsum(0)] = (zeros % SKIP).to(torch.uint8)
+        gaps = torch.full((len(zeros) + int(skips.sum()),), SKIP, dtype=torch.uint8, device=flat.device)
+        gaps[torch.arange(len(zeros), device=at.device) + skips.cumsum(0)] = (zeros % SKIP).to(torch.uint8)
         bits = (flat[at] < 0).to(torch.uint8)[None]
         return cls(scale.reshape(1), gaps, pack(bits, 1)[0] if len(at) else bits[0], *signs.shape)
 
@@ -44,15 +45,28 @@ class Signs(Expr):
     def check(self) -> None:
         if self.gaps.device.type == "meta":
             return
-        count, last = int((self.gaps < SKIP).sum()), int(self._ends()[-1]) if len(self.gaps) else -1
-        if len(self.scale) != 1 or len(self.signs) != packed_bytes(count, 1) or last >= self.m * self.n:
-            raise ShapeError(
-                "Signs.signs does not fit Signs.gaps",
-                where="Signs",
-                got=f"{len(self.scale)} scales, {len(self.signs)} bytes of signs, {last + 1} places",
-                want=f"one scale, a bit for each of {count} entries, at most {self.m * self.n} places",
-                fix="build it with Signs.of",
-            )
+        ends, whole = self._ends().tolist()[-1:], self.m * self.n
+        closed = ends == [whole] and int(self.gaps[-1]) < SKIP
+        count = int((self.gaps < SKIP).sum()) - 1
+        wrong = [
+            ("scale", f"{len(self.scale)} numbers", "one", len(self.scale) == 1),
+            ("gaps", f"gaps that end at {ends}", f"at {whole}, in no skip", closed),
+            (
+                "signs",
+                f"{len(self.signs)} bytes",
+                f"a bit for each of {count} entries",
+                not closed or len(self.signs) == packed_bytes(count, 1),
+            ),
+        ]
+        for name, got, want, good in wrong:
+            if not good:
+                raise ShapeError(
+                    f"Signs.{name} does not fit",
+                    where=f"Signs.{name}",
+                    got=got,
+                    want=want,
+                    fix="build it with Signs.of",
+                )
 
     def _ends(self) -> Int[Tensor, "k"]:
         """The place that every gap goes up to."""
@@ -66,9 +80,7 @@ class Signs(Expr):
 
     def dense(self) -> Float[Tensor, "m n"]:
         scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
-        if not len(self.gaps):
-            return scale.new_zeros(self.shape) * scale
-        bits = unpack(self.signs[None], 1, 8 * len(self.signs))[0]
+        bits = unpack(torch.cat([self.signs, self.signs.new_zeros(1)])[None], 1, 8 * len(self.signs) + 1)[0]
         rank = ((self.gaps < SKIP).cumsum(0) - 1).clamp(min=0)
         return self._put(scale * (1 - 2 * bits[rank].to(scale.dtype)))
 
@@ -79,4 +91,4 @@ class Signs(Expr):
         return self._put(torch.ones_like(self.gaps, dtype=torch.bool))
 
     def describe(self) -> str:
-        return f"Signs({int((self.gaps < SKIP).sum()) / max(1, self.m * self.n):.2%})"
+        return f"Signs({(int((self.gaps < SKIP).sum()) - 1) / max(1, self.m * self.n):.2%})"

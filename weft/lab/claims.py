@@ -174,8 +174,9 @@ class Lab:
         """Holds if merge `ours` gains, on the members' tasks, at least `share` of what `baseline` gains, and more than nothing.
 
         Members are tuned from the lab model, all linear layers of it or what `tuned` makes trainable: on different tasks, on mixtures
-        of all but one, or on one with different seeds or rates; `count` of them. The baseline is another merge, the mean member, or
-        the best one, which other examples choose; they also choose the weights of ours where there is a `search`. Tasks count alike.
+        of all but one, on names and on texts (views), or on one with different seeds or rates; `count` of them. The baseline is another
+        merge, the mean member, or the best one, which other examples choose; they also choose the weights of ours where there is a
+        `search`. Tasks count alike.
         Errors: ConflictError if no lab model has tasks for such members.
         """
         lab = self._with({n for n in self.trials if merging.able(n, members, count)}, "tasks to merge members of")

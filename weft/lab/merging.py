@@ -26,7 +26,9 @@ from weft.store.cache import key
 
 TASKS: Mapping[str, tuple[str, ...]] = {"ref-lm": ("sorting", "dates", "arithmetic"), "minilm": ("naming",)}
 """What members of each lab model are tuned on; those that differ by their seed, on the first."""
-Members = Literal["tasks", "seeds", "rates", "mixtures"]
+Members = Literal["tasks", "seeds", "rates", "mixtures", "views"]
+VIEWS: Mapping[str, tuple[str, ...]] = {"minilm": ("naming", "docstrings")}
+"""What an embedding model learns of one thing from its names, and from its texts."""
 COUNT = 3
 """Members that differ by their seed."""
 RATES = (1.0, 0.25, 4.0, 16.0)
@@ -51,12 +53,16 @@ Of = tuple[str, int] | tuple[str, int, float]
 
 def able(model: str, kind: Members, count: int | None) -> bool:
     """Whether a lab model has tasks for such members."""
+    if kind == "views":
+        return model in VIEWS
     least = {"seeds": 1, "rates": 1, "mixtures": 3, "tasks": count or 2}
     return len(TASKS.get(model, ())) >= least[kind]
 
 
-def members(trial: Trial, kind: Members, count: int | None) -> list[Of]:
-    """The members of a trial: `count` of them, or 3 seeds, all rates, all tasks, or all tasks but one in every way."""
+def members(trial: Trial, kind: Members, count: int | None) -> Sequence[Of]:
+    """The members of a trial: `count` of them, or 3 seeds, all rates, all tasks, all tasks but one in every way, or both views."""
+    if kind == "views":
+        return [(name, trial.seed) for name in VIEWS[trial.subject.name]]
     known = TASKS[trial.subject.name]
     if kind == "seeds":
         size = count or COUNT

@@ -17,18 +17,24 @@ TEMPERATURE = 0.05
 
 
 def likelihood(
-    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], count: int | Tensor | None
+    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], count: int | Tensor | None, smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
-    """Σ -log p(target) over the batch's targets, divided by `count`, the targets of the whole step (None: of this batch). Nats a token."""
-    targets = labels[:, 1:].flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+    """Σ -log p(target) over the batch's targets, divided by `count`, the targets of the whole step (None: of this batch). Nats a token.
+
+    With `smoothing` s a target is (1 - s) itself, and s the mean of all tokens.
+    """
+    targets, flat = labels[:, 1:].flatten(), logits[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
     return total / (count if count is not None else (targets != IGNORE).sum().clamp(min=1))
 
 
-def contrast(queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """InfoNCE over the batch: each normalised query against all positives. Nats a query."""
+def contrast(
+    queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """InfoNCE over the batch: each normalised query against all positives, targets smoothed as above. Nats a query."""
     scores = queries @ positives.T / TEMPERATURE
-    return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device))
+    targets = torch.arange(len(scores), device=scores.device)
+    return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
 
 
 def everyones(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:

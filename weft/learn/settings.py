@@ -61,6 +61,9 @@ class Training(Checked):
     ] = "cosine"
     warmup: Annotated[float, _about("share of the steps that the rate rises in", ge=0, le=1)] = 0.05
     weight_decay: Annotated[float, _about("of AdamW", ge=0)] = 0.0
+    label_smoothing: Annotated[
+        float, _about("share of each target that all tokens share, in training alone", ge=0, lt=1)
+    ] = 0.0
     clip: Annotated[float, _about("largest norm of the gradients together; 0: any", ge=0)] = 1.0
     precision: Annotated[Literal["fp32", "bf16"], _about("bf16: products in bfloat16, trained tensors as they are")] = (
         "fp32"

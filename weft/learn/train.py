@@ -197,12 +197,14 @@ def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Traini
 
         def apart(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
             queries, positives = (goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1))
-            return contrast(*map(everyones, (queries, positives))) if m.training else contrast(queries, positives)
+            if not m.training:
+                return contrast(queries, positives)
+            return contrast(everyones(queries), everyones(positives), how.label_smoothing)
 
         return list(data), apart
 
     def fit(m: nn.Module, x: Mapping[str, Tensor], count: Any) -> Tensor:
-        return likelihood(forward(m, inputs(x)), x["labels"], count)
+        return likelihood(forward(m, inputs(x)), x["labels"], count, how.label_smoothing if m.training else 0.0)
 
     encoded = encode(data, tokenizer, length=how.length)
     in_vocabulary(model, torch.tensor([max(e.input_ids) for e in encoded]))

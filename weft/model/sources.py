@@ -39,6 +39,8 @@ class Sources:
     """Declared fallbacks: (where, what)."""
     grams: tuple[Float[Tensor, "n n"] | None, ...] = ()
     """E[x xᵀ] of what the weight reads in every member, on its data; None where nothing went through. Of linear layers alone."""
+    own: tuple[Expr, ...] = ()
+    """What each member was tuned from, where that is not the base for all."""
     fishers: tuple[Float[Tensor, "m n"], ...] = ()
     """The diagonal of every member's Fisher information, on its data."""
 
@@ -62,9 +64,12 @@ class Sources:
         return self._value(self.origin, "base")
 
     def deltas(self) -> Iterator[Float[Tensor, "m n"]]:
-        """The task vectors, member - base, one at a time. Errors: NumericError; OptionError without a base."""
+        """The task vectors, member - base (or what it was tuned from), one at a time. Errors: NumericError; OptionError without a base."""
         start = self.start()
-        return (value - start for value in self.values())
+        if not self.own:
+            return (value - start for value in self.values())
+        pairs = zip(self.values(), self.own, self._labels(), strict=True)
+        return (value - self._value(e, f"the base of {label}") for value, e, label in pairs)
 
     @property
     def origin(self) -> Expr:
@@ -84,7 +89,19 @@ class Sources:
         Where all that take part are the same terms but for low-rank or sparse ones, the result is too: the same terms, and one low-rank
         and one sparse term, both exact. `origin` is the base or a member.
         """
-        parts = _multiples(shares, self.members, origin)
+        return self._whole(_multiples(shares, self.members, origin))
+
+    def added(self, shares: Sequence[float]) -> Expr:
+        """base + Σ_i share_i (member_i - base), or minus what that member was tuned from; as `linear`."""
+        if not self.own:
+            return self.linear(shares, self.origin)
+        apart = [(-c, e) for c, e in zip(shares, self.own, strict=True) if c]
+        return self._whole(
+            [(c, e) for c, e in zip(shares, self.members, strict=True) if c] + [*apart, (1.0, self.origin)]
+        )
+
+    def _whole(self, parts: Sequence[Part]) -> Expr:
+        """The sum of multiples that add up to one: by terms where that can be, else slice by slice around the last."""
         whole = total(terms) if (terms := _by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
@@ -101,8 +118,10 @@ class Sources:
     def low_rank(self) -> tuple[dict[str, Expr], list[Factors]] | None:
         """What the base and all members share, and what each member has beside it as factors [m r] and [r n] in float64.
 
-        None where it is not low-rank, where no member has any, or `adapter:merged` is taken.
+        None where it is not low-rank, where no member has any, `adapter:merged` is taken, or members have bases of their own.
         """
+        if self.own:
+            return None
         same, (own, *rest) = _apart([self.origin, *self.members])
         terms = [t for held in rest for t in held.values()]
         if own or "adapter:merged" in same or not terms or not all(isinstance(t, LowRank) for t in terms):
@@ -127,7 +146,9 @@ class Sources:
         return self.labels or [f"member {i + 1}" for i in range(len(self.members))]
 
     def _label(self, e: Expr) -> str:
-        return next((n for n, m in zip(self._labels(), self.members, strict=True) if m is e), "base")
+        return next(
+            (n for n, m in zip(self._labels(), self.members, strict=True) if m is e), "a base" if self.own else "base"
+        )
 
     def _value(self, e: Expr, label: str) -> Tensor:
         value = e.dense().detach()

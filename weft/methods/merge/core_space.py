@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from weft.engine import Sources, method
 from weft.expr import Expr, LowRank, total
@@ -42,15 +44,20 @@ def core_space(
             torch.linalg.qr(torch.cat(side, 1))[0] for side in ([b for b, _ in held[1]], [a.T for _, a in held[1]])
         )
         cores = [(left.T @ b) @ (a @ right) for b, a in held[1]]
-    u = torch.linalg.eigh(sum((c @ c.T for c in cores), torch.zeros(()))).eigenvectors
-    v = torch.linalg.eigh(sum((c.T @ c for c in cores), torch.zeros(()))).eigenvectors
+    u, v = _axes(sum((c @ c.T for c in cores), torch.zeros(()))), _axes(sum((c.T @ c for c in cores), torch.zeros(())))
     kept = ((w, trimmed(u.T @ c @ v, density)) for w, c in zip(s.weights, cores, strict=True))
     core = elected(kept) if then == "ties" else summed(kept)
     core = scale * (isotropic(core) if then == "iso" else core)
     if held is None:
         return s.dense(s.start() + u @ core @ v.T)
-    b, a = (left @ u, core @ (right @ v).T) if len(u) < len(v) else (left @ u @ core, (right @ v).T)
+    b, a = (left @ u, core @ (right @ v).T) if u.shape[1] < v.shape[1] else (left @ u @ core, (right @ v).T)
     return total({**held[0], "adapter:merged": LowRank(b.float(), a.float())})
+
+
+def _axes(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p q"]:
+    """Eigenvectors, without those of values that are zero up to rounding."""
+    lam, q = torch.linalg.eigh(gram)
+    return q[:, -max(1, int((lam > lam[-1] * 1e-13).sum())) :]
 
 
 @core_space.claim(

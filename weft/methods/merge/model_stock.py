@@ -29,7 +29,7 @@ def model_stock(s: Sources) -> Expr:
     if alike < 1:
         c = max(0.0, (float(units.square().sum()) - seen) / (1 - alike))
         t = c / (alike + (1 - alike) * c)
-    return s.linear([t * a for a in shares], s.origin)
+    return s.added([t * a for a in shares])
 
 
 @model_stock.claim("members tuned alike but for their seed merge better towards the base than in their mean")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", members=2)
+@method(kind="merge", rows="P093", members=2)
 def slerp(s: Sources) -> Expr:
     """sin((1 - t) Ω) / sin Ω · first + sin(t Ω) / sin Ω · second, Ω the angle between the two as vectors, t = w_2 / (w_1 + w_2).
 
@@ -40,3 +40,12 @@ def slerp(s: Sources) -> Expr:
 )
 def claim(lab: Lab) -> Claim:
     return lab.merge(ours=("slerp", {}), baseline=("soup", {}), members="tasks", count=2)
+
+
+@slerp.claim(
+    "an embedding model half way between one tuned on names and one tuned on texts serves both better than either",
+    of="fusion",
+    paper="2410.05770",
+)
+def fusion(lab: Lab) -> Claim:
+    return lab.merge(ours=("slerp", {}), baseline="best", members="views")

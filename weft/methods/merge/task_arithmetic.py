@@ -23,7 +23,7 @@ def task_arithmetic(
 
     Terms that base and members share stay as they are, and low-rank and sparse ones are added as such.
     """
-    return s.linear([scale * w for w in s.weights], s.origin)
+    return s.added([scale * w for w in s.weights])
 
 
 @task_arithmetic.claim(

@@ -19,7 +19,7 @@ from weft.engine import Method, get, names
 from weft.expr import NODES, Expr, Field, fields
 from weft.lab.prove import KNOWN_ANSWERS
 from weft.store.peft import KINDS
-from weft.store.peft.kind import Layers
+from weft.store.peft.layers import Layers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"
@@ -191,7 +191,9 @@ def files() -> str:
     rows = [["node", "tensors", "plain fields", "children", "what it is"], *(node(NODES[n]) for n in sorted(NODES))]
     made, count = TABLE.subn(lambda _: table(rows), FILES.read_text("utf8"))
     assert count == 1, "docs/files.md has lost its marks around the nodes"
-    made, count = PEFT.subn(lambda _: table([["`peft_type`", "weft's", "what it is", "refused, or otherwise"], *types()]), made)
+    made, count = PEFT.subn(
+        lambda _: table([["`peft_type`", "weft's", "what it is", "refused, or otherwise"], *types()]), made
+    )
     assert count == 1, "docs/files.md has lost its marks around PEFT's types"
     return made
 
@@ -199,7 +201,9 @@ def files() -> str:
 def types() -> list[list[str]]:
     """PEFT's types of adapters that go out and in."""
     first = {name: (inspect.getdoc(type(kind)) or "").split("\n\n")[0] for name, kind in KINDS.items()}
-    lost = {n: "not on GPT-2's transposed weights" for n, k in KINDS.items() if isinstance(k, Layers) and not k.transposed}
+    lost = {
+        n: "not on GPT-2's transposed weights" for n, k in KINDS.items() if isinstance(k, Layers) and not k.transposed
+    }
     notes = {n: "; ".join(text for text in (k.note, lost.get(n, "")) if text) for n, k in KINDS.items()}
     return [[f"`{n}`", f"`{k.method}`", plain(" ".join(first[n].split())), plain(notes[n])] for n, k in KINDS.items()]
 

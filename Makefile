@@ -13,7 +13,7 @@ CHROMIUM := { { command -v chromium || command -v chromium-browser || command -v
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs prove bench fuzz test-browser browser clean
+.PHONY: help venv demo test lint docs prove bench bench-peers fuzz test-browser browser clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -69,6 +69,15 @@ fuzz: $(READY) ## ten minutes of fuzzing what reads files from elsewhere
 
 bench: $(READY) ## run every benchmark
 	@set -e; for f in benchmarks/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f"; done
+
+# On top of .venv, which it leaves as it is: what is installed here alone are the backends that a peer has layers for.
+PEERS := .venv-peers
+bench-peers: $(READY) ## PEFT's adapters on dense and quantized bases, beside weft's, into docs/peers.md (minutes)
+	@[ -x $(PEERS)/bin/python ] || $(BIN)/python -m venv $(PEERS)
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/weft.pth"
+	@for p in 'bitsandbytes>=0.50' 'hqq>=0.2.8'; do \
+	  $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$p" || echo "$$p does not install here."; done
+	@$(ONE) $(PEERS)/bin/python benchmarks/peers.py --write docs/peers.md
 
 clean: ## remove what the other targets made, but not the environment
 	@rm -rf out site dist .pytest_cache .ruff_cache .hypothesis

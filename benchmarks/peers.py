@@ -28,14 +28,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import torch.nn.functional as F
-import transformers
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "benchmarks"]  # kernels.py there is not the library
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
 SIZE, VOCAB = 64, 96
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 AT = {"target_modules": ["q_proj", "v_proj"]}
@@ -272,23 +274,18 @@ def attach(b: Bench, a: str, m: nn.Module) -> bool:
 
 
 def train(b: Bench, a: str, m: nn.Module) -> bool:
-    """With other numbers the output is the oracle's; the gradient has its direction; the base stays."""
+    """What trains has the oracle's gradient, the base none and no other bits; with other numbers the output is the oracle's."""
     other = oracle(b, a, moved(m))
-    want = logits(other)
-    good = gap(logits(m), want) <= slack(b, gap(want, b.plain))
     before = bits(m)
-    loss_of(m).backward()
-    loss_of(other).backward()
-    pairs = [
-        (p.grad, q.grad) for p, q in zip(free(m), free(other), strict=True) if p.grad is not None and q.grad is not None
-    ]
-    one, two = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
-    cosine = float(F.cosine_similarity(one, two, dim=0))
-    return (
-        good
-        and cosine > (0.999 if b.name == "fp32" else 0.9)
-        and all(torch.equal(t, bits(m)[n]) for n, t in before.items())
-    )
+    for one in (m, other):
+        loss_of(one.train()).backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(free(m), free(other), strict=True) if q.grad is not None]
+    if any(p is None for p, _ in pairs) or any(not torch.equal(t, bits(m)[n]) for n, t in before.items()):
+        return False
+    mine, theirs = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
+    want = logits(other)
+    along = float(F.cosine_similarity(mine, theirs, dim=0))
+    return along > (0.999 if b.name == "fp32" else 0.9) and gap(logits(m), want) <= slack(b, gap(want, b.plain))
 
 
 def free(m: nn.Module) -> list[nn.Parameter]:

@@ -19,7 +19,7 @@ from weft.engine import Method, get, names
 from weft.expr import NODES, Expr, Field, fields
 from weft.lab.prove import KNOWN_ANSWERS
 from weft.store.peft import KINDS
-from weft.store.peft.kind import Layers
+from weft.store.peft.layers import Layers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FILES, PROOFS = ROOT / "docs" / "methods.md", ROOT / "docs" / "files.md", ROOT / "proofs"

@@ -272,9 +272,9 @@ def test_a_small_weight_has_fewer_numbers(method: str) -> None:
     assert tensors(made)["c"].shape == (12,) and "12 " in group.notes[0][1]
 
 
-@pytest.mark.parametrize("method", sorted(OPTIONS.keys() - {"oft"}))
+@pytest.mark.parametrize("method", sorted(OPTIONS.keys() - {"oft", "fourierft", "loha", "lokr", "vera"}))
 def test_peft_gets_none_of_it(folder: MODELS, tmp_path: Path, method: str) -> None:
-    """What is no low-rank term is refused by its name, and nothing is written."""
+    """What PEFT has no type for is refused by its name, and nothing is written."""
     model = adapted(folder(), method)
     with pytest.raises(ConflictError, match=re.escape(weft.expressions(model)[SITE].describe().split(": ")[-1])):
         weft.export(model, tmp_path / "adapter", to="peft")

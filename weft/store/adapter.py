@@ -84,13 +84,14 @@ def _kind(table: Mapping[str, Any]) -> Kind:
     name = table.get("peft_type")
     if isinstance(name, str) and name in KINDS:
         return KINDS[name]
-    raise (ConflictError if isinstance(name, str) else FormatError)(
+    problem = (ConflictError if isinstance(name, str) else FormatError)(
         "this kind of adapter cannot be attached",
         where=f"{CONFIG}: peft_type",
         got=brief(name),
         want=", ".join(KINDS),
         fix=MERGE,
     )
+    raise problem
 
 
 def _settings(kind: Kind, table: Mapping[str, Any]) -> Settings:

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from weft.error import WeftError
 from weft.expr import Basis, Dense, Diagonal, Expr, Product
 from weft.store.audit import Entry
-from weft.store.peft.kind import FLOATS, At, Held
+from weft.store.peft.kind import FLOATS, Held
+from weft.store.peft.layers import At
 from weft.store.peft.settings import CONFIG, Number, Rank, Ranks, Settings, first, wrong
 from weft.store.peft.terms import Terms
 

@@ -18,7 +18,8 @@ from weft.expr.weightnorm import WeightNorm
 from weft.model import expressions, name_of
 from weft.model.devices import device_of
 from weft.model.experts import ApartExperts
-from weft.store.peft.kind import At, Change, Found, Held, Piece, Woven, Written, alpha, layers
+from weft.store.peft.kind import Change, Found, Held, Piece, Woven, Written, alpha
+from weft.store.peft.layers import At, layers
 from weft.store.peft.settings import CONFIG, MERGE, Names, Number, Ranked, brief, first, key, named, some, wrong
 from weft.store.peft.terms import Terms
 

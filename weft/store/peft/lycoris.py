@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from weft.expr import Expr, Kronecker, LowRank, Product
 from weft.expr.entrywise import Entrywise
-from weft.store.peft.kind import At, Held, alpha
+from weft.store.peft.kind import Held, alpha
+from weft.store.peft.layers import At
 from weft.store.peft.settings import CONFIG, Number, Ranked, first
 from weft.store.peft.terms import Form, Terms
 

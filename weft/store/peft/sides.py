@@ -16,7 +16,8 @@ from weft.expr.cayley import Cayley
 from weft.model import Tap, expressions, first_vectors, name_of, places
 from weft.model.devices import device_of
 from weft.store.audit import Entry
-from weft.store.peft.kind import At, Change, Found, Held, Layers, Piece, Woven, Written, layers
+from weft.store.peft.kind import Change, Found, Held, Piece, Woven, Written
+from weft.store.peft.layers import At, Layers, layers
 from weft.store.peft.settings import CONFIG, Names, Number, Settings, key, wrong
 
 
@@ -221,7 +222,7 @@ class Oft(Sides):
         self, model: nn.Module, sides: Mapping[str, tuple[Expr, bool]], found: Found
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         turns = {path: side for path, (side, _) in sides.items() if isinstance(side, Cayley)}
-        sizes, counts = ({x for s in turns.values() if (x := of(s))} for of in (lambda s: s.block, lambda s: len(s.q)))
+        sizes, counts = {s.block for s in turns.values()}, {len(s.q) for s in turns.values()}
         tried = [(0, b) for b in (*sizes, *range(min(sizes), max(sizes)))]
         tried += [(r, 0) for r in (*counts, *range(min(counts), max(counts)))]
         for r, block in tried:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from weft.error import ConflictError
 from weft.expr import Expr, SparseDelta
-from weft.store.peft.kind import At, Held
+from weft.store.peft.kind import Held
+from weft.store.peft.layers import At
 from weft.store.peft.settings import COPY, Rank, Settings, key
 from weft.store.peft.terms import Terms
 

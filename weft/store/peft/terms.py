@@ -13,7 +13,8 @@ from weft.expr import Expr, terms_of, total
 from weft.expr.gated import Gated, settled
 from weft.expr.weightnorm import WeightNorm
 from weft.model import expressions, name_of, places
-from weft.store.peft.kind import Found, Layers, Piece, Written
+from weft.store.peft.kind import Found, Piece, Written
+from weft.store.peft.layers import Layers
 from weft.store.peft.settings import key
 
 Form = TypeVar("Form")

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from weft.error import ConflictError, WeftError, raise_all
 from weft.model import output_sites
-from weft.store.peft.kind import Written, layers
+from weft.store.peft.kind import Written
+from weft.store.peft.layers import layers
 from weft.store.peft.lora import DOWN, UP, LoraSettings
 from weft.store.peft.settings import key, some
 

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError
 from weft.learn.settings import Training
 from weft.memory import peak
+from weft.model.branch import begin_step
 from weft.progress import Step
 from weft.store.files import read_json
 from weft.store.tensors import read_tensors, write_tensors
@@ -31,6 +32,10 @@ Measure = Callable[[Callable[[], Tensor]], Tensor]
 
 class Trainer(transformers.Trainer):
     """The Hugging Face Trainer for woven models: checkpoints hold the trainable tensors only, matched strictly on resume."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        begin_step(model, self.state.global_step, self.args.seed)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         out = Path(output_dir or str(self.args.output_dir))
@@ -80,6 +85,7 @@ class Run(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.measure is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        begin_step(model, self.state.global_step, self.args.seed)
         model.train()
         here = cast(dict[str, Any], self._prepare_inputs(inputs))
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None

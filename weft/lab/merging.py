@@ -60,7 +60,7 @@ def gained(step: Step, trial: Trial, of: Sequence[Of]) -> Arm:
         made, _, _ = combine.run([member(trial, m) for m in of], step, base=trial.subject.model, seed=trial.seed)
         return _gain(trial, made, of)
 
-    return trial.arm("merged", [chain_key((step,)), *_recipe(trial, of)], make, _metric(trial))
+    return trial.arm("merged", [chain_key((step,)), *_recipe(trial, of)], make, metric(trial))
 
 
 def mean(trial: Trial, of: Sequence[Of]) -> Arm:
@@ -75,19 +75,20 @@ def best(trial: Trial, of: Sequence[Of]) -> Arm:
 
     def make() -> metrics.Scores:
         chosen = [
-            _score(trial, member(trial, m), [e for name in _names(of) for e in _task(trial, name).select]) for m in of
+            score(trial, member(trial, m), [e for name in _names(of) for e in short_task(trial, name).select])
+            for m in of
         ]
         means = [float((values * weights).sum() / weights.sum()) for values, weights in chosen]
         return np.array(means), np.ones(len(means))
 
-    scores = trial.arm("members chosen", _recipe(trial, of), make, _metric(trial))
+    scores = trial.arm("members chosen", _recipe(trial, of), make, metric(trial))
     return _alone(trial, of[int(np.argmin(scores.values))], of)
 
 
 def member(trial: Trial, of: Of) -> nn.Module:
     """The lab model with all its linear layers tuned on a task, in float32; kept in the cache for all claims."""
     name, seed = of
-    task, base = _task(trial, name, seed), trial.subject.model
+    task, base = short_task(trial, name, seed), trial.subject.model
     sites = match(base, "all-linear")
 
     def make() -> dict[str, Tensor]:
@@ -109,7 +110,7 @@ def member(trial: Trial, of: Of) -> nn.Module:
 
 def _alone(trial: Trial, one: Of, of: Sequence[Of]) -> Arm:
     """What one member gains on the tasks of all."""
-    return trial.arm("member", [one, *_recipe(trial, of)], lambda: _gain(trial, member(trial, one), of), _metric(trial))
+    return trial.arm("member", [one, *_recipe(trial, of)], lambda: _gain(trial, member(trial, one), of), metric(trial))
 
 
 def _gain(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
@@ -119,7 +120,7 @@ def _gain(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
 
 def _untuned(trial: Trial, of: Sequence[Of]) -> Arm:
     """Test scores of the original on the members' tasks."""
-    return trial.arm("untuned", _tests(trial, of), lambda: _tested(trial, trial.subject.model, of), _metric(trial))
+    return trial.arm("untuned", _tests(trial, of), lambda: _tested(trial, trial.subject.model, of), metric(trial))
 
 
 def nothing(trial: Trial, of: Sequence[Of]) -> Arm:
@@ -130,17 +131,17 @@ def nothing(trial: Trial, of: Sequence[Of]) -> Arm:
 
 def _tested(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
     """Scores on the tests of all tasks, one after another, whose weights sum to one each."""
-    made = [_score(trial, model, _task(trial, name).test) for name in _names(of)]
+    made = [score(trial, model, short_task(trial, name).test) for name in _names(of)]
     return np.concatenate([v for v, _ in made]), np.concatenate([w / w.sum() for _, w in made])
 
 
-def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
+def score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
     if trial.subject.embeds:
         return metrics.bits_per_query(metrics.similarities(model, trial.subject.tokenizer, examples))
     return metrics.response_bits(model, trial.subject.tokenizer, examples, batch=32)
 
 
-def _metric(trial: Trial) -> tuple[str, str]:
+def metric(trial: Trial) -> tuple[str, str]:
     return (
         ("gain in bits per query", "bits/query")
         if trial.subject.embeds
@@ -152,17 +153,17 @@ def _names(of: Sequence[Of]) -> list[str]:
     return list(dict.fromkeys(name for name, _ in of))
 
 
-def _task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
+def short_task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
     """A task, its sets cut short."""
     held = task_of(name, seed, pairs=trial.subject.embeds)
     return dataclasses.replace(held, select=held.select[:CHOICE], test=held.test[:TESTED])
 
 
 def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:
-    return [fingerprint(_task(trial, name).test) for name in _names(of)]
+    return [fingerprint(short_task(trial, name).test) for name in _names(of)]
 
 
 def _recipe(trial: Trial, of: Sequence[Of]) -> list[Any]:
     """What a merged arm depends on besides its method."""
-    trained = [[seed, fingerprint(_task(trial, name, seed).train)] for name, seed in of]
+    trained = [[seed, fingerprint(short_task(trial, name, seed).train)] for name, seed in of]
     return [STEPS, BATCH, TOKENS, RATE, CHOICE, trained, _tests(trial, of)]

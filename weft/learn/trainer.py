@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,10 @@ Optimizer = Callable[[Mapping[str, nn.Parameter], float], torch.optim.Optimizer]
 """`(trainable tensors by name, peak rate) -> optimizer`"""
 Measure = Callable[[Callable[[], Tensor]], Tensor]
 """`(loss of a part of the batch, as often as asked) -> loss`: the method `measure` of an optimizer that needs losses and no gradients."""
+
+
+Within = Callable[[Mapping[str, Any]], AbstractContextManager[Any]]
+"""`(batch) -> context`"""
 
 
 class Trainer(transformers.Trainer):
@@ -55,6 +60,8 @@ class Run(Trainer):
     loss_of: Loss
     measure: Measure | None = None
     """What takes the losses, of an optimizer that goes by them alone."""
+    within: Within
+    """What a batch is computed within, forward and backward."""
 
     def go(self, checkpoint: str | None) -> None:
         """Train, from a checkpoint on if there is one; from the last step's, take what is there, for one more step would be another run.
@@ -83,8 +90,13 @@ class Run(Trainer):
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.measure is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with self.within(inputs):
+            if self.measure is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._measured(self.measure, model, inputs, num_items_in_batch)
+
+    def _measured(self, measure: Measure, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A step by losses alone."""
         begin_step(model, self.state.global_step, self.args.seed)
         model.train()
         here = cast(dict[str, Any], self._prepare_inputs(inputs))
@@ -96,7 +108,7 @@ class Run(Trainer):
                 found = self.compute_loss(model, here, num_items_in_batch=num_items_in_batch)
             return cast(Tensor, self.accelerator.reduce(found / parts, "mean"))
 
-        return self.measure(loss)
+        return measure(loss)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -123,7 +135,7 @@ class Run(Trainer):
                 targets = (
                     int((batch["labels"][:, 1:] >= 0).sum()) if "labels" in batch else len(batch["input_ids"]) // 2
                 )
-                with self.compute_loss_context_manager():
+                with self.within(batch), self.compute_loss_context_manager():
                     total += float(self.loss_of(model, here, None)) * targets
                 count += targets
         scores = {"eval_loss": total / count}

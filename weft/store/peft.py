@@ -135,7 +135,7 @@ def _adapters(expr: Expr, only: str | None = None) -> dict[str, Expr]:
     terms = {r: t for r, t in terms_of(expr).items() if name_of(r) is not None}
     if only is None:
         return {r: settled(t) for r, t in terms.items()}
-    return {r: t.kept if isinstance(t, Gated) else t for r, t in terms.items() if name_of(r) == only}
+    return {r: settled(t.kept if isinstance(t, Gated) else t) for r, t in terms.items() if name_of(r) == only}
 
 
 def _no_lora(model: nn.Module, name: str, terms: dict[str, Expr]) -> list[WeftError]:

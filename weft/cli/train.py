@@ -67,7 +67,8 @@ def _shared(
     out: Out,
     held_out: Annotated[str | None, typer.Option(help="Data to score on in between; the best step stays.")] = None,
     method: Annotated[
-        str, typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt.")
+        str,
+        typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt, or a recipe: telly ..."),
     ] = DEFAULT,
     optimizer: Annotated[
         str | None, typer.Option(help="What moves it instead of AdamW: muon, lora_plus ..., of the verb tune.")
@@ -96,7 +97,8 @@ def _train(
     scored = examples(held_out, "test", settings.seed) if held_out else None
     woven = load(model, quiet)
     of: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
-    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **of, **options).fallbacks:
+    made = weft.apply(woven, method, at=at, seed=settings.seed, **of, **options)
+    for place, what in made.fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
     about = key(
@@ -104,7 +106,14 @@ def _train(
     )
     work = (cache or default()) / "train" / about
     history = weft.train(
-        woven, learned, held_out=scored, optimizer=optimizer, out=work, progress=bars(quiet), **how, **moves
+        woven,
+        learned,
+        held_out=scored,
+        optimizer=optimizer or made.optimizer,
+        out=work,
+        progress=bars(quiet),
+        **how,
+        **moves,
     )
     weft.save(woven, out, replace=replace, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weft.engine.registry import get
+from weft.engine.run import Step
 from weft.error import OptionError
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ def named(method: str, **options: Any) -> Make:
     return make
 
 
-def split(method: str | None, options: Mapping[str, Any]) -> tuple[Make | None, dict[str, Any]]:
+def split(method: str | Step | None, options: Mapping[str, Any]) -> tuple[Make | None, dict[str, Any]]:
     """The optimizer of this name, made with those of the options that are its own, and the options that are left."""
     if method is None:
         return None, dict(options)
+    if isinstance(method, Step):
+        return named(method.method, **dict(method.options)), dict(options)
     own = {n: v for n, v in options.items() if n in get(method).options.model_fields}
     return named(method, **own), {n: v for n, v in options.items() if n not in own}

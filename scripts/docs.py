@@ -92,6 +92,8 @@ def facts(method: Method) -> str:
         made.append(f"goes to {'axes' if method.kind == 'transport' else 'sites'} of kind {', '.join(method.on)}")
     if method.taps:
         made.append("changes what weights read" + (", and every term of them with it" if method.whole else ""))
+    elif method.kind == "recipe":
+        made.append(f"steps: {', '.join(method.uses)}")
     elif method.kind == "rewrite":
         made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
     return "; ".join(made) + "."

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         activate,
         adapters,
         axes,
+        begin_step,
         delete_adapter,
         expressions,
         fork,
@@ -75,8 +76,8 @@ _HOME = {
     "weft.learn.trainer": ("Trainer",),
     "weft.merging": ("blend_adapters", "combine", "combined"),
     "weft.model": (
-        "activate", "adapters", "axes", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row", "rename_adapter",
-        "transport", "unbranch", "untap", "unweave", "weave",
+        "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row",
+        "rename_adapter", "transport", "unbranch", "untap", "unweave", "weave",
     ),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
@@ -87,10 +88,10 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
-    "blend_adapters", "combine", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit", "fork",
-    "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove", "reader",
-    "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify",
-    "weave",
+    "begin_step", "blend_adapters", "combine", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit",
+    "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove",
+    "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave",
+    "verify", "weave",
 ]  # fmt: skip
 
 

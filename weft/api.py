@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft import store
 from weft.catalog import Entry, entries
-from weft.engine import Findings, cuts, get, transports
+from weft.engine import Findings, cuts, get, outline, transports
 from weft.engine import branches as branching
 from weft.engine import merge as merging
 from weft.engine import run as engine
@@ -31,11 +31,16 @@ To = Literal["hf", "peft", "vllm", "compressed-tensors"]
 
 
 class Changes(list[Change]):
-    """What a method did, site by site, and its declared fallbacks: (where, what)."""
+    """What a method did, site by site, its declared fallbacks: (where, what), and the optimizer that a recipe is to be trained by."""
 
-    def __init__(self, changes: Sequence[Change] = (), fallbacks: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        changes: Sequence[Change] = (),
+        fallbacks: Sequence[tuple[str, str]] = (),
+        optimizer: Step | None = None,
+    ) -> None:
         super().__init__(changes)
-        self.fallbacks = list(fallbacks)
+        self.fallbacks, self.optimizer = list(fallbacks), optimizer
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,10 @@ def apply(
     **options: Any,
 ) -> Changes:
     """Rewrite the sites that `at` matches by one method, in place, or change the coordinates of the axes that it matches, or add a branch,
-    or take whole blocks out.
+    or take whole blocks out, or do what a recipe says.
 
     `at` is a glob, several, or `all-linear`; by default low-rank adapters and taps go to `all-linear`, every other rewrite to all
-    sites that it is for, a transport to all of its axes. Branches and cuts have places of their own, and take no `at`.
+    sites that it is for, a transport to all of its axes. Branches, cuts and recipes have places of their own, and take no `at`.
     A method that needs evidence collects it from `data` (a file, a lab task's name, or None: texts of weft's own) and
     keeps it in `cache`. Errors: OptionError for an unknown method or option, for a method of another kind,
     and for a pattern that matches nothing; ConflictError for data of the wrong kind; NumericError naming the site.
@@ -130,13 +135,17 @@ def apply(
             "this method does not change a model",
             where=method,
             got=f"a {chosen.kind} method",
-            want="a rewrite, a transport, a branch or a cut",
+            want="a rewrite, a transport, a branch, a cut or a recipe",
             fix="weft methods shows kinds",
         )
     step, bars = Step.of(method, **options), progress or Silent()
-    if chosen.kind in ("branch", "cut") and at is not None:
+    if chosen.kind in ("branch", "cut", "recipe") and at is not None:
         want, fix = "nothing: its place is its own", "leave it out"
         raise OptionError(f"a {chosen.kind} goes to no sites", where=f"{method}: at", got=at, want=want, fix=fix)
+    if chosen.kind == "recipe":
+        steps, moves, notes = outline.plan(model, step)
+        done = run(model, steps, data=data, tokens=tokens, seed=seed, cache=cache, progress=progress)
+        return Changes(done, [*notes, *done.fallbacks], moves)
     if chosen.kind == "branch":
         found = _texts(model, data, tokens, seed) if chosen.needs else ()
         return Changes(*branching.run(model, step, seed=seed, batches=found))
@@ -176,6 +185,7 @@ def run(
         done = apply(model, step.method, at=at, **how, **dict(step.options))
         made.extend(done)
         made.fallbacks += done.fallbacks
+        made.optimizer = done.optimizer or made.optimizer
     return made
 
 

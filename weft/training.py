@@ -11,6 +11,7 @@ from torch import nn
 from weft.api import apply
 from weft.engine import optimizers, schedules
 from weft.engine.registry import apart
+from weft.engine.run import Step
 from weft.learn.data import Example
 from weft.learn.reader import Reader
 from weft.learn.settings import Reading, Training
@@ -27,7 +28,7 @@ def train(
     data: str | Path | Sequence[Example],
     *,
     held_out: str | Path | Sequence[Example] | None = None,
-    optimizer: str | None = None,
+    optimizer: str | Step | None = None,
     during: str | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -36,20 +37,24 @@ def train(
     """Train what is trainable, in place, on a file, a folder, a lab task's name or examples.
 
     `options` are those of `weft.learn.settings.Training`: steps or epochs, batch, micro_batch, length, pack, buckets, lr, schedule,
-    warmup, weight_decay, label_smoothing, clip, precision, checkpointing, save_every, eval_every, loggers, seed.
+    warmup, weight_decay, label_smoothing, clip, precision, checkpointing, save_every, eval_every, loggers, by_task, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
     `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
-    (`spiel` ...). Their options come with the others; one that both have with the method's name before it (`galore_every`).
+    (`spiel` ...). A recipe's optimizer is `Changes.optimizer`. Options of both come with the others; one that both have, with the
+    method's name before it (`galore_every`).
     Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
     target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
     """
-    (moves, rewrites), options = apart(options, optimizer, during)
+    name = None if isinstance(optimizer, Step) else optimizer
+    (moves, rewrites), options = apart(options, name, during)
+    if isinstance(optimizer, Step):
+        name, moves = optimizer.method, dict(optimizer.options)
     seed = Training.of(**options).seed
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
     scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
     how: dict[str, Any] = {
         "held_out": scored,
-        "optimizer": optimizers.named(optimizer, **moves) if optimizer is not None else None,
+        "optimizer": optimizers.named(name, **moves) if name is not None else None,
         "during": schedules.named(during, **rewrites) if during is not None else None,
         "out": out,
         "progress": progress,

@@ -17,6 +17,7 @@ from . import (
     test_nodes,
     test_optimizers,
     test_probes,
+    test_recipes,
     test_rewrites,
     test_routed,
     test_schedules,
@@ -54,6 +55,7 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "cut": len(test_cuts.MODELS) + len(test_cuts.LAWS),
         "optimizer": len(test_optimizers.LAWS),
         "schedule": len(test_schedules.LAWS),
+        "recipe": len(test_recipes.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

@@ -13,6 +13,7 @@ import weft
 from weft.error import ConflictError, ShapeError
 from weft.model import Bottleneck, add_branch, branches, fork, weave
 from weft.model.axes import parts
+from weft.model.branch import branch_spec, build_branch
 from weft.model.families import Attention
 
 from . import zoo
@@ -167,3 +168,66 @@ def test_all_are_put_or_none() -> None:
         with pytest.raises(error):
             add_branch(model, Bottleneck(at=at, **given))
     assert len(branches(model)) == 2
+
+
+def split(**options: Any) -> nn.Module:
+    """A fork with adapters of width 6 in parts, moved from their start."""
+    made = fork(plain("llama"))
+    weft.apply(made, "bottleneck", width=6, **options)
+    for b in branches(made):
+        b.up.data = torch.randn(b.up.shape, generator=torch.Generator().manual_seed(len(b.at))).double()
+    return made
+
+
+def drawn(made: nn.Module, step: int, seed: int = 0) -> list[slice]:
+    """The features of every adapter that take part in a step."""
+    weft.begin_step(made.train(), step, seed)
+    return [b._part() for b in branches(made)]
+
+
+def test_a_step_trains_one_part_which_counts_for_all() -> None:
+    """The formula with every third feature, times three; all of them outside training; other parts have no gradient."""
+    made = split(splits=3, act="gelu")
+    for step in range(4):
+        parts = drawn(made, step)
+        want = fork(made)
+        for b, part in zip(branches(want), parts, strict=True):
+            b.splits, b.scale = 1, 3 * b.scale
+            for t in (b.down, b.up.T):
+                rest = torch.ones(6, dtype=torch.bool)
+                rest[part] = False
+                t.data[rest] = 0
+        assert torch.equal(torch.tensor([p.step for p in parts]), torch.tensor([3, 3]))
+        torch.testing.assert_close(logits(made, "llama"), logits(want.eval(), "llama"), rtol=1e-9, atol=1e-9)
+        made.zero_grad()
+        made(**inputs("llama")).logits.square().mean().backward()
+        for b, part in zip(branches(made), parts, strict=True):
+            for grad in (b.down.grad, b.up.grad.T):
+                assert [bool(row.any()) for row in grad] == [i in range(6)[part] for i in range(6)]
+    whole = split(splits=1, act="gelu")
+    assert torch.equal(logits(made.eval(), "llama"), logits(whole.eval(), "llama"))
+
+
+def test_the_parts_are_drawn_by_seed_and_step_alone() -> None:
+    """Each part as often as others, adapters apart; the same again; and a training step that is not told is refused."""
+    made = split(splits=3)
+    steps = [drawn(made, step) for step in range(300)]
+    assert steps == [drawn(made, step) for step in range(300)] != [drawn(made, step, 1) for step in range(300)]
+    for of in zip(*steps, strict=True):
+        assert all(70 <= [p.start for p in of].count(k) <= 130 for k in range(3))
+    assert any(a != b for a, b in steps)
+    with pytest.raises(ConflictError, match="trains by parts"):
+        logits(made.eval().train(), "llama")
+
+
+def test_parts_are_kept_and_an_older_folder_has_one(tmp_path: Any) -> None:
+    """They are in the folder; more than features are declared; a folder without the word is of a weft that had no parts."""
+    model = weave(zoo.build("llama"))
+    assert len(weft.apply(model, "bottleneck", width=2, splits=5).fallbacks) == 1
+    weft.save(model, tmp_path / "out")
+    assert {b.splits for b in branches(weft.load(tmp_path / "out"))} == {2}
+    said = branch_spec(branches(model)[0])
+    del said["splits"]
+    assert build_branch(said, lambda field: getattr(branches(model)[0], field)).splits == 1
+    with pytest.raises(ShapeError, match="too many parts"):
+        add_branch(model, build_branch({**said, "name": "two", "splits": 3}, lambda f: getattr(branches(model)[0], f)))

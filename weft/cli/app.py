@@ -31,7 +31,7 @@ def build(argv: Sequence[str] = ()) -> typer.Typer:
     asked = next((a for a in argv if not a.startswith("-")), "")
     app.command("train", help=train.HELP)(train.command(argv) if asked == "train" else _stub)
     for entry in entries():
-        if entry.kind in ("rewrite", "transport", "branch", "cut", "merge", "probe"):
+        if entry.kind in ("rewrite", "transport", "branch", "cut", "recipe", "merge", "probe"):
             _add(app, entry, entry.name == asked)
     return app
 

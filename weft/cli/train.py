@@ -67,7 +67,8 @@ def _shared(
     out: Out,
     held_out: Annotated[str | None, typer.Option(help="Data to score on in between; the best step stays.")] = None,
     method: Annotated[
-        str, typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt.")
+        str,
+        typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt, or a recipe: telly ..."),
     ] = DEFAULT,
     optimizer: Annotated[
         str | None, typer.Option(help="What moves it instead of AdamW: muon, lora_plus ..., of the verb tune.")
@@ -100,13 +101,15 @@ def _train(
     scored = examples(held_out, "test", settings.seed) if held_out else None
     woven = load(model, quiet)
     seen: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
-    for place, what in weft.apply(woven, method, at=at, seed=settings.seed, **seen, **options).fallbacks:
+    made = weft.apply(woven, method, at=at, seed=settings.seed, **seen, **options)
+    for place, what in made.fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
     beside: dict[str, Any] = {"optimizer": optimizer, "during": during}
     about = key(str(Path(model).absolute()), data, held_out, method, chosen, beside, of, at, settings.model_dump())
     work = (cache or default()) / "train" / about
     own = {f"{beside[word]}_{n}": v for word, held in of.items() for n, v in held.items()}
+    beside["optimizer"] = optimizer or made.optimizer
     history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **beside, **how, **own)
     weft.save(woven, out, replace=replace, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)

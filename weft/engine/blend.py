@@ -13,11 +13,12 @@ from weft.engine.registry import get
 from weft.engine.run import Step
 from weft.error import ConflictError, OptionError, raise_all
 from weft.expr import Dense, Expr, LowRank, SparseDelta, Sum, fork, terms_of, total, valueless
-from weft.expr.gated import Gated
+from weft.expr.gated import Gated, settled
+from weft.expr.mixed import added_low_rank
 from weft.linalg.lowrank import truncate
 from weft.model import Sources, adapters, branches, expressions, name_of, set_expressions
 from weft.model.devices import device_of
-from weft.model.sources import added_low_rank, added_sparse
+from weft.model.sources import added_sparse
 
 Parts = list[tuple[float, Expr]]
 
@@ -93,7 +94,7 @@ def _check(
 def _added(expr: Expr, name: str) -> list[Expr]:
     """What an adapter adds to a weight, at full strength."""
     terms = [t for r, t in terms_of(expr).items() if name_of(r) == name]
-    return [t.kept if isinstance(t, Gated) else t for t in terms]
+    return [settled(t.kept if isinstance(t, Gated) else t) for t in terms]
 
 
 def _sum(parts: Parts) -> Expr | None:

@@ -89,6 +89,8 @@ class Method:
     """How many models a merge takes; None: any number."""
     signed: bool = False
     """Whether weights of members may be negative."""
+    uses: tuple[str, ...] = ()
+    """The methods that a recipe's steps may be."""
     proofs: dict[str, Proof] = field(default_factory=dict[str, "Proof"])
     """What it claims, by the name of the proof: the method's own, or with what it is a case of behind a dot."""
 
@@ -169,10 +171,12 @@ class Method:
         return attach
 
     def fingerprint(self) -> str:
-        """Hash of the method's file without claims and docstrings: editing the rest invalidates its steps and proofs."""
-        file = inspect.getfile(self.fn)
-        now = os.stat(file)
-        return _hash(file, now.st_mtime_ns, now.st_size)
+        """Hash of the method's file, without claims and docstrings, and of those of a recipe's steps: what steps and proofs depend on."""
+        from weft.engine.registry import get
+
+        files = [inspect.getfile(m.fn) for m in (self, *map(get, self.uses))]
+        each = [_hash(f, now.st_mtime_ns, now.st_size) for f in files for now in [os.stat(f)]]
+        return each[0] if not self.uses else hashlib.blake2b("".join(each).encode(), digest_size=16).hexdigest()
 
 
 @functools.cache
@@ -240,6 +244,7 @@ def method(
     on: tuple[str, ...] = (),
     members: int | None = None,
     signed: bool = False,
+    uses: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
@@ -250,7 +255,8 @@ def method(
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
     drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a
     transport goes to; the tags of the sites that a rewrite goes to (`weft.model.TAGS`), all of them unless told: weights by default.
-    A merge may need a base (`needs={"base"}`), take only so many `members`, and take `signed` weights.
+    A merge may need a base (`needs={"base"}`), take only so many `members`, and take `signed` weights. uses: the methods that steps of a
+    recipe may be.
     Errors: OptionError for a promise or a tag that is none.
     """
 
@@ -267,7 +273,7 @@ def method(
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
         moves = str(hints["return"].kind) if kind == "transport" else ""
-        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed)
+        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed, uses)
         made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), *held)
         METHODS[made.name] = made
         return made

@@ -112,12 +112,17 @@ def _step(group: Group, method: Method, options: dict[str, Any]) -> Group:
         return after
     rest = [{r: t for r, t in whole[s.name].items() if r != "base"} for s in group]
     made = [_with(s.now, others, s.name) for s, others in zip(after, rest, strict=True)]
-    return replace(after, sites=tuple(replace(s, now=e, beside=None) for s, e in zip(after, made, strict=True)))
+    return replace(
+        after, sites=tuple(replace(s, now=e, beside=None, adapters={}) for s, e in zip(after, made, strict=True))
+    )
 
 
 def _bare(site: Site, terms: Mapping[str, Expr]) -> Site:
-    """A site with its base alone, and what compensates beside it."""
-    return replace(site, now=terms["base"], beside=terms.get("compensation")) if "base" in terms else site
+    """A site with its base alone, and what stands beside it."""
+    if "base" not in terms:
+        return site
+    adapters = {r: t for r, t in terms.items() if r.startswith("adapter:")}
+    return replace(site, now=terms["base"], beside=terms.get("compensation"), adapters=adapters)
 
 
 def _with(new: Expr, others: Mapping[str, Expr], where: str) -> Expr:

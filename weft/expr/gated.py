@@ -10,7 +10,9 @@ from torch import Tensor
 
 from weft.error import ConflictError, ShapeError
 from weft.expr.base import Expr, Promises
+from weft.expr.mixed import Mixed, added_low_rank
 from weft.expr.nodes import LowRank
+from weft.expr.tree import Sum
 
 
 class Gated(Expr):
@@ -93,7 +95,14 @@ class Gated(Expr):
 
 
 def settled(term: Expr) -> Expr:
-    """The term without its gate, where its numbers can take the strength."""
-    if isinstance(term, Gated) and isinstance(term.kept, LowRank):
-        return term.kept.rebuild(scale=term.kept.scale * float(term.g))
+    """The term as an ordinary low-rank one, where it is one: without its gate, factors mixed, those of a sum side by side."""
+    if isinstance(term, Gated):
+        held = settled(term.kept)
+        return held.rebuild(scale=held.scale * float(term.g)) if isinstance(held, LowRank) else term
+    if isinstance(term, Mixed):
+        return term.pair()
+    if isinstance(term, Sum):
+        parts = [settled(t) for t in term.kids()]
+        low = [(1.0, t) for t in parts if isinstance(t, LowRank)]
+        return added_low_rank(low) if len(low) == len(parts) else term
     return term

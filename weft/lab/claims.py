@@ -11,7 +11,7 @@ from typing import Any, Literal
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
-from weft.lab import merging, models
+from weft.lab import merging, models, multitask
 from weft.lab.decoding import changed
 from weft.lab.probing import probed
 from weft.lab.reading import read
@@ -202,6 +202,31 @@ class Lab:
         arms |= {arm: f"{said}, tuned by {_describe(way)}" for arm, said in arms.items() if way and arm != "floor"}
         arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
+
+    @property
+    def tasks(self) -> str:
+        """What `multitask` trains at once, with commas."""
+        return ",".join(multitask.TASKS)
+
+    @property
+    def new_task(self) -> str:
+        """The task that comes later."""
+        return multitask.NEW
+
+    def multitask(self, *, ours: Steps, baseline: Steps, share: float, before: Steps = ()) -> Claim:
+        """Holds if what `ours` makes trainable gains, on a mixture of tasks, at least `share` of what `baseline` gains.
+
+        Chains that name adapters as tasks train by task, others one adapter for all. With `before`, that was trained on the mixture, in
+        both arms, and the arms learn a new task from few examples. Both choose from the same learning rates.
+        Errors: ConflictError if no lab model has several tasks.
+        """
+        chains, first = {"ours": _chain(ours), "baseline": _chain(baseline)}, _chain(before)
+        runs: dict[str, Run] = {a: partial(multitask.gained, chain=c, before=first) for a, c in chains.items()}
+        after = f" after {_describe(first)}" if first else ""
+        arms = {arm: _describe(c) + after for arm, c in chains.items()} | {"floor": "untuned"}
+        methods = [s.method for c in (*chains.values(), first) for s in c]
+        floor = partial(multitask.nothing, new=bool(first))
+        return self.only(multitask.MODEL)._judge({**runs, "floor": floor}, arms, methods, share, "more")
 
     def _judge(
         self,

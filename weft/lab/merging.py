@@ -101,7 +101,7 @@ def gained(step: Step, trial: Trial, of: Sequence[Of], way: Chain = (), search: 
         return _gain(trial, merged(found), of)
 
     about = [chain_key((step,)), chain_key(way), search, TRIALS.get(search or ""), *_recipe(trial, of)]
-    return trial.arm("merged", about, make, _metric(trial))
+    return trial.arm("merged", about, make, metric(trial))
 
 
 def _seen(trial: Trial, model: nn.Module, of: Of, step: Step) -> combine.Seen:
@@ -109,7 +109,7 @@ def _seen(trial: Trial, model: nn.Module, of: Of, step: Step) -> combine.Seen:
     needs = step.needs - {"base"}
     if not needs:
         return combine.Seen()
-    found = padded(_texts(_task(trial, *of[:2]).train), trial.subject.tokenizer, length=TOKENS, tokens=READ)
+    found = padded(_texts(short_task(trial, *of[:2]).train), trial.subject.tokenizer, length=TOKENS, tokens=READ)
     stats = collect(model, found, trial.store.folder / "evidence", seed=trial.seed) if "gram" in needs else None
     return combine.Seen(stats, fishers(model, found, trial.store, seed=trial.seed) if "fisher" in needs else {})
 
@@ -138,20 +138,20 @@ def best(trial: Trial, of: Sequence[Of], way: Chain = ()) -> Arm:
         means = [_choice(trial, member(trial, m, way), of) for m in of]
         return np.array(means), np.ones(len(means))
 
-    scores = trial.arm("members chosen", [chain_key(way), *_recipe(trial, of)], make, _metric(trial))
+    scores = trial.arm("members chosen", [chain_key(way), *_recipe(trial, of)], make, metric(trial))
     return _alone(trial, of[int(np.argmin(scores.values))], of, way)
 
 
 def _choice(trial: Trial, model: nn.Module, of: Sequence[Of]) -> float:
     """The score on the examples to choose by, those of all tasks together."""
-    values, weights = _score(trial, model, [e for name in _names(of) for e in _task(trial, name).select])
+    values, weights = score(trial, model, [e for name in _names(of) for e in short_task(trial, name).select])
     return float((values * weights).sum() / weights.sum())
 
 
 def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
     """The lab model with all its linear layers tuned on a task, in float32, or what `way` makes trainable; kept for all claims."""
     name, seed, *times = of
-    task, base = _task(trial, name, seed), trial.subject.model
+    task, base = short_task(trial, name, seed), trial.subject.model
     sites = match(base, "all-linear")
     rate = (RATE / 10 if trial.subject.embeds else RATE) * sum(times or [1.0])
 
@@ -194,7 +194,7 @@ def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
 def _alone(trial: Trial, one: Of, of: Sequence[Of], way: Chain = ()) -> Arm:
     """What one member gains on the tasks of all."""
     about = [one, chain_key(way), *_recipe(trial, of)]
-    return trial.arm("member", about, lambda: _gain(trial, member(trial, one, way), of), _metric(trial))
+    return trial.arm("member", about, lambda: _gain(trial, member(trial, one, way), of), metric(trial))
 
 
 def _gain(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
@@ -204,7 +204,7 @@ def _gain(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
 
 def _untuned(trial: Trial, of: Sequence[Of]) -> Arm:
     """Test scores of the original on the members' tasks."""
-    return trial.arm("untuned", _tests(trial, of), lambda: _tested(trial, trial.subject.model, of), _metric(trial))
+    return trial.arm("untuned", _tests(trial, of), lambda: _tested(trial, trial.subject.model, of), metric(trial))
 
 
 def nothing(trial: Trial, of: Sequence[Of]) -> Arm:
@@ -215,17 +215,17 @@ def nothing(trial: Trial, of: Sequence[Of]) -> Arm:
 
 def _tested(trial: Trial, model: nn.Module, of: Sequence[Of]) -> metrics.Scores:
     """Scores on the tests of all tasks, one after another, whose weights sum to one each."""
-    made = [_score(trial, model, _task(trial, name).test) for name in _names(of)]
+    made = [score(trial, model, short_task(trial, name).test) for name in _names(of)]
     return np.concatenate([v for v, _ in made]), np.concatenate([w / w.sum() for _, w in made])
 
 
-def _score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
+def score(trial: Trial, model: nn.Module, examples: Sequence[Example]) -> metrics.Scores:
     if trial.subject.embeds:
         return metrics.bits_per_query(metrics.similarities(model, trial.subject.tokenizer, examples))
     return metrics.response_bits(model, trial.subject.tokenizer, examples, batch=32)
 
 
-def _metric(trial: Trial) -> tuple[str, str]:
+def metric(trial: Trial) -> tuple[str, str]:
     return (
         ("gain in bits per query", "bits/query")
         if trial.subject.embeds
@@ -237,7 +237,7 @@ def _names(of: Sequence[Of]) -> list[str]:
     return list(dict.fromkeys(part for name, *_ in of for part in name.split("+")))
 
 
-def _task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
+def short_task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
     """A task, its sets cut short; of several, the examples of each in turn."""
     first, *others = (task_of(part, seed, pairs=trial.subject.embeds) for part in name.split("+"))
     held = dataclasses.replace(first, select=first.select[:CHOICE], test=first.test[:TESTED])
@@ -248,10 +248,10 @@ def _task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
 
 
 def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:
-    return [fingerprint(_task(trial, name).test) for name in _names(of)]
+    return [fingerprint(short_task(trial, name).test) for name in _names(of)]
 
 
 def _recipe(trial: Trial, of: Sequence[Of]) -> list[Any]:
     """What a merged arm depends on besides its method."""
-    trained = [[seed, times, fingerprint(_task(trial, name, seed).train)] for name, seed, *times in of]
+    trained = [[seed, times, fingerprint(short_task(trial, name, seed).train)] for name, seed, *times in of]
     return [STEPS, BATCH, TOKENS, RATE, CHOICE, trained, _tests(trial, of)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from weft.engine import branches, get, optimizers, schedules
+from weft.engine import branches, get, optimizers, outline, schedules
 from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -17,6 +17,7 @@ from weft.lab.distance import windows
 from weft.lab.trial import Arm, Trial, task_of, texts
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
+from weft.learn.trainer import Optimizer
 from weft.model import fork
 from weft.store.cache import key
 
@@ -136,34 +137,50 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
     Errors: NumericError if it diverged.
     """
     model = fork(trial.subject.model)
-    kinds = {"optimizer": optimizers.named, "schedule": schedules.named}
-    made = {
-        kind: [f(s.method, **dict(s.options)) for s in chain if get(s.method).kind == kind] for kind, f in kinds.items()
-    }
-    for step in chain:
-        if get(step.method).kind not in kinds:
-            _add(trial, model, step)
+    optimizer = prepared(trial, model, chain)
+    during = [schedules.named(s.method, **dict(s.options)) for s in chain if get(s.method).kind == "schedule"]
     how: dict[str, Any] = {
         "batch": PAIRS if trial.subject.embeds else BATCH,
         "length": WORDS if trial.subject.embeds else TOKENS,
         "lr": rate,
         "seed": trial.seed,
-        "optimizer": next(reversed(made["optimizer"]), None),
-        "during": next(reversed(made["schedule"]), None),
+        "optimizer": optimizer,
+        "during": during[-1] if during else None,
     }
     train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how)
     return model.cpu()
 
 
-def _add(trial: Trial, model: nn.Module, step: Step) -> None:
-    """Run a step: rewrites of weights on every linear layer but the head, others where they go by themselves."""
+def prepared(trial: Trial, model: nn.Module, chain: Chain) -> Optimizer | None:
+    """Run the chain's steps on a model, in place, and those of its recipes; what training is to move it by, if they say so.
+
+    Schedules are left to training.
+    """
+    moves: Step | None = None
+    for step in chain:
+        steps, planned = [(step, None)], None
+        if get(step.method).kind == "recipe":
+            recipe, planned, _ = outline.plan(model, step)
+            steps = list(recipe.steps)
+        elif get(step.method).kind == "optimizer":
+            steps, planned = [], step
+        elif get(step.method).kind == "schedule":
+            steps = []
+        for part, at in steps:
+            _add(trial, model, part, at)
+        moves = planned or moves
+    return optimizers.named(moves.method, **dict(moves.options)) if moves is not None else None
+
+
+def _add(trial: Trial, model: nn.Module, step: Step, sites: Sequence[str] | None = None) -> None:
+    """Run a step, where it is not told at which sites: rewrites of weights on every linear layer but the head, others where they go."""
     method = get(step.method)
     if method.kind == "branch":
         held = texts(_task(trial).train) if method.needs else []
         read = windows(held, trial.subject.tokenizer, length=TOKENS, tokens=READ) if held else ()
         branches.run(model, step, seed=trial.seed, batches=read)
         return
-    at = "*" if method.on else "all-linear"
+    at = sites or ("*" if method.on else "all-linear")
     apply(model, (step,), at=at, stats=trial.stats if step.needs else None, seed=trial.seed)
 
 

@@ -81,14 +81,21 @@ class Collate:
     """Tensors of a batch, and how many tokens it has: ids and labels, padded on the right, with a mask, or in packed rows positions.
 
     Positions begin anew with each example, and no mask goes with them: transformers makes one in which examples do not see each other.
-    Pairs are tokenized here, the two of a pair beside each other.
+    Pairs are tokenized here, the two of a pair beside each other. Where there are `tasks`, each example's is its number there.
     """
 
-    def __init__(self, tokenizer: Any, length: int, *, pack: bool = False) -> None:
-        self.tokenizer, self.length, self.pack = tokenizer, length, pack
+    def __init__(self, tokenizer: Any, length: int, *, pack: bool = False, tasks: Sequence[str] = ()) -> None:
+        self.tokenizer, self.length, self.pack, self.tasks = tokenizer, length, pack, tasks
         self.pad: int = getattr(tokenizer, "pad_token_id", None) or 0
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        made = self._batch(items)
+        if self.tasks:
+            first = (i if isinstance(i, Pair) else i[0] for i in items)
+            made["tasks"] = torch.tensor([self.tasks.index(e.task) for e in first])
+        return made
+
+    def _batch(self, items: Sequence[Any]) -> dict[str, Tensor]:
         if isinstance(items[0], Pair):
             texts = [t for i in items for t in (i.query, i.positive)]
             made = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
@@ -116,4 +123,4 @@ def _filled(rows: Sequence[list[int]], width: int, fill: int) -> Int[Tensor, "b 
 
 def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model is called with."""
-    return {k: v for k, v in batch.items() if k not in ("labels", "tokens")}
+    return {k: v for k, v in batch.items() if k not in ("labels", "tokens", "tasks")}

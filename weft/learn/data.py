@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from weft.error import FormatError, OptionError
@@ -19,6 +19,7 @@ class Text:
 
     text: str
     name: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Response:
     prompt: str
     response: str
     name: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Chat:
 
     messages: tuple[tuple[str, str], ...]
     name: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,11 @@ class Pair:
     query: str
     positive: str
     name: str = ""
+    task: str = ""
 
 
 Example = Text | Response | Chat | Pair
+"""Each has the `name` of where it is from, and may have that of a `task`."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,19 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    task: str = ""
+
+
+def content(example: Example) -> list[Any]:
+    """What there is to learn from an example: all but where it is from, and its task."""
+    return [getattr(example, f.name) for f in fields(example) if f.name not in ("name", "task")]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of every example, in order."""
     word = hashlib.blake2b(digest_size=16)
     for e in examples:
-        word.update(json.dumps([type(e).__name__, *astuple(e)[:-1]]).encode())
+        word.update(json.dumps([type(e).__name__, *content(e), *([e.task] if e.task else [])]).encode())
     return word.hexdigest()
 
 
@@ -75,7 +86,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, length: int) -> list[
     if length < 2:
         want, fix = "at least 2: a token and the one after it", "raise it"
         raise OptionError("examples this short have no target", where="length", got=length, want=want, fix=fix)
-    made = [e for example in examples for e in _encode(example, tokenizer, length)]
+    made = [replace(e, task=example.task) for example in examples for e in _encode(example, tokenizer, length)]
     made = [e for e in made if any(label != IGNORE for label in e.labels[1:])]
     if not made:
         raise FormatError(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
 
 from weft.error import ConflictError
-from weft.learn.data import Chat, Example
+from weft.learn.data import Chat, Example, content
 
 GRAM = 13
 """Words of a passage; long enough that two texts share one by copying."""
@@ -53,7 +52,7 @@ def _words(example: Example) -> tuple[str, ...]:
     if isinstance(example, Chat):
         texts = [content for _, content in example.messages]
     else:
-        texts = list(astuple(example)[:-1])
+        texts = content(example)
     return tuple(_WORD.findall(" ".join(texts).lower()))
 
 

@@ -7,26 +7,27 @@ import glob
 import io
 import json
 import re
-from dataclasses import astuple
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weft.error import FormatError, PathError, WeftError, raise_all
-from weft.learn.data import Chat, Example, Pair, Response, Text
+from weft.learn.data import Chat, Example, Pair, Response, Text, content
 from weft.learn.tables import rows
 from weft.learn.text import decode
 from weft.store.files import MAX_JSON, parse_json
 
 _SPLIT = re.compile(r"(train|test|validation|valid|dev)(?=[-_.]|$)")
-_FIELDS = ("text", "prompt", "response", "completion", "messages", "query", "positive")
+_FIELDS = ("text", "prompt", "response", "completion", "messages", "query", "positive", "task")
 
 
 def read(source: str | Path) -> list[Example]:
     """Examples of a `.txt` file (one text), a `.jsonl`, `.json`, `.csv`, `.parquet` or `.arrow` file (one a record), or of all in a folder.
 
-    A pattern does as well. Records hold `text`, or `prompt` and `response` (or `completion`), or `messages`, or `query` and `positive`.
-    A folder may be one that the datasets library saved. Of several splits one has to be chosen: `FOLDER/train-*.parquet`.
+    A pattern does as well. Records hold `text`, or `prompt` and `response` (or `completion`), or `messages`, or `query` and `positive`,
+    and may hold a `task`. A folder may be one that the datasets library saved. Of several splits one has to be chosen:
+    `FOLDER/train-*.parquet`.
     Errors: PathError; FormatError with every bad record (up to ten), for kinds or splits that are mixed and for no example at all;
     ResourceError for Parquet and Arrow without pyarrow.
     """
@@ -158,7 +159,10 @@ def _records(path: Path, given: list[tuple[str, Any]]) -> list[Example]:
     problems: list[WeftError] = []
     for where, get in given:
         try:
-            made.append(_whole(_example(get(), f"{path.name} {where}")))
+            record = get()
+            example = _example(record, f"{path.name} {where}")
+            task = record.get("task")
+            made.append(_whole(replace(example, task=task) if isinstance(task, str) else example))
         except WeftError as e:
             problems.append(e)
             if len(problems) == 10:
@@ -193,7 +197,7 @@ def _example(record: Any, where: str) -> Example:
 def _whole(example: Example) -> Example:
     """The example. Errors: FormatError for half a character, as `\\ud800` in JSON is one: no tokenizer takes it."""
     try:
-        json.dumps(astuple(example)[:-1], ensure_ascii=False).encode()
+        json.dumps([*content(example), example.task], ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         where, got, fix = example.name, f"half a surrogate pair: {e.object[e.start]!a}", "write the character as UTF-8"
         raise FormatError("a record is not text", where=where, got=got, want="whole characters", fix=fix) from None

@@ -54,6 +54,9 @@ class Training(Checked):
     length: Annotated[int, _about("tokens an example, at most", ge=2)] = 512
     pack: Annotated[bool, _about("fill rows of `length` tokens with examples that do not see each other")] = False
     buckets: Annotated[bool, _about("batches of examples of like lengths: less padding")] = False
+    by_task: Annotated[bool, _about("each example trains the adapter that its field `task` names, and no other")] = (
+        False
+    )
     lr: Annotated[float, _about("peak learning rate", gt=0)] = 2e-3
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],
@@ -84,6 +87,9 @@ class Training(Checked):
         if self.steps is not None and self.epochs is not None:
             got = f"steps {self.steps} and epochs {self.epochs:g}"
             problems.append(_refused("steps, epochs", got, "one of them", "leave one out"))
+        if self.by_task and self.pack:
+            want, fix = "one of them: a row of a batch has one task", "leave pack out"
+            problems.append(_refused("by_task, pack", "both", want, fix))
         if self.eval_every is not None and self.save_every % self.eval_every:
             want = f"a divisor of {self.save_every}, the steps between checkpoints: the best one is kept"
             problems.append(_refused("eval_every", self.eval_every, want, "change one of them"))

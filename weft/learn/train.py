@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,9 @@ from weft.learn.objective import contrast, everyones, likelihood
 from weft.learn.schedule import Make
 from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
-from weft.learn.trainer import Loss, Optimizer, Run, Watch, arguments, diverged, last, trainable
+from weft.learn.trainer import Loss, Optimizer, Run, Watch, Within, arguments, diverged, last, trainable
 from weft.memory import peak
-from weft.model import must_be_whole
+from weft.model import activate, adapters, must_be_whole, per_row
 from weft.progress import Progress, Silent
 from weft.stats.objective import objective
 from weft.stats.walker import forward, in_vocabulary
@@ -63,6 +63,7 @@ def train(
     `optimizer` makes what moves them, from their names and the peak rate; AdamW without it. One that has a `measure` is given the
     loss of each micro-batch, to take as often as it likes, and no gradient. `during` makes the schedule that rewrites terms meanwhile.
     With `held_out`, it is scored every `eval_every` steps and after the last, and the model ends with the tensors of the best score.
+    `by_task`: each example has the adapter that its task names, and no other, as within `weft.per_row`; afterwards no task is active.
     With `out`, checkpoints are kept there, and a later call goes on from the last one, bit for bit.
     Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and number of processes.
     It trains on a CUDA device where there is one, and the model ends where it was.
@@ -76,20 +77,18 @@ def train(
     _own(optimizer, how)
     if held_out is not None:
         refuse_leaks(data, held_out)
+    tasks = _by_task(model, [*data, *(held_out or ())]) if how.by_task else []
     items, loss = _task(model, data, tokenizer, how)
     batch = min(how.batch, len(items))
     steps = how.steps or (max(1, math.ceil(how.epochs * len(items) / batch)) if how.epochs else 200)
-    lengths = [
-        len(i.query) + len(i.positive) if isinstance(i, Pair) else sum(len(e.input_ids) for e in i) for i in items
-    ]
-    queue = Ordered(items, order(len(items), steps, batch, how.seed, lengths if how.buckets else None))
-    collate = Collate(tokenizer, how.length, pack=how.pack)
+    queue = Ordered(items, order(len(items), steps, batch, how.seed, _lengths(items) if how.buckets else None))
+    collate = Collate(tokenizer, how.length, pack=how.pack, tasks=tasks)
     device, start = next(model.parameters()).device, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, told(work := Path(out or scratch)), _set_up(model, how):
         args = arguments(work, how, steps, batch, save=out is not None, score=held_out is not None)
         if how.pack:
             _keeps_apart(model, collate, items)
-        scored = None if held_out is None else _held(model, held_out, tokenizer, how, batch)
+        scored = None if held_out is None else _held(model, held_out, tokenizer, how, batch, tasks)
         moved, rewrites = _movers(model, optimizer, during, how.lr, steps)
         run = Run(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
@@ -97,6 +96,7 @@ def train(
         )  # fmt: skip
         run.loss_of, run.measure = loss, getattr(moved, "measure", None)
         run.follow(rewrites)
+        run.within = _within(model, tasks)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
         with (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
@@ -104,6 +104,11 @@ def train(
     model.eval().to(device)
     _must_be_finite(model)
     return _history(run, time.monotonic() - start)
+
+
+def _lengths(items: Sequence[Any]) -> list[int]:
+    """How long each item is: tokens of a row, characters of a pair."""
+    return [len(i.query) + len(i.positive) if isinstance(i, Pair) else sum(len(e.input_ids) for e in i) for i in items]
 
 
 def _history(run: Run, seconds: float) -> History:
@@ -114,6 +119,33 @@ def _history(run: Run, seconds: float) -> History:
         [(int(e["step"]), float(e["eval_loss"])) for e in log if "eval_loss" in e],
         int(best) if best else None, int(run.state.num_input_tokens_seen), seconds, peak(),
     )  # fmt: skip
+
+
+def _within(model: nn.Module, tasks: Sequence[str]) -> Within:
+    """What a batch is computed within: where there are tasks, each row has the adapter of its own."""
+    if not tasks:
+        return lambda batch: nullcontext()
+    return lambda batch: per_row(model, [tasks[i] for i in batch["tasks"].tolist()])
+
+
+def _by_task(model: nn.Module, data: Sequence[Example]) -> list[str]:
+    """The tasks of the examples; their adapters have gates from now on, and are off outside the steps.
+
+    Errors: FormatError for examples without a task; OptionError for tasks without an adapter; ConflictError for adapters that are
+    on and that no example trains, and for what cannot tell rows.
+    """
+    if bad := [e.name or "an example without a name" for e in data if not e.task]:
+        got, want = f"{len(bad)} of {len(data)} examples without", "a task for every example"
+        fix = "name it in the field `task`, or train without by_task"
+        raise FormatError("an example has no task", where=", ".join(bad[:3]), got=got, want=want, fix=fix)
+    tasks = sorted({e.task for e in data})
+    if other := [a.name for a in adapters(model).values() if a.strength and a.name not in tasks]:
+        want, fix = f"adapters of {', '.join(tasks)} alone", "turn it off (weft.activate), or merge it (weft.merge)"
+        what = "an adapter is on that no example trains"
+        raise ConflictError(what, where=", ".join(other), got="on", want=want, fix=fix)
+    with per_row(model, tasks):
+        activate(model, [])
+    return tasks
 
 
 def _own(optimizer: Optimizer | None, how: Training) -> None:
@@ -217,11 +249,11 @@ def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:
 
 
 def _held(
-    model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Training, batch: int
+    model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Training, batch: int, tasks: Sequence[str]
 ) -> list[dict[str, Tensor]]:
     """Held-out batches, as wide as those of training, unpacked. Errors: as for training data."""
     items, _ = _task(model, data, tokenizer, how.model_copy(update={"pack": False}))
-    collate = Collate(tokenizer, how.length)
+    collate = Collate(tokenizer, how.length, tasks=tasks)
     return [collate(items[i : i + batch]) for i in range(0, len(items), batch)]
 
 

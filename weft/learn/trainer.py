@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from weft.error import ConflictError, FormatError, NumericError, OptionError, We
 from weft.learn.scheduled import Scheduled, refuse_scheduled
 from weft.learn.settings import Training
 from weft.memory import peak
+from weft.model.branch import begin_step
 from weft.progress import Step
 from weft.store.files import read_json
 from weft.store.tensors import read_tensors, write_tensors
@@ -30,8 +32,16 @@ Measure = Callable[[Callable[[], Tensor]], Tensor]
 """`(loss of a part of the batch, as often as asked) -> loss`: the method `measure` of an optimizer that needs losses and no gradients."""
 
 
+Within = Callable[[Mapping[str, Any]], AbstractContextManager[Any]]
+"""`(batch) -> context`"""
+
+
 class Trainer(transformers.Trainer):
     """The Hugging Face Trainer for woven models: checkpoints hold the trainable tensors only, matched strictly on resume."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        begin_step(model, self.state.global_step, self.args.seed)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         out = Path(output_dir or str(self.args.output_dir))
@@ -53,6 +63,8 @@ class Run(Trainer):
     """What takes the losses, of an optimizer that goes by them alone."""
     during: Scheduled | None = None
     """What rewrites terms while they train."""
+    within: Within
+    """What a batch is computed within, forward and backward."""
 
     def follow(self, during: Scheduled | None) -> None:
         """Let a schedule rewrite terms while they train."""
@@ -100,10 +112,16 @@ class Run(Trainer):
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.during is not None:
-            return self._scheduled(self.during, inputs, num_items_in_batch)
-        if self.measure is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with self.within(inputs):
+            if self.during is not None:
+                return self._scheduled(self.during, inputs, num_items_in_batch)
+            if self.measure is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._measured(self.measure, model, inputs, num_items_in_batch)
+
+    def _measured(self, measure: Measure, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A step by losses alone."""
+        begin_step(model, self.state.global_step, self.args.seed)
         model.train()
         here = cast(dict[str, Any], self._prepare_inputs(inputs))
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -114,7 +132,7 @@ class Run(Trainer):
                 found = self.compute_loss(model, here, num_items_in_batch=num_items_in_batch)
             return cast(Tensor, self.accelerator.reduce(found / parts, "mean"))
 
-        return self.measure(loss)
+        return measure(loss)
 
     def _scheduled(self, during: Scheduled, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A part of a step in which parameters may be others than in the last one, so that gradients are averaged here and not by DDP."""
@@ -154,7 +172,7 @@ class Run(Trainer):
                 targets = (
                     int((batch["labels"][:, 1:] >= 0).sum()) if "labels" in batch else len(batch["input_ids"]) // 2
                 )
-                with self.compute_loss_context_manager():
+                with self.within(batch), self.compute_loss_context_manager():
                     total += float(self.loss_of(model, here, None)) * targets
                 count += targets
         scores = {"eval_loss": total / count}

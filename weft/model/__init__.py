@@ -4,7 +4,7 @@ from weft.model.adapters import Adapter, activate, adapters, delete_adapter, nam
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.bottleneck import Bottleneck
-from weft.model.branch import BRANCHES, Branch, add_branch, branches, unbranch
+from weft.model.branch import BRANCHES, Branch, add_branch, begin_step, branches, unbranch
 from weft.model.context import Context
 from weft.model.cut import cut, stack_of
 from weft.model.devices import DeviceMap, dispatch
@@ -43,7 +43,7 @@ from weft.model.weave import (
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
     "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select",
-    "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "branches", "cut",
+    "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
     "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
     "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",
     "plain_tensors", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of",

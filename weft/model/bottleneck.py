@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Bottleneck(Branch):
     """Adds s f(x Dᵀ) Uᵀ to what its host gives: x is the host's output (sequential), or what the part reads (parallel).
 
     A host that adds the stream itself, before a norm, is given the stream with the addition.
+    Of `splits` parts, feature k in part k mod splits, one takes part in a step of training, times `splits`: over the parts the mean
+    of what it adds is what all of them add otherwise.
     """
 
     down: Float[Tensor, "k d"]
@@ -32,11 +35,16 @@ class Bottleneck(Branch):
     scale: float
     act: str
     form: str
+    splits: int = 1
+    _drawn: int | None = None
 
     def check(self, model: nn.Module) -> None:
         if self.form not in get_args(Form) or self.act not in get_args(Act):
             got, want = f"{self.form}, {self.act}", f"{', '.join(get_args(Form))}; {', '.join(get_args(Act))}"
             raise ConflictError("an adapter is of no kind", where=self.key, got=got, want=want, fix="use a newer weft")
+        if not 1 <= self.splits <= len(self.down):
+            want, fix = f"1 to {len(self.down)}, as many as features", "make it with fewer"
+            raise ShapeError("an adapter has too many parts", where=self.key, got=self.splits, want=want, fix=fix)
         if self.at not in (places := bottleneck_hosts(model, cast(Form, self.form), "both")):
             fix = "make it for this model"
             raise ConflictError(
@@ -47,6 +55,24 @@ class Bottleneck(Branch):
             raise ShapeError(
                 "an adapter does not fit", where=self.key, got=got, want=f"[k {d}]", fix="make it for this"
             )
+
+    def begin(self, step: int, seed: int) -> None:
+        word = hashlib.blake2b(f"{seed}/{step}/{self.key}".encode(), digest_size=7).digest()
+        self._drawn = int.from_bytes(word, "little") % self.splits
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self._drawn = None
+        return super().train(mode)
+
+    def _part(self) -> slice:
+        """The features that take part now. Errors: ConflictError in training whose steps are not told."""
+        if not self.training or self.splits == 1:
+            return slice(None)
+        if self._drawn is None:
+            what, fix = "this adapter trains by parts", "train with weft.train or weft.Trainer, or call weft.begin_step"
+            raise ConflictError(what, where=self.key, got="no step of training", want="its number", fix=fix)
+        return slice(self._drawn, None, self.splits)
 
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
         if self.form == "sequential":
@@ -60,13 +86,15 @@ class Bottleneck(Branch):
         """The output with the addition made from what is `read`, or from itself; of a tuple the first part."""
         first: Tensor = out[0] if isinstance(out, tuple) else out
         x = first if read is None else read
-        inner = f.linear(x, self.down.to(x.dtype))
+        part = self._part()
+        scale = self.scale if part == slice(None) else self.scale * self.splits
+        inner = f.linear(x, self.down[part].to(x.dtype))
         inner = inner if self.act == "none" else getattr(f, self.act)(inner)
-        made = first + self.scale * f.linear(inner, self.up.to(x.dtype)).to(first.dtype)
+        made = first + scale * f.linear(inner, self.up[:, part].to(x.dtype)).to(first.dtype)
         return (made, *cast("tuple[Any, ...]", out)[1:]) if isinstance(out, tuple) else made
 
     def describe(self) -> str:
-        return f"Bottleneck({len(self.down)}, {self.form})"
+        return f"Bottleneck({len(self.down)}, {self.form}{f', {self.splits} parts' if self.splits > 1 else ''})"
 
 
 def bottleneck_hosts(model: nn.Module, form: Form, position: Position) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError, raise_all
-from weft.expr.fields import Field, fields, misfit
+from weft.expr.fields import Field, defaults, fields, misfit
 
 HELD = "weft_branches"
 """What a host calls its branches; the first is the innermost."""
@@ -30,8 +30,8 @@ class Branch(nn.Module, ABC):
     """A module beside a model's own: `at` is the path of its host, `name` tells it from the host's other branches.
 
     A branch is a class of annotated fields, as a node is: tensors (`Float[Tensor, "k d"]`), which become parameters, frozen unless
-    passed as trainable ones, and plain values. It writes `forward`, its part in a call of the host, and `check`. What the host is
-    and holds never changes: without its branches it is as it was.
+    passed as trainable ones, and plain values (a value in the class is the default). It writes `forward`, its part in a call of the
+    host, and `check`. What the host is and holds never changes: without its branches it is as it was.
     Errors: OptionError for a name that is none; ShapeError naming the field that does not fit.
     """
 
@@ -48,6 +48,7 @@ class Branch(nn.Module, ABC):
     def __init__(self, *, at: str, name: str = "default", **given: Any) -> None:
         super().__init__()
         spec, kind = fields(type(self)), type(self).__name__
+        given = {**defaults(type(self)), **given}
         if not isinstance(at, str) or not isinstance(name, str) or not _NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
             want, fix = "a path, and a name of 1 to 64 letters, digits, _ and -", "give another name"
             raise OptionError("a branch cannot be called so", where=kind, got=f"{at}:{name}", want=want, fix=fix)
@@ -79,6 +80,9 @@ class Branch(nn.Module, ABC):
     @abstractmethod
     def forward(self, host: nn.Module, call: Call, given: dict[str, Any]) -> Any:
         """What the host gives for these arguments; `call` is the host without this branch."""
+
+    def begin(self, step: int, seed: int) -> None:
+        """Told before every step of training; what a branch draws for a step depends on its number and the seed alone."""
 
     @property
     def numbers(self) -> int:
@@ -121,6 +125,15 @@ def add_branch(model: nn.Module, *added: Branch) -> None:
             host.forward = types.MethodType(_through(type(host)), host)
         device = next((p.device for p in host.parameters()), torch.device("cpu"))
         cast(nn.ModuleList, host.get_submodule(HELD)).append(branch.to(device))
+
+
+def begin_step(model: nn.Module, step: int, seed: int = 0) -> None:
+    """Tell every branch that a step of training begins: the steps before it, and the run's seed.
+
+    `weft.train` and `weft.Trainer` do; a loop of your own has to where a branch trains by parts.
+    """
+    for branch in branches(model):
+        branch.begin(step, seed)
 
 
 def _may_stand(model: nn.Module, modules: Mapping[str, nn.Module], branch: Branch) -> None:
@@ -204,10 +217,13 @@ def build_branch(said: Mapping[str, Any], get: Callable[[str], Tensor]) -> Branc
         raise FormatError("unknown branch", where="branch", got=kind, want=want, fix=fix)
     spec = fields(BRANCHES[kind])
     want = {"branch", "at", "name", *(f.name for f in spec if f.kind == "static")}
-    if set(said) - {"on"} != want or said.get("on", False) is not False:
+    if (set(said) | set(defaults(BRANCHES[kind]))) - {"on"} != want or said.get("on", False) is not False:
         fix = "use the weft that wrote it"
         raise FormatError("a branch has other fields", where=kind, got=sorted(said), want=sorted(want), fix=fix)
-    held = {f.name: get(f.name) if f.kind == "tensor" else said[f.name] for f in spec}
+    held = {f.name: get(f.name) for f in spec if f.kind == "tensor"}
+    held |= {
+        f.name: said[f.name] for f in spec if f.name in said
+    }  # what is absent, in a file of an older weft, has its default
     made = BRANCHES[kind](at=said["at"], name=said["name"], **held)
     made.on = "on" not in said
     return made

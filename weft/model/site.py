@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -61,6 +61,8 @@ class Site:
     """Of what the method's `on` names, what it is."""
     beside: Expr | None = None
     """Where a method is given the base alone, the compensation that stands beside it."""
+    adapters: Mapping[str, Expr] = field(default_factory=dict[str, Expr])
+    """The same of adapters, by role: for a method to look at; they stay."""
 
     @property
     def original(self) -> Float[Tensor, "m n"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, Signs, SparseDelta, fork, identity, spec, tensors, terms_of, total
 from weft.expr.gated import settled
+from weft.expr.mixed import added_low_rank
 
 Part = tuple[float, Expr]
 Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
@@ -204,23 +205,12 @@ def _factors(terms: Mapping[str, Expr], shape: tuple[int, int]) -> Factors:
     return whole.b.double(), whole.a.double()
 
 
-def added_low_rank(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """Σ c s b a = [c₁ s₁ b₁ ... c_k s_k b_k] [a₁; ...; a_k], s the terms' scales."""
-    b = torch.cat([c * t.scale * wide(t.b) for c, t in parts], 1)
-    return LowRank(b, torch.cat([wide(t.a) for _, t in parts]))
-
-
 def added_sparse(parts: Sequence[tuple[float, SparseDelta | Signs]]) -> SparseDelta:
     """Σ c delta at every place where one of them has an entry."""
     value, mask = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     for c, t in parts:
         value, mask = value + c * t.dense().detach(), mask | t.mask()
     return SparseDelta.of(value, mask)
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32, out of any graph."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
 def alike(a: Expr, b: Expr) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="branch", rows="P300", paper="2110.04366")
+@method(kind="branch", rows="P300 P049 P157", paper="2110.04366")
 def bottleneck(
     model: Trunk,
     *,
@@ -27,6 +27,9 @@ def bottleneck(
     position: Annotated[Position, Field(description="the parts it is added to")] = "ffn",
     scale: Annotated[float, Field(gt=0, le=1e3, description="what the addition is multiplied by")] = 4.0,
     act: Annotated[Act, Field(description="the function inside")] = "relu",
+    splits: Annotated[
+        int, Field(ge=1, le=16, description="parts of its features, of which each step of training draws one")
+    ] = 1,
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="its name")] = "default",
 ) -> list[Bottleneck]:
     """Add h <- h + s f(x W_down) W_up to what each part gives, before the sum with the stream. All weights stay frozen.
@@ -35,13 +38,18 @@ def bottleneck(
     Sequential at both positions with scale 1 is Houlsby's adapter (arXiv 1902.00751), sequential at ffn with scale 1 Pfeiffer's
     (arXiv 2005.00247); with `prefix` of few tokens the default is the paper's MAM adapter. Among experts it stands around all of them.
     Departure from the paper's code: no biases, as in its formula. Where a norm stands before the part, x is behind it.
+    splits (MoSA, arXiv 2312.02923): the features are split, and a step of training has one part, drawn from seed and step; all of them
+    together are an ordinary adapter. A part counts `splits` times, so that its mean is their sum, which the paper leaves out, and is
+    made of whole features rather than of single weights. AdamW's momentum moves the other parts on too.
     """
     d = width_of(model.model)
+    if splits > width:
+        model.fallback(f"{width} parts rather than {splits}: it has no more features")
     made: list[Bottleneck] = []
     for at in bottleneck_hosts(model.model, form, position):
         down = (torch.rand(width, d, generator=model.rng(f"bottleneck {name} {at}")) * 2 - 1) * math.sqrt(3 / d)
         pair = {"down": nn.Parameter(down), "up": nn.Parameter(torch.zeros(d, width))}
-        made.append(Bottleneck(at=at, name=name, scale=scale, act=act, form=form, **pair))
+        made.append(Bottleneck(at=at, name=name, scale=scale, act=act, form=form, splits=min(splits, width), **pair))
     return made
 
 
@@ -61,3 +69,13 @@ def mam(lab: Lab) -> Claim:
 def mam_prefix(lab: Lab) -> Claim:
     ours = [("bottleneck", {"width": 12}), ("prefix", {"length": 8})]
     return lab.only("ref-lm").tune(ours=ours, baseline=[("prefix", {"length": 32})], share=1.0)
+
+
+@bottleneck.claim("trained one of four parts at a time gains more than trained whole", of="mosa", paper="2312.02923")
+def mosa(lab: Lab) -> Claim:
+    return lab.tune(ours=[("bottleneck", {"splits": 4})], baseline=[("bottleneck", {})], share=1.0)
+
+
+@bottleneck.claim("gains more than as many parameters in virtual keys and values", of="placement", paper="2312.03694")
+def placement(lab: Lab) -> Claim:
+    return lab.only("ref-lm").tune(ours=[("bottleneck", {})], baseline=[("prefix", {"length": 32})], share=1.0)

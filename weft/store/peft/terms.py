@@ -87,7 +87,11 @@ def opened(expr: Expr, only: str | None = None) -> tuple[dict[str, Expr], Tensor
     rest = total({r: t for r, t in terms.items() if r not in mine}) if mine else expr
     if only is None:
         return {r: _plain(settled(t)) for r, t in mine.items()}, None, rest
-    return {r: t.kept if isinstance(t, Gated) else t for r, t in mine.items() if name_of(r) == only}, None, rest
+    return (
+        {r: settled(t.kept if isinstance(t, Gated) else t) for r, t in mine.items() if name_of(r) == only},
+        None,
+        rest,
+    )
 
 
 def _plain(term: Expr) -> Expr:

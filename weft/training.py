@@ -75,4 +75,4 @@ def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, 
     if start is None:
         words = tokenizer(model)
         start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
-    return Reader(own, how, start=start)
+    return Reader(own, how, start=start or 0)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -185,16 +186,19 @@ def _hash(file: str, _changed: int, _size: int) -> str:
 
 
 def _working(text: str) -> str:
-    """The lines of a method's file that its results depend on."""
+    """The lines of a method's file that its results depend on, without the papers that it names."""
     tree = ast.parse(text)
-    silent = [n for n in tree.body if isinstance(n, ast.FunctionDef) and any(map(_is_claim, n.decorator_list))]
-    first = [n.decorator_list[0].lineno for n in silent]
+    silent: list[ast.stmt] = [
+        n for n in tree.body if isinstance(n, ast.FunctionDef) and any(map(_is_claim, n.decorator_list))
+    ]
+    first = [n.decorator_list[0].lineno for n in silent if isinstance(n, ast.FunctionDef)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             silent.append(node.body[0])
             first.append(node.body[0].lineno)
     gone = {i for start, n in zip(first, silent, strict=True) for i in range(start, (n.end_lineno or start) + 1)}
-    return "\n".join(line for i, line in enumerate(text.splitlines(), 1) if i not in gone and line.strip())
+    kept = "\n".join(line for i, line in enumerate(text.splitlines(), 1) if i not in gone and line.strip())
+    return re.sub(r'\b(?:rows|paper)="[^"]*",? ?', "", kept)
 
 
 def _is_claim(decorator: ast.expr) -> bool:

@@ -113,6 +113,9 @@ def _plain(node: str, rng: torch.Generator) -> Expr:
         "Hadamard": lambda: NODES[node].of(torch.ones(N)),  # type: ignore[attr-defined]
         "Blocks": lambda: NODES[node](Dense(torch.randn(N, 8, generator=rng) / 4), 4),
         "Basis": lambda: NODES[node](torch.randn(6, generator=rng) / 20, "random", 1, N, N),
+        "Cosines": lambda: NODES[node](
+            torch.randn(6, generator=rng) / 20, *(torch.randint(0, N, (2, 6), generator=rng).int()), N, N
+        ),
         "Cayley": lambda: NODES[node](torch.randn(4, 28, generator=rng) / 4, 8),
     }
     if node not in thin:

@@ -5,7 +5,7 @@
 
 The oracle is PEFT itself with the same numbers in float64, on the dense model of what the base's layers hold: it shows what
 goes wrong between an adapter and its base, not what an adapter is. An error is wrong where it is above three times the base's own
-(its kernels against float64 on the same weights) and 2 % of what the adapter does; of a merge onto a grid also above one
+(its kernels against float64 on the same weights) and 5 % of what the adapter does, 2 % on fp32; of a merge onto a grid also above one
 and a half times the error of rounding the exact sum once.
 """
 
@@ -70,7 +70,7 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "oft": lambda: peft.OFTConfig(**AT, oft_block_size=8),
     "osf": lambda: peft.OSFConfig(**AT),
     "peanut": lambda: peft.PeanutConfig(**PAIR),
-    "poly": lambda: peft.PolyConfig(**PAIR),
+    "poly": lambda: peft.PolyConfig(**PAIR, task_type="CAUSAL_LM"),
     "psoft": lambda: peft.PsoftConfig(**PAIR),
     "pvera": lambda: peft.PveraConfig(**PAIR),
     "randlora": lambda: peft.RandLoraConfig(**PAIR),
@@ -225,7 +225,13 @@ def bench(name: str) -> Bench:
 
 def logits(m: nn.Module) -> Tensor:
     with torch.no_grad():
-        return m.eval()(input_ids=IDS).logits.double()
+        return called(m.eval()).double()
+
+
+def called(m: nn.Module) -> Tensor:
+    """The outputs; Poly asks of every text which task it is of."""
+    poly = getattr(getattr(m, "active_peft_config", None), "peft_type", None) == "POLY"
+    return m(input_ids=IDS, **({"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if poly else {})).logits
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -233,7 +239,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 
 def loss_of(m: nn.Module) -> Tensor:
-    return F.cross_entropy(m(input_ids=IDS).logits[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
+    return F.cross_entropy(called(m)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
 
 
 def attached(b: Bench, adapter: str) -> nn.Module:
@@ -254,13 +260,17 @@ def moved(m: nn.Module) -> nn.Module:
 def oracle(b: Bench, adapter: str, m: nn.Module) -> nn.Module:
     """The same adapter with the same numbers in float64, on the dense model."""
     torch.manual_seed(0)
-    made = peft.get_peft_model(copy.deepcopy(b.truth), ADAPTERS[adapter](), autocast_adapter_dtype=False)
+    try:
+        made = peft.get_peft_model(copy.deepcopy(b.truth), ADAPTERS[adapter](), autocast_adapter_dtype=False).double()
+    except TypeError:  # some start from a weight that is not in float64
+        torch.manual_seed(0)
+        made = peft.get_peft_model(copy.deepcopy(b.truth).float(), ADAPTERS[adapter]()).double()
     plain = {f"base_model.model.{n}" for n in b.truth.state_dict()}
-    mine, theirs = dict(made.state_dict()), m.state_dict()
-    for name, t in mine.items():
+    theirs = m.state_dict()
+    for name, t in made.state_dict().items():
         if name not in plain and ".base_layer." not in name and name in theirs and theirs[name].shape == t.shape:
             t.copy_(theirs[name].to(t.dtype))
-    return made.double().eval()
+    return made.eval()
 
 
 def bits(m: nn.Module) -> dict[str, Tensor]:
@@ -278,8 +288,13 @@ def train(b: Bench, a: str, m: nn.Module) -> bool:
     other = oracle(b, a, moved(m))
     before = bits(m)
     for one in (m, other):
-        loss_of(one.train()).backward()
-    pairs = [(p.grad, q.grad) for p, q in zip(free(m), free(other), strict=True) if q.grad is not None]
+        for module in one.modules():  # in evaluation the fast path of some backends has no gradients
+            module.training = "bitsandbytes" in type(module).__module__
+        loss_of(one).backward()
+    held = dict(m.named_parameters())
+    pairs = [
+        (held[n].grad, q.grad) for n, q in other.named_parameters() if q.grad is not None and held[n].requires_grad
+    ]
     if any(p is None for p, _ in pairs) or any(not torch.equal(t, bits(m)[n]) for n, t in before.items()):
         return False
     mine, theirs = (torch.cat([pair[i].double().flatten() for pair in pairs]) for i in (0, 1))
@@ -327,18 +342,21 @@ def rounding(b: Bench, truth: nn.Module, want: Tensor) -> float:
 
 
 def unmerge(b: Bench, a: str, m: nn.Module) -> bool:
-    """After a merge is undone the model gives what it gave, and without the adapter what the base gives."""
-    want = logits(moved(m))
+    """After a merge is undone the model gives what it gave, with the adapter and without."""
+    want, bare = logits(moved(m)), without(m)
     m.merge_adapter()
     m.unmerge_adapter()
-    effect = gap(want, b.plain)
+    return max(gap(logits(m), want), gap(without(m), bare)) <= slack(b, gap(want, bare))
+
+
+def without(m: nn.Module) -> Tensor:
+    """The outputs with the adapter turned off."""
     with m.disable_adapter():
-        bare = logits(m)
-    return max(gap(logits(m), want), gap(bare, b.plain)) <= slack(b, effect)
+        return logits(m)
 
 
 def slack(b: Bench, effect: float) -> float:
-    return 3 * b.own + 0.02 * effect + 1e-5 * float(b.plain.abs().max())
+    return 3 * b.own + (0.02 if b.name == "fp32" else 0.05) * effect + 1e-5 * float(b.plain.abs().max())
 
 
 STEPS: dict[str, Callable[[Bench, str, nn.Module], bool]] = {
@@ -357,7 +375,8 @@ def outcome(b: Bench, a: str, stage: str) -> tuple[str, str]:
                 return "R", ""
         except Exception as e:
             last = traceback.extract_tb(e.__traceback__)[-1]
-            meant = (last.line or "").startswith("raise") and "peft" in Path(last.filename).parts and str(e)
+            said_so = (last.line or "").startswith("raise") and "peft" in Path(last.filename).parts and str(e)
+            meant = said_so or isinstance(e, NotImplementedError)
             return "F" if meant else "C", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         told = [str(w.message) for w in said[before:] if issubclass(w.category, UserWarning) and "oracle" not in str(w)]
         return ("w", told[0]) if any("inaccurate" in t or "rounding" in t for t in told) else ("W", "")

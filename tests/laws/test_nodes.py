@@ -177,6 +177,8 @@ def generated(e: Basis) -> Tensor:
         return e.scale * mixed_up(e)
     i, j = torch.arange(m).double()[:, None], torch.arange(n).double()[None]
     order = sorted(range(m * n), key=lambda x: mixed(e.seed, x))
+    if e.kind == "fourier_mt19937":
+        order = torch.randperm(m * n, generator=torch.Generator().manual_seed(e.seed)).tolist()
     out = torch.zeros(m, n).double()
     for k, c in enumerate(e.c.double()):
         p, q = divmod(order[k], n) if e.kind != "random" else (0, 0)

@@ -61,13 +61,10 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     place = Path(folder)
     _must_be_free(model, name)
     _only_plain_files(place)
-    table = read_object(place / CONFIG)
-    kind = _kind(table)
-    given = _settings(kind, table)
+    kind, given, odd = settings(read_object(place / CONFIG))
     mark, problems = _manifest(place)
-    problems += _other_base(model, given, mark, unverified_base) + unsupported(table, given, kind.idle)
-    more, make = kind.read(model, given, header(place / TENSORS).tensors)
-    raise_all(problems + more)
+    misfits, make = kind.read(model, given, header(place / TENSORS).tensors)
+    raise_all(problems + _other_base(model, given, mark, unverified_base) + odd + misfits)
     held = read_tensors(place / TENSORS)
     raise_all(some([k for k, t in held.items() if _beyond(t, LIMIT)], lambda k: _unsound(k, held[k])))
     change = make(held, name)
@@ -79,25 +76,24 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     return [*change.exprs, *change.vectors, *(b.key for b in change.branches)]
 
 
-def _kind(table: Mapping[str, Any]) -> Kind:
-    """The type of an adapter. Errors: FormatError for none, ConflictError for one that weft does not read."""
+def settings(table: Mapping[str, Any]) -> tuple[Kind, Settings, list[WeftError]]:
+    """The type of an adapter, its settings, and those of them under which its value is not known.
+
+    Errors: FormatError naming all that are missing or ill-typed; ConflictError for a type that weft does not read.
+    """
     name = table.get("peft_type")
-    if isinstance(name, str) and name in KINDS:
-        return KINDS[name]
-    problem = (ConflictError if isinstance(name, str) else FormatError)(
-        "this kind of adapter cannot be attached",
-        where=f"{CONFIG}: peft_type",
-        got=brief(name),
-        want=", ".join(KINDS),
-        fix=MERGE,
-    )
-    raise problem
-
-
-def _settings(kind: Kind, table: Mapping[str, Any]) -> Settings:
-    """The settings that a type knows. Errors: FormatError naming all that are missing or ill-typed."""
+    if not isinstance(name, str) or name not in KINDS:
+        problem = (ConflictError if isinstance(name, str) else FormatError)(
+            "this kind of adapter cannot be attached",
+            where=f"{CONFIG}: peft_type",
+            got=brief(name),
+            want=", ".join(KINDS),
+            fix=MERGE,
+        )
+        raise problem
+    kind = KINDS[name]
     try:
-        return kind.settings.model_validate(table)
+        given = kind.settings.model_validate(table)
     except ValidationError as e:
         bad = {".".join(map(str, p["loc"])): p for p in e.errors()[:SHOWN]}
         got = {k: "nothing" if p["type"] == "missing" else brief(p["input"]) for k, p in bad.items()}
@@ -108,13 +104,7 @@ def _settings(kind: Kind, table: Mapping[str, Any]) -> Settings:
             want="; ".join(f"{k}: {p['msg']}" for k, p in bad.items()),
             fix=COPY,
         ) from None
-
-
-def settings(table: Mapping[str, Any]) -> tuple[Settings, list[WeftError]]:
-    """The settings of a folder, and those of them under which its value is not known. Errors: as `attach`."""
-    kind = _kind(table)
-    given = _settings(kind, table)
-    return given, unsupported(table, given, kind.idle)
+    return kind, given, unsupported(table, given, kind.idle)
 
 
 def _must_be_free(model: nn.Module, name: str) -> None:

@@ -18,7 +18,7 @@ from weft.store.audit import Entry
 from weft.store.peft.kind import FLOATS, Held
 from weft.store.peft.layers import At
 from weft.store.peft.settings import CONFIG, Number, Rank, Ranks, Settings, first, wrong
-from weft.store.peft.terms import Terms
+from weft.store.peft.terms import Single
 
 _B, _D = "vera_lambda_b", "vera_lambda_d"
 _UP, _DOWN = "base_model.vera_B", "base_model.vera_A"
@@ -39,7 +39,7 @@ class VeraSettings(Settings):
 Scaled = tuple[Float[Tensor, "m"], Float[Tensor, "m r"], Float[Tensor, "r"], Float[Tensor, "r n"]]
 
 
-class Vera(Terms[Scaled]):
+class Vera(Single[Scaled]):
     """diag(b) B diag(d) A beside a weight: A and B are the first columns and rows of one pair for all layers."""
 
     peft_type, method, settings = "VERA", "vera", VeraSettings
@@ -124,15 +124,14 @@ class FourierSettings(Settings):
 
     def count(self, path: str) -> int:
         """How many frequencies a layer has: those of a name that is the end of its path come before those of its path."""
-        shorter = {k: v for k, v in (self.n_frequency_pattern or {}).items() if k != path}
         whole = (self.n_frequency_pattern or {}).get(path, self.n_frequency)
-        return first(shorter, path, whole)
+        return first(self.n_frequency_pattern, path.partition(".")[2], whole)
 
     def patterns(self) -> dict[str, list[str]]:
         return super().patterns() | {"n_frequency_pattern": [*(self.n_frequency_pattern or {})]}
 
 
-class Fourier(Terms[Basis]):
+class Fourier(Single[Basis]):
     """The real part of an inverse Fourier transform of a few coefficients: Σ c cos(2π (p i / m + q j / n)) scaling / (m n)."""
 
     peft_type, method, settings = "FOURIERFT", "fourierft", FourierSettings

@@ -20,7 +20,7 @@ from weft.model.devices import device_of
 from weft.model.experts import ApartExperts
 from weft.store.peft.kind import Change, Found, Held, Piece, Woven, Written, alpha
 from weft.store.peft.layers import At, layers
-from weft.store.peft.settings import CONFIG, MERGE, Names, Number, Ranked, brief, first, key, named, some, wrong
+from weft.store.peft.settings import CONFIG, MERGE, Names, Number, Ranked, brief, ends, first, key, named, some, wrong
 from weft.store.peft.terms import Terms
 
 _STARTS = {"gaussian", "eva", "orthogonal", "mica"}
@@ -74,11 +74,11 @@ class Lora(Terms[LowRank]):
         return LowRank(t[UP], t[DOWN], s.scale(at.name))
 
     def carriers(self, model: nn.Module, s: LoraSettings) -> dict[str, At]:
-        stacks = _stacks(model, lambda name: named(name, s.target_parameters or []))
+        stacks = _stacks(model, lambda name: named(name, frozenset(s.target_parameters or ())))
         return layers(model) | {at.path: at for at in stacks}
 
     def unlike(self, model: nn.Module, s: LoraSettings, have: set[str]) -> list[WeftError]:
-        known = [at.target for at in _stacks(model, lambda name: True)]
+        known = {end for at in _stacks(model, lambda _: True) for end in ends(at.target)}
         problems: list[WeftError] = [
             ConflictError(
                 "the model has no such stack of experts",
@@ -88,7 +88,7 @@ class Lora(Terms[LowRank]):
                 fix=MERGE,
             )
             for p in s.target_parameters or []
-            if not any(named(name, [p]) for name in known)
+            if p not in known
         ]
         problems += some(
             [p for p, at in self.carriers(model, s).items() if at.kind == "experts" and p not in have],
@@ -113,22 +113,21 @@ class Lora(Terms[LowRank]):
     def _to_experts(self, woven: Woven, s: LoraSettings, at: At, t: Held, role: str) -> Change:
         """Each expert's own factors; gate and up share A. Rank and expert are one index of B, the expert the faster."""
         a = t[DOWN].unflatten(0, (at.count, -1))
-        b = t[UP].unflatten(1, (-1, at.count))
+        b = t[UP].unflatten(1, (-1, at.count)).movedim(-1, 0)
         made, each = Change(), len(at.sites) // at.count
         for i in range(at.count):
             own = a[i].clone()
-            for site, rows in zip(at.sites[i * each :][:each], b[..., i].chunk(each), strict=True):
+            for site, rows in zip(
+                at.sites[i * each :][:each], b[i].clone(memory_format=torch.contiguous_format).chunk(each), strict=True
+            ):
                 now = woven.exprs[site]
                 device = device_of(now)
-                term = woven.turned(site, LowRank(rows.to(device).contiguous(), own.to(device), s.scale(at.name)))
+                term = woven.turned(site, LowRank(rows.to(device), own.to(device), s.scale(at.name)))
                 made.exprs[site] = total({**terms_of(now), role: term})
         return made
 
     def form(self, term: Expr) -> LowRank | None:
         return term if isinstance(term, LowRank) else None
-
-    def content(self, forms: Mapping[str, LowRank]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        return {path: {DOWN: pair.a, UP: pair.b} for path, pair in forms.items()}, {}
 
     def refusals(self, model: nn.Module, found: Found) -> list[WeftError]:
         experts = {site for at in _stacks(model, lambda _: True) for site in at.sites}
@@ -144,10 +143,10 @@ class Lora(Terms[LowRank]):
 
     def write(self, model: nn.Module, found: Found) -> Written:
         """Rank and alpha are those of most layers; those of others stand beside them by name."""
-        pairs = {site: added(piece) for site, piece in found.pieces.items()}
+        pairs = {site: _added(piece) for site, piece in found.pieces.items()}
         held, tensors = dict[At, LowRank](), dict[str, Tensor]()
         for at in _stacks(model, lambda _: True, set(pairs)):
-            held[at] = stacked(at, {site: pairs.pop(site, None) for site in at.sites})
+            held[at] = _stacked(at, {site: pairs.pop(site, None) for site in at.sites})
         plain = {at.sites[0]: at for at in layers(model).values()}
         held |= {plain[site]: pair for site, pair in pairs.items()}
         for at, pair in held.items():
@@ -171,7 +170,7 @@ class Lora(Terms[LowRank]):
         return Written(tensors, settings)
 
 
-def added(piece: Piece) -> LowRank:
+def _added(piece: Piece) -> LowRank:
     """A sum of low-rank terms as one: their factors side by side, under the first one's scale."""
     low = [t for t in piece.terms.values() if isinstance(t, LowRank)]
     scale = low[0].scale or 1.0
@@ -179,7 +178,7 @@ def added(piece: Piece) -> LowRank:
     return LowRank(torch.cat(b, 1), torch.cat([t.a.detach() for t in low]), scale)
 
 
-def stacked(at: At, terms: Mapping[str, LowRank | None]) -> LowRank:
+def _stacked(at: At, terms: Mapping[str, LowRank | None]) -> LowRank:
     """The factors of a stack of experts from those of their layers; what has fewer ranks, or none, is filled up with zeros."""
     each = len(at.sites) // at.count
     scales = {t.scale for t in terms.values() if t is not None}

@@ -17,7 +17,7 @@ from weft.expr.entrywise import Entrywise
 from weft.store.peft.kind import Held, alpha
 from weft.store.peft.layers import At
 from weft.store.peft.settings import CONFIG, Number, Ranked, first
-from weft.store.peft.terms import Form, Terms
+from weft.store.peft.terms import Form, Single
 
 _IDLE = ("rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d", "rank_dropout_scale")
 
@@ -32,7 +32,7 @@ class LycorisSettings(Ranked):
         return first(self.alpha_pattern, path, self.alpha) / self.rank(path)
 
 
-class Lycoris(Terms[Form]):
+class Lycoris(Single[Form]):
     """Types with a rank and an alpha, which PEFT has for plain linear layers alone."""
 
     idle, transposed = _IDLE, False

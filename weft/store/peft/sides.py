@@ -91,7 +91,7 @@ class Ia3(Sides):
 
     def _fed(self, s: Ia3Settings, at: At) -> bool:
         """Whether a layer's inputs are scaled. As PEFT compares: any name that the path ends with."""
-        return any(at.path.endswith(name) for name in s.feedforward_modules or [])
+        return at.path.endswith(tuple(s.feedforward_modules or ()))
 
     def lacks(self, s: Ia3Settings, found: Mapping[str, Entry], mine: Collection[At]) -> list[WeftError]:
         if not isinstance(s.feedforward_modules, str):

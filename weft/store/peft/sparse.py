@@ -13,7 +13,7 @@ from weft.expr import Expr, SparseDelta
 from weft.store.peft.kind import Held
 from weft.store.peft.layers import At
 from weft.store.peft.settings import COPY, Rank, Settings, key
-from weft.store.peft.terms import Terms
+from weft.store.peft.terms import Single
 
 _VALUES, _AT = "shira_weight", "shira_indices"
 
@@ -24,7 +24,7 @@ class ShiraSettings(Settings):
     r: Rank
 
 
-class Shira(Terms[SparseDelta]):
+class Shira(Single[SparseDelta]):
     """r (m + n) entries beside a weight [m n], at the rows and columns that the file has."""
 
     peft_type, method, settings = "SHIRA", "sparse", ShiraSettings

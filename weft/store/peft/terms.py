@@ -33,10 +33,6 @@ class Terms(Layers, Generic[Form]):
     def form(self, term: Expr) -> Form | None:
         """A term as PEFT has it; None for any other."""
 
-    @abstractmethod
-    def content(self, forms: Mapping[str, Form]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """By path each layer's tensors, and the settings. Errors: ConflictError for what one folder cannot say."""
-
     def find(self, model: nn.Module, only: str | None) -> Found:
         found = Found()
         for site, expr in expressions(model).items():
@@ -61,6 +57,14 @@ class Terms(Layers, Generic[Form]):
 
     def strange(self, found: Found) -> int:
         return sum(self.form(t) is None for piece in found.pieces.values() for t in piece.terms.values())
+
+
+class Single(Terms[Form]):
+    """Adapters of which one term says all of its layer's tensors."""
+
+    @abstractmethod
+    def content(self, forms: Mapping[str, Form]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """By path each layer's tensors, and the settings. Errors: ConflictError for what one folder cannot say."""
 
     def write(self, model: nn.Module, found: Found) -> Written:
         terms = {piece.place.modules[0]: next(iter(piece.terms.values())) for piece in found.pieces.values()}

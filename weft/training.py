@@ -12,6 +12,7 @@ from weft.api import apply
 from weft.engine import optimizers, schedules
 from weft.engine.registry import apart
 from weft.engine.run import Step
+from weft.error import OptionError
 from weft.learn.data import Example
 from weft.learn.reader import Reader
 from weft.learn.settings import Reading, Training
@@ -75,4 +76,7 @@ def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, 
     if start is None:
         words = tokenizer(model)
         start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
-    return Reader(own, how, start=start or 0)
+    if start is None:
+        got, want, fix = "a tokenizer without an end of text", "the token before the first", "give start"
+        raise OptionError("a text has nothing to begin with", where="start", got=got, want=want, fix=fix)
+    return Reader(own, how, start=start)

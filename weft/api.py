@@ -19,7 +19,7 @@ from weft.engine import run as engine
 from weft.engine.merge import Merges
 from weft.engine.merge import To as Target
 from weft.engine.recipe import KINDS, Recipe, read
-from weft.engine.run import Change, Step
+from weft.engine.run import Changes, Step
 from weft.error import OptionError, whole
 from weft.lab import models
 from weft.learn.tokenizer import tokenizer
@@ -28,19 +28,6 @@ from weft.progress import Progress, Silent
 from weft.store.cache import Cache, default
 
 To = Literal["hf", "peft", "vllm", "compressed-tensors"]
-
-
-class Changes(list[Change]):
-    """What a method did, site by site, its declared fallbacks: (where, what), and the optimizer that a recipe is to be trained by."""
-
-    def __init__(
-        self,
-        changes: Sequence[Change] = (),
-        fallbacks: Sequence[tuple[str, str]] = (),
-        optimizer: Step | None = None,
-    ) -> None:
-        super().__init__(changes)
-        self.fallbacks, self.optimizer = list(fallbacks), optimizer
 
 
 @dataclass(frozen=True)
@@ -131,13 +118,9 @@ def apply(
     whole(0, seed=seed)
     chosen = get(method)
     if chosen.kind not in KINDS:
-        raise OptionError(
-            "this method does not change a model",
-            where=method,
-            got=f"a {chosen.kind} method",
-            want="a rewrite, a transport, a branch, a cut or a recipe",
-            fix="weft methods shows kinds",
-        )
+        got, fix = f"a {chosen.kind} method", "weft methods shows kinds"
+        want = "a rewrite, a transport, a branch, a cut or a recipe"
+        raise OptionError("this method does not change a model", where=method, got=got, want=want, fix=fix)
     step, bars = Step.of(method, **options), progress or Silent()
     if chosen.kind in ("branch", "cut", "recipe") and at is not None:
         want, fix = "nothing: its place is its own", "leave it out"

@@ -172,11 +172,12 @@ class Method:
         return attach
 
     def fingerprint(self) -> str:
-        """Hash of the method's file, without claims and docstrings, and of those of a recipe's steps: what steps and proofs depend on."""
+        """Hash of the file without claims and docstrings, and of a recipe's steps: editing the rest invalidates steps and proofs."""
         from weft.engine.registry import get
 
-        files = [inspect.getfile(m.fn) for m in (self, *map(get, self.uses))]
-        each = [_hash(f, now.st_mtime_ns, now.st_size) for f in files for now in [os.stat(f)]]
+        file = inspect.getfile(self.fn)
+        now = os.stat(file)
+        each = [_hash(file, now.st_mtime_ns, now.st_size), *(get(name).fingerprint() for name in self.uses)]
         return each[0] if not self.uses else hashlib.blake2b("".join(each).encode(), digest_size=16).hexdigest()
 
 

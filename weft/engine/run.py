@@ -184,6 +184,19 @@ class Change:
     """Relative output error against the pretrained weight: sqrt(tr(E G Eᵀ) / tr(W G Wᵀ)); None without evidence, or a value."""
 
 
+class Changes(list[Change]):
+    """What a method did, site by site, its declared fallbacks: (where, what), and the optimizer that a recipe is to be trained by."""
+
+    def __init__(
+        self,
+        changes: Sequence[Change] = (),
+        fallbacks: Sequence[tuple[str, str]] = (),
+        optimizer: Step | None = None,
+    ) -> None:
+        super().__init__(changes)
+        self.fallbacks, self.optimizer = list(fallbacks), optimizer
+
+
 def reach(model: nn.Module, method: str, at: str | Sequence[str] | None = None) -> list[str]:
     """The sites that a rewrite goes to: of those that it is for, the ones that `at` matches.
 

@@ -83,7 +83,10 @@ def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
     core += ["verify", "cache", "attach", "adapters", "run", "realism"]
-    for name in [*core, *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "merge", "probe"))]:
+    for name in [
+        *core,
+        *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "recipe", "merge", "probe")),
+    ]:
         assert re.search(rf"^\s+{name}\s", said, re.M), name
 
 
@@ -96,7 +99,7 @@ def test_help_lists_every_lab_task(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [e for e in entries() if e.kind in ("rewrite", "branch", "cut")], ids=lambda e: e.name
+    "entry", [e for e in entries() if e.kind in ("rewrite", "branch", "cut", "recipe")], ids=lambda e: e.name
 )
 def test_every_option_of_every_method_is_on_its_command(entry: Any) -> None:
     from weft.engine import get

@@ -7,9 +7,9 @@
       - gptq: {bits: 4, group: 64}
 
 The file is YAML, or JSON if its name ends in `.json`. `weft` is the version of this format. Steps run in order; each names
-one method that rewrites weights, changes the coordinates of axes, adds a branch, takes blocks out, or makes such steps itself, with
-its options, and may say `at` which: a glob, a list of globs, or (of sites) `all-linear`. Names are looked up among weft's methods:
-nothing in a recipe is imported, evaluated or taken for a regular expression.
+one method that rewrites weights, changes the coordinates of axes, adds a branch or takes blocks out, with its options, and may say
+`at` which: a glob, a list of globs, or (of sites) `all-linear`. Names are looked up among weft's methods: nothing in a recipe is
+imported, evaluated or taken for a regular expression.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from weft.error import FormatError, OptionError, WeftError, raise_all
 from weft.store.yaml import read_yaml
 
 VERSION = 1
-KINDS = ("rewrite", "transport", "branch", "cut", "recipe")
+KINDS = ("rewrite", "transport", "branch", "cut")
 """The kinds of method that change a model in one step."""
 MAX_ITEMS = 100
 """Steps of a recipe, and globs of a step."""
@@ -100,7 +100,7 @@ def _bound(name: str, options: Any, where: str, problems: list[WeftError]) -> St
     try:
         method = get(name)
         if method.kind not in KINDS:
-            want, fix = "a rewrite, a transport, a branch, a cut or a recipe", "weft methods shows kinds"
+            want, fix = "a rewrite, a transport, a branch or a cut", "weft methods shows kinds"
             raise OptionError("this method does not change a model", where=name, got=method.kind, want=want, fix=fix)
         if not isinstance(options, dict | None):
             want, fix = "{OPTION: VALUE}", f"{name}: {{}} takes every default"

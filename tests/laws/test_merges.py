@@ -550,7 +550,10 @@ def test_adapters_merge_in_their_core_space(then: str) -> None:
         total(terms).dense(), made("core_space", plain, then=then, density=0.7), rtol=1e-4, atol=1e-4
     )
     same = get("core_space")(sources([base, base.rebuild()], base=base))
-    assert torch.equal(same.dense(), base.dense())
+    assert snapshot(same) == snapshot(base)
+    tall = [Dense(weight(200, 6, i)) for i in range(2)]  # fewer directions than rows
+    added = made("core_space", sources(tall, base=Dense(torch.zeros(200, 6))), then="add")
+    torch.testing.assert_close(added, tall[0].w + tall[1].w, rtol=1e-5, atol=1e-5)
 
 
 def test_signs_take_their_bytes_and_merge() -> None:

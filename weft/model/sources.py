@@ -119,13 +119,13 @@ class Sources:
     def low_rank(self) -> tuple[dict[str, Expr], list[Factors]] | None:
         """What the base and all members share, and what each member has beside it as factors [m r] and [r n] in float64.
 
-        None where it is not low-rank, where no member has any, `adapter:merged` is taken, or members have bases of their own.
+        None where it is not low-rank, `adapter:merged` is taken, or members have bases of their own.
         """
         if self.own:
             return None
         same, (own, *rest) = _apart([self.origin, *self.members])
         terms = [t for held in rest for t in held.values()]
-        if own or "adapter:merged" in same or not terms or not all(isinstance(t, LowRank) for t in terms):
+        if own or "adapter:merged" in same or not all(isinstance(t, LowRank) for t in terms):
             return None
         return {r: fork(t) for r, t in same.items()}, [_factors(held, self.origin.shape) for held in rest]
 

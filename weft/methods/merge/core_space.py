@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -36,22 +37,26 @@ def core_space(
     share their scale; d_k of other members are whole matrices, and the result is one.
     """
     held = s.low_rank()
-    if held is None:
-        left, right = (torch.eye(size, dtype=torch.float64) for size in s.origin.shape)
-        cores = [d.double() for d in s.deltas()]
-    else:
-        left, right = (
-            torch.linalg.qr(torch.cat(side, 1))[0] for side in ([b for b, _ in held[1]], [a.T for _, a in held[1]])
-        )
-        cores = [(left.T @ b) @ (a @ right) for b, a in held[1]]
+    if held is not None and not any(b.shape[1] for b, _ in held[1]):
+        return s.linear([0.0] * len(s.members), s.origin)
+    pairs = held[1] if held is not None else [(d.double(), None) for d in s.deltas()]
+    left = _span([b for b, _ in pairs])
+    right = _span([(b if a is None else a).T for b, a in pairs])
+    cores = [left.T @ b @ (right if a is None else a @ right) for b, a in pairs]
     u, v = _axes(sum((c @ c.T for c in cores), torch.zeros(()))), _axes(sum((c.T @ c for c in cores), torch.zeros(())))
     kept = ((w, trimmed(u.T @ c @ v, density)) for w, c in zip(s.weights, cores, strict=True))
     core = elected(kept) if then == "ties" else summed(kept)
-    core = scale * (isotropic(core) if then == "iso" else core)
+    core, left, right = scale * (isotropic(core) if then == "iso" else core), left @ u, right @ v
     if held is None:
-        return s.dense(s.start() + u @ core @ v.T)
-    b, a = (left @ u, core @ (right @ v).T) if u.shape[1] < v.shape[1] else (left @ u @ core, (right @ v).T)
+        return s.dense(s.start() + left @ core @ right.T)
+    b, a = (left, core @ right.T) if left.shape[1] < right.shape[1] else (left @ core, right.T)
     return total({**held[0], "adapter:merged": LowRank(b.float(), a.float())})
+
+
+def _span(parts: Sequence[Float[Tensor, "m r"]]) -> Float[Tensor, "m p"]:
+    """Orthonormal columns whose span holds all columns of these: the unit vectors, where there are as many as rows."""
+    whole = torch.cat(list(parts), 1)
+    return torch.eye(len(whole), dtype=whole.dtype) if len(whole) <= whole.shape[1] else torch.linalg.qr(whole)[0]
 
 
 def _axes(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p q"]:

@@ -55,10 +55,11 @@ def claim(lab: Lab) -> Claim:
 
 
 @dare.claim(
-    "divided by what suits the outputs, keeps more than divided by 1 - drop does after 99 % were dropped",
+    "of one member, divided by what suits the outputs, gains more than divided by 1 - drop after 99.9 % were dropped",
     of="darex",
     paper="2410.09344",
 )
 def darex(lab: Lab) -> Claim:
-    ours, plain = {"drop": 0.99, "rescale": "outputs"}, {"drop": 0.99}
-    return lab.merge(ours=("dare", ours), baseline=("dare", plain), members="tasks")
+    plain = {"drop": 0.999, "scale": 1.0}
+    ours = ("dare", {**plain, "rescale": "outputs"})
+    return lab.merge(ours=ours, baseline=("dare", plain), members="tasks", count=1)

@@ -63,11 +63,11 @@ def claim(lab: Lab) -> Claim:
     paper="2312.06795",
 )
 def breadcrumbs(lab: Lab) -> Claim:
-    ours = {"density": 0.15, "outliers": 0.01, "then": "add", "scale": 0.4}
+    ours = {"density": 0.15, "outliers": 0.01, "then": "add"}
     return lab.merge(ours=("ties", ours), baseline=("task_arithmetic", {"scale": 0.4}), members="tasks")
 
 
 @ties.claim("entries drawn by their size merge better than entries drawn alike", of="della", paper="2406.11617")
 def della(lab: Lab) -> Claim:
-    ours, dare = {"density": 0.3, "spread": 0.5}, {"drop": 0.7, "then": "ties", "scale": 1.0}
-    return lab.merge(ours=("ties", ours), baseline=("dare", dare), members="tasks")
+    ours = {"density": 0.1, "spread": 1.0, "then": "add", "scale": 0.4}
+    return lab.merge(ours=("ties", ours), baseline=("dare", {"drop": 0.9}), members="tasks")

@@ -560,7 +560,7 @@ def test_signs_take_their_bytes_and_merge() -> None:
     """A base that stays, a term of about nine bits an entry; of several such models the mean has one sparse term."""
     base = quantized(64, 512, rng("q"))
     members = [Sum({"base": base.rebuild(), "adapter:d": dense(64, 512, rng("d", i))}) for i in range(2)]
-    small = [get("compeft")(sources([e], base=base)) for e in members]
+    small = [get("compeft")(sources([e], base=base), density=0.05) for e in members]
     for e in small:
         terms = terms_of(e)
         assert snapshot(terms["base"]) == snapshot(base) and terms.keys() == {"base", "adapter:member-1"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def iso_c(
     s: Sources,
     *,
-    scale: Annotated[float, Field(ge=-10, le=10, description="how much of the flattened sum is added")] = 3.0,
+    scale: Annotated[float, Field(ge=-10, le=10, description="how much of the flattened sum is added")] = 4.0,
 ) -> Expr:
     """base + scale · σ U Vᵀ, U S Vᵀ = Σ_k w_k (member_k - base), σ the mean of S.
 

@@ -117,6 +117,11 @@ def _plain(node: str, rng: torch.Generator) -> Expr:
             torch.randn(6, generator=rng) / 20, *(torch.randint(0, N, (2, 6), generator=rng).int()), N, N
         ),
         "Cayley": lambda: NODES[node](torch.randn(4, 28, generator=rng) / 4, 8),
+        "Mixed": lambda: NODES[node](
+            torch.randn(2, N, 8, generator=rng) / 8,
+            torch.randn(2, 8, N, generator=rng) / 8,
+            torch.randn(2, 2, generator=rng),
+        ),
     }
     if node not in thin:
         raise SystemExit(f"scripts/composition.py knows no example of the node {node}: add one to `made`")

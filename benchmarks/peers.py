@@ -16,6 +16,7 @@ import copy
 import datetime
 import importlib.metadata as metadata
 import importlib.util
+import os
 import re
 import sys
 import tempfile
@@ -30,6 +31,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "benchmarks"]  # kernels.py there is not the library
+
+os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(
+    prefix="peers-"
+)  # BOFT builds one, behind a lock that outlives it
 
 import peft  # noqa: E402
 import torch  # noqa: E402

@@ -240,6 +240,28 @@ def test_what_is_attached_is_saved_and_merged(case: str, base: Model, tmp_path: 
         same(out(model, "llama"), want)
 
 
+@pytest.mark.parametrize("case", ["lora", "lora dora", "vera"])
+def test_minilm_goes_both_ways(case: str, minilm: Path, tmp_path: Path) -> None:
+    """The real encoder, as its own library loads it."""
+    texts = {"input_ids": torch.arange(2000, 2024).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+
+    def states(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(**texts).last_hidden_state
+
+    bare = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32)
+    made = shaken(peft.get_peft_model(bare, THEIRS[case][0]("bert")))
+    made.save_pretrained(tmp_path / "a")
+    want = states(made)
+    model = weft.load(minilm)
+    weft.attach(model, tmp_path / "a", unverified_base=True)
+    same(states(model), want)
+    weft.export(model, tmp_path / "b", to="peft")
+    equal(tmp_path / "a", tmp_path / "b")
+    again = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32)
+    same(states(theirs(again, tmp_path / "b")), want)
+
+
 def test_every_type_is_tried() -> None:
     """Out and in."""
     assert {kind for kind, _, _ in MINE.values()} == set(KINDS)

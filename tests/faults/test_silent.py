@@ -24,9 +24,9 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NAMED = [
     n for n in names()
-    if get(n).verb == "adapt" and get(n).kind == "rewrite" and "name" in get(n).options.model_fields
+    if get(n).verb == "adapt" and get(n).kind == "rewrite" and "name" in get(n).options.model_fields and not get(n).needs
 ]  # fmt: skip
-"""Adapters that are terms."""
+"""Adapters that are terms, and can be made without data."""
 SMALL = {"rank": 3, "count": 40, "factor": 4, "features": 5, "block": 4}
 SITE = "model.layers.0.self_attn.q_proj.weight"
 

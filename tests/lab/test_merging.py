@@ -145,7 +145,7 @@ def test_a_member_depends_on_its_data_its_rate_and_what_tunes_it(lab: Lab, monke
     monkeypatch.setattr(merging, "TASKS", {"tiny": ("verbs", "colours", "again")})
     mixed = merging.members(trial, "mixtures", None)
     assert [m[0] for m in mixed] == ["verbs+colours", "verbs+again", "colours+again"]
-    train = merging._task(trial, "verbs+colours").train
+    train = merging.short_task(trial, "verbs+colours").train
     assert train[:4] == [e for i in range(2) for e in (small("verbs", 0).train[i], small("colours", 0).train[i])]
     assert merging._names([("verbs+colours", 0), ("verbs+again", 0)]) == ["verbs", "colours", "again"]
     rates = [fingerprint(merging.member(trial, m)) for m in merging.members(trial, "rates", 2)]

@@ -7,7 +7,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -20,6 +20,7 @@ from weft.error import OptionError
 
 if TYPE_CHECKING:
     from weft.api import Changes
+    from weft.merging import Combined
 
 
 def command(name: str) -> Callable[..., None]:
@@ -172,13 +173,13 @@ def merge(
         for held in (*members, *bases):
             weft.may_write(held, out, replace=replace)
     how: dict[str, Any] = {
-        "base": bases[0] if len(bases) == 1 else bases or None,
+        "base": _one(bases),
         "weights": weight,
         "at": at or "*",
         "seed": seed,
         "progress": bars(quiet),
     }
-    how |= {"data": data[0] if data and len(data) == 1 else data or None, "tokens": tokens, "cache": cache}
+    how |= {"data": _one(data), "tokens": tokens, "cache": cache}
     how |= {"search": plain(search), "held_out": held_out, "trials": trials}
     made = combined(members, name, **how, **options)
     if made.tried:
@@ -186,22 +187,23 @@ def merge(
     for t in made.tried:
         say(f"weights {', '.join(f'{w:.4g}' for w in t.weights)}: {t.score:.6g}, {t.seconds:.1f} s")
     if out is not None:
-        told = base[0] if base and len(base) == 1 else base or None
-        said: dict[str, Any] = {
-            "models": models,
-            "base": told,
-            "weights": weight,
-            "method": name,
-            "options": dict(step.options),
-        }
+        said = {"models": models, "base": _one(base), "weights": weight, "method": name, "options": dict(step.options)}
         said |= {"data": data} if data else {}
-        said |= (
-            {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in made.tried]}
-            if search
-            else {}
-        )
+        said |= _searched(made, search, held_out)
         save(made.model, out, replace=replace, manifest={"merged": {**said, "seed": seed}}, progress=bars(quiet))
     return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)
+
+
+def _searched(made: Combined, search: Search | None, held_out: str | None) -> dict[str, Any]:
+    """What the manifest says of a search of weights."""
+    if search is None:
+        return {}
+    return {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in made.tried]}
+
+
+def _one(given: Sequence[Any] | None) -> Any:
+    """The one that was given, all of several, or None."""
+    return given[0] if given and len(given) == 1 else given or None
 
 
 def rewrite(

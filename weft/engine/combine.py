@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from weft.engine.method import Method
 from weft.engine.registry import get
 from weft.engine.run import Change, Step
-from weft.error import ConflictError, OptionError, ShapeError, WeftError, raise_all
-from weft.expr import Dense, Expr, spec, tensors, valueless
+from weft.engine.unlike import refusals
+from weft.error import OptionError, WeftError, raise_all
+from weft.expr import Dense, Expr, spec, tensors
 from weft.model import (
-    Place,
     Sources,
-    branches,
     expressions,
     first_vectors,
     fits,
@@ -30,11 +29,9 @@ from weft.model import (
     plain_tensors,
     set_expressions,
     site,
-    taps,
 )
 from weft.model.weave import Original
 from weft.stats import Stats
-from weft.store.library import config_of
 from weft.store.tensors import word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
@@ -63,7 +60,7 @@ def run(
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
     bases = bases_of(base)
     wrong = _misused(method, models, given, bases, blind=look is None and bool(step.needs - {"base"}))
-    raise_all([*wrong, *(refusals(models, base) if models else ()), *strange])
+    raise_all([*wrong, *(refusals(_named(models, bases_of(base))) if models else ()), *strange])
     named, lead = _named(models, bases), [*bases, *models][0]
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
     merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed, seen)
@@ -215,125 +212,3 @@ def _misused(
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     what = f"{method.name} cannot be done so"
     return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
-
-
-def refusals(models: Sequence[nn.Module], base: Base = None) -> list[WeftError]:
-    """Every reason why these models cannot be merged.
-
-    ConflictError for another class or configuration, for weights without a value, taps, branches, and what is tied otherwise; ShapeError
-    for weights that another model lacks or has in another shape, and for buffers that differ.
-    """
-    (first, lead), *others = _named(models, bases_of(base)).items()
-    problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m)]
-    for label, model in others:
-        problems += _strange(label, model, first, lead) or [
-            *_differing(_sites(lead), _sites(model), first, label),
-            *_differing(_plain(lead), _plain(model), first, label),
-            *_unequal(lead, model, first, label),
-        ]
-    return problems
-
-
-def _unmergeable(label: str, model: nn.Module) -> Iterator[WeftError]:
-    yield from valueless({f"{label}: {n}": e for n, e in expressions(model).items()})
-    for name, tap in taps(model).items():
-        want, fix = "weights of the plain inputs", "weft.untap(model) first"
-        what = "a weight behind a tap is not merged"
-        yield ConflictError(what, where=f"{label}: {name}", got=tap.describe(), want=want, fix=fix)
-    for branch in branches(model):
-        want, fix = "weights alone", "weft.unbranch(model) first"
-        what = "a branch is not merged"
-        yield ConflictError(what, where=f"{label}: {branch.key}", got=branch.describe(), want=want, fix=fix)
-
-
-def _strange(label: str, model: nn.Module, first: str, lead: nn.Module) -> list[WeftError]:
-    """Another class, or other entries of the configuration than those that say nothing of the weights."""
-    if type(model).__name__ != type(lead).__name__:
-        got, want = f"{label} is {type(model).__name__}", f"{type(lead).__name__}, as {first}"
-        what, fix = "these models are not of one family", "merge models that were tuned from one"
-        return [ConflictError(what, where="class", got=got, want=want, fix=fix)]
-    mine, theirs = _entries(model), _entries(lead)
-    return [
-        ConflictError(
-            "these models are configured otherwise",
-            where=f"config: {key}",
-            got=f"{label}: {mine.get(key, 'nothing')}",
-            want=f"{theirs.get(key, 'nothing')}, as {first}",
-            fix="merge models that were tuned from one",
-        )
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key)
-    ]
-
-
-_SILENT = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "quantization_config",
-)
-"""Entries of a configuration that say nothing of what weights mean; so do token ids and dropouts."""
-
-
-def _entries(model: nn.Module) -> dict[str, Any]:
-    """The entries of a configuration that weights depend on, nested ones by their path."""
-    return dict(_flat(config_of(model))) if hasattr(model, "config") else {}
-
-
-def _flat(said: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in said.items():
-        if isinstance(value, dict):
-            yield from _flat(cast("dict[str, Any]", value), f"{under}{key}.")
-        elif key not in _SILENT and not key.endswith(("_token_id", "_diffusers_version")) and "dropout" not in key:
-            yield f"{under}{key}", value
-
-
-def _sites(model: nn.Module) -> dict[str, str]:
-    """What must be the same of every site."""
-    return {name: _form(place) for name, place in places(model).items()}
-
-
-def _form(place: Place) -> str:
-    tied = f", tied with {', '.join(place.modules[1:])}" if place.modules[1:] else ""
-    return f"{place.kind} {list(place.shape)}{tied}"
-
-
-def _plain(model: nn.Module) -> dict[str, str]:
-    """What must be the same of every tensor that belongs to no expression."""
-    return {n: f"{'parameter' if _is_free(t) else 'buffer'} {list(t.shape)}" for n, t in plain_tensors(model).items()}
-
-
-def _is_free(t: Tensor) -> bool:
-    return isinstance(t, nn.Parameter) and t.is_floating_point()
-
-
-def _differing(ours: Mapping[str, str], theirs: Mapping[str, str], first: str, label: str) -> list[WeftError]:
-    what, fix = "these models have other weights", "merge models that were tuned from one"
-    return [
-        ShapeError(
-            what,
-            where=name,
-            got=f"{label}: {theirs.get(name, 'nothing')}",
-            want=f"{ours.get(name, 'nothing')}, as {first}",
-            fix=fix,
-        )
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def _unequal(lead: nn.Module, model: nn.Module, first: str, label: str) -> list[WeftError]:
-    """Buffers, and what is not of floating point, that are not the same."""
-    ours, theirs = plain_tensors(lead), plain_tensors(model)
-    both = [n for n, t in ours.items() if not _is_free(t) and n in theirs and theirs[n].shape == t.shape]
-    fix = "give both models the same"
-    return [
-        ShapeError(
-            "a buffer cannot be merged", where=n, got=f"other values in {label}", want=f"those of {first}", fix=fix
-        )
-        for n in both
-        if not torch.equal(ours[n].cpu(), theirs[n].cpu())
-    ]

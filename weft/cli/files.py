@@ -67,7 +67,7 @@ def cache(
 
 def attach(
     model: ModelName,
-    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA folder.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder.")],
     out: Out,
     name: Annotated[str, typer.Option(help="The adapter's name in the model.")] = "default",
     unverified_base: Annotated[
@@ -77,7 +77,7 @@ def attach(
     replace: Replace = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add a PEFT LoRA adapter to a model, quantized or not, as a term of its own."""
+    """Put a PEFT adapter onto a model, quantized or not."""
     import weft
 
     woven = load(model)

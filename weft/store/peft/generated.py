@@ -22,7 +22,7 @@ from weft.store.peft.terms import Single
 
 _B, _D = "vera_lambda_b", "vera_lambda_d"
 _UP, _DOWN = "base_model.vera_B", "base_model.vera_A"
-_FIT = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
 class VeraSettings(Settings):
@@ -119,7 +119,7 @@ class FourierSettings(Settings):
 
     n_frequency: Rank
     scaling: Number
-    random_loc_seed: _FIT
+    random_loc_seed: _Seed
     n_frequency_pattern: Ranks | None = None
 
     def count(self, path: str) -> int:

@@ -18,7 +18,7 @@ from weft.store.peft.settings import CONFIG, LIMIT, TENSORS, Settings, wrong
 
 _NAME = "prompt_embeddings"
 _Count = Annotated[int, Field(ge=1, le=1 << 31)]
-Held_ = TypeVar("Held_", bound=Branch)
+Made = TypeVar("Made", bound=Branch)
 
 
 class TokenSettings(Settings):
@@ -36,7 +36,7 @@ class TokenSettings(Settings):
         return super().odd() | towers | ({"task_type": None} if self.task_type is None else {})
 
 
-class Tokens(Kind, Generic[Held_]):
+class Tokens(Kind, Generic[Made]):
     """Types of which a folder has one table, a row a virtual token."""
 
     branch: ClassVar[type[Branch]]
@@ -48,11 +48,11 @@ class Tokens(Kind, Generic[Held_]):
         """Numbers of a virtual token."""
 
     @abstractmethod
-    def made(self, s: Any, at: str, name: str, table: Tensor) -> Held_:
+    def made(self, s: Any, at: str, name: str, table: Tensor) -> Made:
         """The branch of a table."""
 
     @abstractmethod
-    def table(self, branch: Held_) -> tuple[Tensor, dict[str, Any]]:
+    def table(self, branch: Made) -> tuple[Tensor, dict[str, Any]]:
         """The table of a branch, and its own settings."""
 
     def read(self, model: nn.Module, s: TokenSettings, found: Mapping[str, Entry]) -> tuple[list[WeftError], Reader]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_an_edited_method_has_another_fingerprint(tmp_path: Path, monkeypatch: A
     first = chain_key((Step.of("rtn"),))
     copy.write_text(copy.read_text() + "# edited\n")
     assert chain_key((Step.of("rtn"),)) != first
+
+
+def test_words_and_claims_leave_a_fingerprint_as_it_is(tmp_path: Path, monkeypatch: Any) -> None:
+    """Results do not depend on docstrings, on the papers that are named, or on what is claimed of them."""
+    copy, text = tmp_path / "rtn.py", files()["rtn"].read_text()
+    copy.write_text(text)
+    monkeypatch.setattr("inspect.getfile", lambda _: str(copy))
+    first, doc = METHODS["rtn"].fingerprint(), get("rtn").doc.splitlines()[0]
+    assert text.count(doc) == 1 and "rows=" in text
+    claim = '\n\n@rtn.claim("Another.", paper="none")\ndef another(lab):\n    return lab.compare()\n'
+    for said in (text.replace(doc, "Other words."), re.sub(r'rows="[^"]*"', 'rows="P999"', text), text + claim):
+        assert said != text
+        copy.write_text(said)
+        assert METHODS["rtn"].fingerprint() == first
 
 
 @pytest.mark.parametrize("name", names())

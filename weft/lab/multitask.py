@@ -105,7 +105,7 @@ def _train(trial: Trial, model: nn.Module, chain: Chain, data: Sequence[Example]
     moves = prepared(trial, model, chain)
     how: dict[str, Any] = {"steps": steps, "batch": BATCH, "length": TOKENS, "lr": rate, "seed": trial.seed}
     by_task = {e.task for e in data} <= adapters(model).keys()
-    train(model, data, tokenizer=trial.subject.tokenizer, by_task=by_task, optimizer=moves, **how)
+    train(model, data, tokenizer=trial.subject.tokenizer, by_task=by_task, **moves, **how)
     return model.cpu()
 
 

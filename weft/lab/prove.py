@@ -199,7 +199,7 @@ def _changed(m: Method, name: str, path: Path) -> str:
     if not path.exists():
         return "no proof"
     held, known_ = read_json(path), set(method_names())
-    if held["tried"] != m.proofs[name].fingerprint:
+    if held.get("tried") != m.proofs[name].fingerprint:
         return "another claim"
     now = {n: get(n).fingerprint() if n in known_ else "" for n in {**held["methods"], m.name: ""}}
     changed = [n for n, f in {**held["methods"], m.name: held["fingerprint"]}.items() if now[n] != f]

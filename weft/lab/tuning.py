@@ -137,39 +137,36 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
     Errors: NumericError if it diverged.
     """
     model = fork(trial.subject.model)
-    optimizer = prepared(trial, model, chain)
-    during = [schedules.named(s.method, **dict(s.options)) for s in chain if get(s.method).kind == "schedule"]
+    moves = prepared(trial, model, chain)
     how: dict[str, Any] = {
         "batch": PAIRS if trial.subject.embeds else BATCH,
         "length": WORDS if trial.subject.embeds else TOKENS,
         "lr": rate,
         "seed": trial.seed,
-        "optimizer": optimizer,
-        "during": during[-1] if during else None,
     }
-    train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how)
+    train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how, **moves)
     return model.cpu()
 
 
-def prepared(trial: Trial, model: nn.Module, chain: Chain) -> Optimizer | None:
-    """Run the chain's steps on a model, in place, and those of its recipes; what training is to move it by, if they say so.
-
-    Schedules are left to training.
-    """
+def prepared(trial: Trial, model: nn.Module, chain: Chain) -> dict[str, Any]:
+    """Run the chain's steps on a model, in place, and those of its recipes; the optimizer and the schedule that training is given."""
     moves: Step | None = None
+    during: Step | None = None
     for step in chain:
-        steps, planned = [(step, None)], None
-        if get(step.method).kind == "recipe":
+        kind, steps = get(step.method).kind, [(step, None)]
+        if kind == "recipe":
             recipe, planned, _ = outline.plan(model, step)
-            steps = list(recipe.steps)
-        elif get(step.method).kind == "optimizer":
-            steps, planned = [], step
-        elif get(step.method).kind == "schedule":
-            steps = []
+            steps, moves = list(recipe.steps), planned or moves
+        elif kind == "optimizer":
+            steps, moves = [], step
+        elif kind == "schedule":
+            steps, during = [], step
         for part, at in steps:
             _add(trial, model, part, at)
-        moves = planned or moves
-    return optimizers.named(moves.method, **dict(moves.options)) if moves is not None else None
+    return {
+        "optimizer": optimizers.named(moves.method, **dict(moves.options)) if moves is not None else None,
+        "during": schedules.named(during.method, **dict(during.options)) if during is not None else None,
+    }
 
 
 def _add(trial: Trial, model: nn.Module, step: Step, sites: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,17 +41,15 @@ def save(
     dense: bool = False,
     manifest: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
-    values: Mapping[str, Callable[[], Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all, with two tensors in memory at a time.
+    """Write a model folder, whole or not at all, with one tensor in memory at a time.
 
     If every expression is a plain matrix and there is no branch, or with `dense`, the folder is an ordinary checkpoint of the model's
     library.
     Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. `values`: sites that are dense, whose values [m n] are made when they are written, and
-    are not what the model says. Errors: ConflictError if `out` exists and is not to be replaced or,
+    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced or,
     `dense`, for a weight whose value depends on the input or whose input is rounded, and for branches; NumericError for one that is not
     finite; ResourceError for a full disk; PathError.
     """
@@ -59,10 +57,7 @@ def save(
         refuse_roundings(taps(model), "a plain checkpoint")
         refuse_branches(model, "a plain checkpoint")
     plain = dense or _plain(model)
-    content: dict[str, Tensor | Later] = dict(_dense(model) if dense else stored(model))
-    for name, make in (values or {}).items():
-        shape = expressions(model)[name].shape
-        content[name if plain else f"{name}:w"] = _coming(places(model)[name], shape, make, plain)
+    content: Content = _dense(model) if dense else stored(model)
     if plain:
         known = names_on_disk(model, content)
         content = {known[n]: t for n, t in content.items()}
@@ -176,13 +171,6 @@ def later(expr: Expr, place: Place, tap: Tap | None = None) -> Later:
         return place.stored(torch.cat([back(p.dense().detach()).to(place.dtype) for p in expr.slices()]))
 
     return Later(place.dtype, place.shape, make)
-
-
-def _coming(place: Place, shape: tuple[int, int], make: Callable[[], Tensor], plain: bool) -> Later:
-    """A dense site's tensor as its file holds it: in the shape of a checkpoint, or [m n]."""
-    if plain:
-        return Later(place.dtype, place.shape, lambda: place.stored(make().to(place.dtype)))
-    return Later(place.dtype, shape, lambda: make().to(place.dtype))
 
 
 def nbytes(model: nn.Module) -> int:

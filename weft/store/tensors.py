@@ -11,8 +11,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ def stream(
 ) -> dict[str, Any]:
     """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
-    Every tensor goes to its place in the file as it is made, while the next one is made: two are in memory at a time. Not `hashed`:
-    neither hash nor sums are computed, nor values checked.
+    Every tensor goes to its place in the file as it is made, so that one is in memory at a time. Not `hashed`: neither
+    hash nor sums are computed, nor values checked.
     Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
     """
     order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
@@ -106,13 +106,13 @@ def stream(
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     word, sums = hashlib.blake2b(digest_size=16), dict[str, str]()
-    with told(path), path.open("xb") as f, ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as maker:
+    with told(path), path.open("xb") as f, ThreadPoolExecutor(1) as other:
         for part in (struct.pack("<Q", len(head)), head):
             f.write(part)
             word.update(part)
-        made = _ahead((content[name] for name in order), maker)
         for name in order:
-            t, value = content[name], next(made)
+            t = content[name]
+            value = t.make() if isinstance(t, Later) else t
             if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
                 got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
                 raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
@@ -130,26 +130,9 @@ def stream(
                     check_finite(value, name)
                 sums[name] = word_sum(value)
                 hashing.result()
-            del value, raw  # before the one after next is begun
         f.flush()
         os.fsync(f.fileno())
     return {"size": 8 + len(head) + end, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
-
-
-def _ahead(content: Iterable[Tensor | Later], maker: Executor) -> Iterator[Tensor]:
-    """Every tensor, the next one made while one is used."""
-    waiting: Future[Tensor] | None = None
-    for t in content:
-        following = maker.submit(_made, t)
-        if waiting is not None:
-            yield waiting.result()
-        waiting = following
-    if waiting is not None:
-        yield waiting.result()
-
-
-def _made(t: Tensor | Later) -> Tensor:
-    return t.make() if isinstance(t, Later) else t
 
 
 def examine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.engine.method import Method
 from weft.engine.registry import get
-from weft.engine.run import Change, Step
+from weft.engine.run import Change, Step, chain_key, code_version
 from weft.engine.unlike import refusals
 from weft.error import OptionError, WeftError, raise_all
 from weft.expr import Dense, Expr, spec, tensors
@@ -32,56 +33,140 @@ from weft.model import (
 )
 from weft.model.weave import Original
 from weft.stats import Stats
-from weft.store.tensors import word_sum
+from weft.store.save import shared
+from weft.store.tensors import Later, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each."""
 
 
-def run(
+Per = Callable[[str], tuple[Step, Sequence[float]]]
+"""What a site, or a vector, is merged by, where they differ: options of the step, and weights."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge of models that were compared: what a weight becomes is found when it is asked for."""
+
+    lead: nn.Module
+    """Whose configuration, tokenizer and other tensors the result has: the base, or the first model."""
+    named: Mapping[str, nn.Module]
+    sites: list[str]
+    vectors: list[str]
+    """Norms, biases and the like."""
+    merge: _Merge
+
+    def sources(self, name: str) -> Sources:
+        """What is merged at a site."""
+        held = {label: site(m, name).now for label, m in self.named.items()}
+        dtypes = {label: places(m)[name].dtype for label, m in self.named.items()}
+        return self.merge.sources(name, held, dtypes, places(self.lead)[name].kind != "embedding")
+
+    def weight(self, name: str) -> Expr:
+        """What a site becomes. Errors: the method's."""
+        return self.merge(self.sources(name))
+
+    def vector(self, name: str) -> Tensor:
+        """What a vector becomes, in its own dtype and shape. Errors: the method's."""
+        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in self._loose.items()}
+        made = self.merge(self.merge.sources(name, rows, {label: e.w.dtype for label, e in rows.items()}))
+        like = next(iter(self._loose.values()))[name]
+        return made.dense().detach().to(like.dtype, copy=True).view(like.shape)
+
+    @functools.cached_property
+    def _loose(self) -> dict[str, dict[str, Tensor]]:
+        return {label: plain_tensors(m) for label, m in self.named.items()}
+
+    def later(self, name: str, done: Callable[[Change], None]) -> Later | None:
+        """The plain matrix that a site becomes, made when it is written; None where that is not known before."""
+        method = get(self.merge.step.method)
+        if method.adds or not all(isinstance(site(m, name).now, Dense) for m in self.named.values()):
+            return None
+        found = functools.cache(lambda: self.sources(name))
+
+        def make() -> Tensor:
+            expr = self.merge(found())
+            done(self.change(name, expr))
+            return tensors(expr)["w"].detach()
+
+        return Later(found().dtype, found().shape, make, lambda: self.merge.about(found()))
+
+    def change(self, name: str, after: Expr) -> Change:
+        """What became of a site."""
+        before = ", ".join(dict.fromkeys(site(m, name).now.describe() for m in self.named.values()))
+        return Change(name, before, after.describe(), after.nbytes(), None)
+
+
+def plan(
     models: Sequence[nn.Module],
     step: Step,
     *,
     base: Base = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
+    per: Per | None = None,
     seed: int = 0,
     strange: Sequence[WeftError] = (),
     look: Look | None = None,
-    done: Callable[[int], None] | None = None,
-) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
-    """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
+) -> Plan:
+    """Compare everything, before anything runs.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
-    bases, what each member was tuned from, the first is what task vectors are added to.
+    bases, what each member was tuned from, the first is what task vectors are added to. `per` says options and weights of each site.
     `look` finds what data says of a member, for a merge that needs it.
-    Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
+    Errors, all at once: OptionError for a wrong call, those of `refusals`, and `strange`.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
     bases = bases_of(base)
-    wrong = _misused(method, models, given, bases, blind=look is None and bool(step.needs - {"base"}))
-    raise_all([*wrong, *(refusals(_named(models, bases_of(base))) if models else ()), *strange])
-    named, lead = _named(models, bases), [*bases, *models][0]
+    wrong = _misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
+    wrong += _unfit(method, len(models), given)
+    raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
+    lead = [*bases, *models][0]
+    sites, vectors = _chosen(lead, at)
+    if per is not None:
+        each = dict.fromkeys((per(name)[0].method, tuple(per(name)[1])) for name in (*sites, *vectors))
+        raise_all([e for of, weights in each for e in _unfit(get(of), len(models), weights)])
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
-    merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed, seen)
-    made, changes = fork(lead), list[Change]()
-    sites, plain = _chosen(lead, at)
-    for name in sites:
-        held = {label: site(m, name).now for label, m in named.items()}
-        linear = places(lead)[name].kind != "embedding"
-        expr = merge(name, held, {label: places(m)[name].dtype for label, m in named.items()}, linear)
-        set_expressions(made, {name: expr})
-        before = ", ".join(dict.fromkeys(e.describe() for e in held.values()))
-        changes.append(Change(name, before, expr.describe(), expr.nbytes(), None))
+    return Plan(lead, _named(models, bases), sites, vectors, _Merge(step, given, list(_named(models)), seed, seen, per))
+
+
+def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:
+    """A new woven model, frozen, by a plan, and what became of each site. The models are not changed. Errors: the method's."""
+    model, changes = fork(made.lead), list[Change]()
+    for name in made.sites:
+        expr = made.weight(name)
+        set_expressions(model, {name: expr})
+        changes.append(made.change(name, expr))
         if done:
             done(1)
-    loose, free = {label: plain_tensors(m) for label, m in named.items()}, plain_tensors(made)
-    for name in plain:
-        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in loose.items()}
-        value, there = merge(name, rows, {label: e.w.dtype for label, e in rows.items()}).dense(), free[name]
-        there.data = value.detach().to(there.dtype, copy=True).view(there.shape).to(there.device)
-    _settle(made, list(named.values()), sites)
-    return made.requires_grad_(False), changes, merge.notes
+    _put_vectors(model, made)
+    _settle(model, list(made.named.values()), made.sites)
+    return model.requires_grad_(False), changes
+
+
+def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later]]:
+    """The merged model but for sites whose plain values are made when they are asked for, and these; `changes` are told as they come.
+
+    Errors: the method's.
+    """
+    model, later, alone = fork(made.lead), dict[str, Later](), not shared(made.lead)
+    for name in made.sites:
+        value = made.later(name, changes.append) if alone else None
+        if value is not None:
+            later[name] = value
+            continue
+        expr = made.weight(name)
+        set_expressions(model, {name: expr})
+        changes.append(made.change(name, expr))
+    _put_vectors(model, made)
+    _settle(model, list(made.named.values()), made.sites)
+    return model.requires_grad_(False), later
+
+
+def _put_vectors(model: nn.Module, made: Plan) -> None:
+    free = plain_tensors(model)
+    for name in made.vectors:
+        free[name].data = made.vector(name).to(free[name].device)
 
 
 @dataclass(frozen=True)
@@ -103,25 +188,28 @@ Look = Callable[[int], Seen]
 
 @dataclass(frozen=True)
 class _Merge:
-    """One step with the weights of its members, by what errors call them, and what data says of them."""
+    """One step with the weights of its members, what errors call them, and what data says of them."""
 
     step: Step
-    weights: Mapping[str, float]
+    weights: Sequence[float]
+    labels: Sequence[str]
     seed: int
     seen: Mapping[str, Seen]
+    per: Per | None = None
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def __call__(
+    def sources(
         self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
-    ) -> Expr:
+    ) -> Sources:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
-        labels = sorted(self.weights, key=lambda label: (_mark(held[label]), self.weights[label]))
+        given = dict(zip(self.labels, map(float, self.per(name)[1] if self.per else self.weights), strict=True))
+        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), given[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
-        sources = Sources(
+        return Sources(
             name=name,
             members=tuple(held[label] for label in labels),
-            weights=tuple(self.weights[label] for label in labels),
+            weights=tuple(given[label] for label in labels),
             dtype=dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
             base=held.get("base"),
             own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
@@ -131,7 +219,21 @@ class _Merge:
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
         )
-        return get(self.step.method)(sources, **dict(self.step.options))
+
+    def __call__(self, s: Sources) -> Expr:
+        """What these sources become."""
+        return get(self.step.method)(s, **dict(self._step(s.name).options))
+
+    def about(self, s: Sources) -> str:
+        """A hash of all that the result for these sources depends on."""
+        exprs = [_mark(e) for e in (*s.members, *s.own, *([s.base] if s.base is not None else []))]
+        data = [word_sum(t) if t is not None else "" for t in (*s.grams, *s.fishers)]
+        code = [chain_key((self._step(s.name),)), code_version("expr", "linalg", "model", "engine")]
+        said = [code, s.name, s.weights, str(s.dtype), s.seed, exprs, data]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+    def _step(self, name: str) -> Step:
+        return self.per(name)[0] if self.per else self.step
 
 
 def _mark(expr: Expr) -> str:
@@ -171,12 +273,6 @@ def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict
     return first | {f"member {i}": m for i, m in enumerate(models, 1)}
 
 
-def reach(models: Sequence[nn.Module], at: str | Sequence[str], base: Base = None) -> int:
-    """How many sites `run` would merge. Errors: OptionError for a pattern that matches nothing."""
-    lead = next(iter([*bases_of(base), *models]), None)
-    return len(_chosen(lead, at)[0]) if lead is not None else 0
-
-
 def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[str]]:
     """The sites, and the norms, biases and the like, that these globs match."""
     globs = [at] if isinstance(at, str) else list(at)
@@ -187,7 +283,7 @@ def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[
 
 
 def _misused(
-    method: Method, models: Sequence[nn.Module], weights: Sequence[float], bases: Sequence[nn.Module], *, blind: bool
+    method: Method, models: Sequence[nn.Module], bases: Sequence[nn.Module], *, blind: bool
 ) -> list[WeftError]:
     """What is wrong with the call, whatever the models hold."""
     wrong: list[tuple[str, object, str, str]] = []
@@ -197,12 +293,6 @@ def _misused(
     if not models or (count is not None and len(models) != count):
         want = f"{count} models" if count is not None else "one or more models"
         wrong.append(("models", len(models), want, "give as many"))
-    if len(weights) != len(models):
-        wrong.append(("weights", f"{len(weights)} for {len(models)} models", "one a model", "give as many, or none"))
-    elif not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-        wrong.append(("weights", weights, "finite numbers", "give others"))
-    elif not method.signed and models and (min(weights) < 0 or math.fsum(weights) <= 0):
-        wrong.append(("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"))
     if "base" in method.needs and not bases:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
     if len(bases) > 1 and ("base" not in method.needs or len(bases) != len(models)):
@@ -210,5 +300,19 @@ def _misused(
         wrong.append(("base", f"{len(bases)} for {len(models)} models", want, "give one, or as many"))
     if blind:
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
-    what = f"{method.name} cannot be done so"
-    return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
+    return [_wrong(method, *what) for what in wrong]
+
+
+def _unfit(method: Method, count: int, weights: Sequence[float]) -> list[WeftError]:
+    """What is wrong with the weights of so many members."""
+    if len(weights) != count:
+        return [_wrong(method, "weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
+    if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+        return [_wrong(method, "weights", weights, "finite numbers", "give others")]
+    if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
+        return [_wrong(method, "weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
+    return []
+
+
+def _wrong(method: Method, where: str, got: object, want: str, fix: str) -> WeftError:
+    return OptionError(f"{method.name} cannot be done so", where=where, got=got, want=want, fix=fix)

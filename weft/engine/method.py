@@ -90,6 +90,8 @@ class Method:
     """How many models a merge takes; None: any number."""
     signed: bool = False
     """Whether weights of members may be negative."""
+    adds: bool = False
+    """Whether a merge leaves the base's expression and adds terms to it, even where all are plain matrices."""
     uses: tuple[str, ...] = ()
     """The methods that a recipe's steps may be."""
     proofs: dict[str, Proof] = field(default_factory=dict[str, "Proof"])
@@ -249,6 +251,7 @@ def method(
     on: tuple[str, ...] = (),
     members: int | None = None,
     signed: bool = False,
+    adds: bool = False,
     uses: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
@@ -278,7 +281,7 @@ def method(
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
         moves = str(hints["return"].kind) if kind == "transport" else ""
-        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed, uses)
+        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed, adds, uses)
         made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), *held)
         METHODS[made.name] = made
         return made

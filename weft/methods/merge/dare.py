@@ -38,15 +38,31 @@ def dare(
     1/q = tr(d G (z d)ᵀ) / tr(z d G (z d)ᵀ), G = E[x xᵀ] of the member's inputs; vectors and embeddings have 1 - drop.
     """
 
-    def kept() -> Iterator[tuple[float, Tensor]]:
-        for k, (w, d) in enumerate(zip(s.weights, s.deltas(), strict=True)):
-            part = d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= drop)
-            gram = s.grams[k] if rescale == "outputs" and s.grams else None
-            read = part @ gram.to(part.dtype) if gram is not None else torch.zeros(())
-            size = float((read * part).sum())
-            yield w, part * (float((read * d).sum()) / size) if size > 0 else part / (1 - drop)
+    times = [_factor(s, k, drop) if rescale == "outputs" else 1 / (1 - drop) for k in range(len(s.members))]
 
-    return s.dense(s.start() + scale * (elected if then == "ties" else summed)(kept()))
+    def rows(part: Sources) -> Tensor:
+        votes = ((w, c * d) for w, c, d in zip(part.weights, times, _thinned(part, drop), strict=True))
+        return part.start() + scale * (elected if then == "ties" else summed)(votes)
+
+    return s.by_slices(rows)
+
+
+def _thinned(s: Sources, drop: float) -> Iterator[Tensor]:
+    """z_k d_k."""
+    return (d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= drop) for k, d in enumerate(s.deltas()))
+
+
+def _factor(s: Sources, k: int, drop: float) -> float:
+    """1/q_k by what the weight reads."""
+    gram = s.grams[k] if s.grams else None
+    if gram is None:
+        return 1 / (1 - drop)
+    whole, size = 0.0, 0.0
+    for part, d in zip(s.slices(), s.deltas_of(k), strict=True):
+        left = d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drop)
+        read = left @ gram.to(left.dtype)
+        whole, size = whole + float((read * d).sum()), size + float((read * left).sum())
+    return whole / size if size > 0 else 1 / (1 - drop)
 
 
 @dare.claim("keeps at least 90 % of what adding whole task vectors gains after 90 % of their entries were dropped")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from weft.engine import Sources, method
 from weft.expr import Expr
@@ -21,15 +24,21 @@ def model_stock(s: Sources) -> Expr:
     c is the mean cosine of the angle between d_j and d_k over pairs, weighted by a_j a_k; a d of zero is at right angles to all. For K
     equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base.
     """
-    shares, units, seen = s.shares(), torch.zeros(()), 0.0
-    for a, d in zip(shares, s.deltas(), strict=True):
-        if size := float(d.double().norm()):
-            units, seen = units + a / size * d.double(), seen + a * a
+    shares = s.shares()
+    sizes = [math.sqrt(sum(float(d.double().square().sum()) for d in s.deltas_of(k))) for k in range(len(shares))]
+    units = [a / size if size else 0.0 for a, size in zip(shares, sizes, strict=True)]
+    together = sum(float(_sum(units, part).square().sum()) for part in s.slices())
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
-        c = max(0.0, (float(units.square().sum()) - seen) / (1 - alike))
+        c = max(
+            0.0, (together - math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))) / (1 - alike)
+        )
         t = c / (alike + (1 - alike) * c)
     return s.added([t * a for a in shares])
+
+
+def _sum(units: Sequence[float], part: Sources) -> Float[Tensor, "m n"]:
+    return sum((u * d.double() for u, d in zip(units, part.deltas(), strict=True)), torch.zeros(()))
 
 
 @model_stock.claim("members tuned alike but for their seed merge better towards the base than in their mean")

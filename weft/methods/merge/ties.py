@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from weft.engine import Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import drawn, elected, inliers, summed, trimmed
+from weft.linalg.votes import drawn, elected, kept, limit, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -44,12 +45,29 @@ def ties(
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
     """
 
-    def kept() -> Iterator[tuple[float, Tensor]]:
-        for k, (w, d) in enumerate(zip(s.weights, s.deltas(), strict=True)):
-            d = inliers(d, outliers)
-            yield w, drawn(d, density, spread, s.rng(f"ties {k}")) if spread else trimmed(d, density)
+    bounds = [_bounds(s, k, density, outliers, bool(spread)) for k in range(len(s.members))]
 
-    return s.dense(s.start() + scale * (elected if then == "ties" else summed)(kept()))
+    def rows(part: Sources) -> Tensor:
+        return part.start() + scale * (elected if then == "ties" else summed)(votes(part))
+
+    def votes(part: Sources) -> Iterator[tuple[float, Tensor]]:
+        for k, (w, d) in enumerate(zip(part.weights, part.deltas(), strict=True)):
+            least, most = bounds[k]
+            size = d.abs()
+            d = d * ((size >= least) & (size <= most))
+            yield w, drawn(d, density, spread, part.rng(f"ties {k}")) if spread else d
+
+    return s.by_slices(rows)
+
+
+def _bounds(s: Sources, k: int, density: float, outliers: float, draws: bool) -> tuple[float, float]:
+    """The sizes from which, and up to which, entries of a task vector are kept; what draws them looks at all but outliers."""
+    count = s.shape[0] * s.shape[1]
+    far = int(outliers * count)
+    most = limit(lambda: s.deltas_of(k), far + 1) if far else math.inf
+    above = sum(int((d.abs() > most).sum()) for d in s.deltas_of(k)) if far else 0
+    rank = above + kept(density, count)
+    return (0.0 if draws or rank > count else limit(lambda: s.deltas_of(k), rank)), most
 
 
 @ties.claim("merges members tuned on different tasks better than averaging them does")

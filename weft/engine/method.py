@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from weft.error import NumericError, OptionError
 from weft.expr import Expr, Quantized, tensors
 from weft.model import MATRIX, TAGS, Group, Sources
+from weft.store.tensors import finite
 
 Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
@@ -218,7 +219,7 @@ def _finite(where: str, made: Expr, before: Expr | None = None) -> None:
     fresh = [(path, t) for path, t in tensors(made).items() if id(t) not in held and t.is_floating_point()]
     fresh += [("a scale", node.scales()) for node in made.modules() if isinstance(node, Quantized)]
     for path, t in fresh:
-        if not bool(torch.isfinite(t).all()):
+        if not finite(t):
             problem = _broken(where, f"NaN or infinity in {path} of {made.describe()}")
             raise problem
 

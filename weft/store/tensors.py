@@ -207,15 +207,23 @@ def word_sum(t: Tensor) -> str:
     return f"{(total + int.from_bytes(raw[whole:].tobytes(), 'little')) % (1 << 64):016x}"
 
 
+def finite(t: Tensor) -> bool:
+    """Whether a float tensor has neither NaN nor infinity, by its least and greatest value."""
+    if not t.numel():
+        return True
+    if t.dtype.itemsize == 1:
+        return all(bool(torch.isfinite(part.float()).all()) for part in t.detach().reshape(-1).split(1 << 24))
+    low, high = torch.aminmax(t.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def check_finite(t: Tensor, where: str) -> None:
     """Refuse NaN and infinity. Errors: NumericError with the count and the first place."""
     if not t.is_floating_point() or not t.numel():
         return
     flat = t.detach().reshape(-1)
-    if flat.dtype.itemsize > 1:
-        low, high = torch.aminmax(flat)
-        if bool(torch.isfinite(low) & torch.isfinite(high)):
-            return
+    if finite(flat):
+        return
     wrong = torch.cat([~torch.isfinite(part.float()) for part in flat.split(1 << 24)]).nonzero().flatten()
     if not len(wrong):
         return

@@ -197,9 +197,11 @@ def _look(
         got, want = f"{len(held)} for {len(models)} models", "one for all, or one a model"
         raise OptionError("data does not fit the members", where="data", got=got, want=want, fix="give as many")
 
+    from weft.fitting.data import inputs_of
+
     @once
     def look(i: int) -> engine.Seen:
-        found = _batches(models[i], held[i], tokens, seed)
+        found = inputs_of(models[i], held[i], tokens=tokens, seed=seed)
         stats = (
             collect(models[i], found, cache.folder / "evidence", seed=seed, progress=progress)
             if "gram" in needs
@@ -208,15 +210,6 @@ def _look(
         return engine.Seen(stats, fishers(models[i], found, cache, seed=seed) if "fisher" in needs else {})
 
     return look
-
-
-def _batches(model: nn.Module, data: Data | None, tokens: int, seed: int) -> Sequence[Batch]:
-    """What a member reads of its data."""
-    if data is not None and not isinstance(data, str):
-        return data
-    from weft.fitting.data import calibration
-
-    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
 
 
 def blend_adapters(

@@ -121,7 +121,8 @@ def _of_merges(
     base: Annotated[
         list[str] | None,
         typer.Option(
-            help="The model that they were tuned from; or one for each in order (repeatable), the first to be added to.",
+            help="The model that they were tuned from; or one for each in order (repeatable), the first to be added to; or what is added "
+            "to, then one for each.",
             metavar="MODEL",
         ),
     ] = None,

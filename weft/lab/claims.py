@@ -217,6 +217,24 @@ class Lab:
         arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
+    def patch(self, *, ours: Merge, baseline: Merge, blocks: float, share: float) -> Claim:
+        """Holds if a member that is patched by merge `ours` gains, on noisy prompts of its task, `share` of what `baseline` gives it, and
+        more than nothing.
+
+        What patches it was tuned on another task, its prompts noisy, beside a member without noise. Ours goes to the first share of the
+        blocks, the baseline to all. Errors: ConflictError if no lab model has two tasks.
+        """
+        lab = self._with({n for n in self.trials if merging.able(n, "tasks", 2)}, "two tasks to merge members of")
+        steps = {arm: Step.of(m[0], **m[1]) for arm, m in {"ours": ours, "baseline": baseline}.items()}
+        runs: dict[str, Run] = {
+            arm: partial(merging.patched, step=step, share=blocks if arm == "ours" else 1.0)
+            for arm, step in steps.items()
+        }
+        runs["floor"] = merging.unpatched
+        arms = {"ours": f"{steps['ours'].describe()} in {blocks:.0%} of the blocks", "floor": "unpatched"}
+        arms["baseline"] = f"{steps['baseline'].describe()} in all blocks"
+        return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
+
     @property
     def tasks(self) -> str:
         """What `multitask` trains at once, with commas."""

@@ -299,14 +299,8 @@ def _misused(
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
     if len(bases) > 1 and ("base" not in method.needs or len(bases) - len(models) not in (0, 1)):
         want = "one for each model" if "base" in method.needs else "one: this merge takes no differences"
-        wrong.append(
-            (
-                "base",
-                f"{len(bases)} for {len(models)} models",
-                want,
-                "give one, or as many, or what they are added to before as many",
-            )
-        )
+        fix = "give one, or as many, or what they are added to and as many"
+        wrong.append(("base", f"{len(bases)} for {len(models)} models", want, fix))
     if blind:
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     return [_wrong(method, *what) for what in wrong]

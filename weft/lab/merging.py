@@ -281,7 +281,7 @@ def patched(trial: Trial, step: Step, share: float) -> Arm:
         noisy, clean, before = (member(trial, (name, trial.seed)) for name in (f"{first}~", first, second))
         path, stack = blocks(before)
         at = [f"{path}.{i}.*" for i in range(max(1, round(share * len(stack))))]
-        after = combine.run([noisy], step, base=[before, clean], at=at, seed=trial.seed)[0]
+        after = combine.run(combine.plan([noisy], step, base=[before, clean], at=at, seed=trial.seed))[0]
         (values, weights), (now, _) = (_tested(trial, m, about) for m in (before, after))
         return values - now, weights
 

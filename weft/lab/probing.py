@@ -47,12 +47,13 @@ def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
 
     def make() -> metrics.Scores:
         model = tuned(trial, full, rate(trial, full))
-        half, _, _ = combine.run([model], Step.of("task_arithmetic", scale=0.5), base=base)
+        half, _ = combine.run(combine.plan([model], Step.of("task_arithmetic", scale=0.5), base=base))
         if probe is not None:
             seen = windows(texts(trained(trial)), trial.subject.tokenizer, length=TOKENS, tokens=SEEN)
             sites = get(probe.method)(model, seen, **dict(probe.options)).sites
             sharp = sorted(sites, key=lambda n: -sites[n][number])[: max(1, round(SHARE * len(sites)))]
-            trimmed, _, _ = combine.run([model], Step.of("ties", density=SHARE, scale=0.5), base=base, at=sharp)
+            few = combine.plan([model], Step.of("ties", density=SHARE, scale=0.5), base=base, at=sharp)
+            trimmed, _ = combine.run(few)
             set_expressions(half, {n: expressions(trimmed)[n] for n in sharp})
         return metrics.bits_per_byte(half, trial.subject.tokenizer, held, length=trial.subject.length)
 

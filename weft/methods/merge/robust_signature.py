@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", rows="P192", paper="2302.12480", needs={"base"}, signed=True)
+@method(kind="merge", rows="P192", paper="2302.12480", needs={"base"}, signed=True, adds=True)
 def robust_signature(
     s: Sources,
     *,

@@ -117,10 +117,11 @@ def planned(
     """A merge (`soup`, `ties`, ...) of these models, which are not changed, into a new one.
 
     `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it, or one for each,
-    the first of which is what they are added to. Norms, biases and the like are merged as weights are. What `at` does not match, the
-    configuration and the tokenizer are those of the base, or of the first model. A merge that has to know the members' inputs
-    (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's own texts without; what it
-    finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options` and `weights`.
+    the first of which is what they are added to; or what they are added to, then one for each. Norms, biases and the like are merged as
+    weights are. What `at` does not match, the configuration and the tokenizer are those of the base, or of the first model. A merge that
+    has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's
+    own texts without; what it finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options`
+    and `weights`.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
@@ -197,9 +198,11 @@ def _look(
         got, want = f"{len(held)} for {len(models)} models", "one for all, or one a model"
         raise OptionError("data does not fit the members", where="data", got=got, want=want, fix="give as many")
 
+    from weft.fitting.data import inputs_of
+
     @once
     def look(i: int) -> engine.Seen:
-        found = _batches(models[i], held[i], tokens, seed)
+        found = inputs_of(models[i], held[i], tokens=tokens, seed=seed)
         stats = (
             collect(models[i], found, cache.folder / "evidence", seed=seed, progress=progress)
             if "gram" in needs
@@ -208,15 +211,6 @@ def _look(
         return engine.Seen(stats, fishers(models[i], found, cache, seed=seed) if "fisher" in needs else {})
 
     return look
-
-
-def _batches(model: nn.Module, data: Data | None, tokens: int, seed: int) -> Sequence[Batch]:
-    """What a member reads of its data."""
-    if data is not None and not isinstance(data, str):
-        return data
-    from weft.fitting.data import calibration
-
-    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
 
 
 def blend_adapters(

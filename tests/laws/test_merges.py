@@ -34,11 +34,11 @@ def count(name: str) -> int:
     return get(name).members or COUNT
 
 
-RESHAPED = {"iso_c", "tsv", "compeft"}
+RESHAPED = {"iso_c", "tsv", "compeft", "robust_signature"}
 """Merges that make something else even of task vectors that are alike."""
 TURNED = {"core_space"}
 """Merges that turn weights and turn them back, in float64: what is stored in float64 has more roundings."""
-SYMBOLIC = {"compeft", "graft"}
+SYMBOLIC = {"compeft", "graft", "robust_signature"}
 """Merges whose result keeps the base's expression."""
 
 
@@ -409,12 +409,17 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
             deltas = [by_rank(d, 14, o["density"], o["spread"], u) for d, u in zip(deltas, draws, strict=True)]
         else:
             deltas = [largest(d, o["density"]) for d in deltas]
+    if name == "robust_signature":
+        step, size = [0.0] * len(base), sum(b * b for b in base)
+        for a, v in zip(w, values, strict=True):
+            share = sum(x * b for x, b in zip(v, base, strict=True)) / size
+            step = [y + a * (x - share * b) for y, x, b in zip(step, v, base, strict=True)]
     if name == "graft":
         step = [0.0] * len(base)
         for a, d, f in zip(w, deltas, map(numbers, s.fishers), strict=True):
             cost = largest([y * x * x for x, y in zip(d, f, strict=True)], o["density"])
             step = [y + a * x * (c > 0) for y, x, c in zip(step, d, cost, strict=True)]
-    if name in ("model_stock", "pcb", "iso_c", "tsv", "core_space", "compeft", "graft"):
+    if name in ("model_stock", "pcb", "iso_c", "tsv", "core_space", "compeft", "graft", "robust_signature"):
         pass
     elif o.get("then") == "ties":
         step = agreed(deltas, w)
@@ -497,6 +502,35 @@ def test_slerp_stays_on_the_arc_and_says_where_there_is_none() -> None:
             close(value, 0.75 * x + 0.25 * other)
     zeros = sources([Dense(0 * x), Dense(0 * x)])
     assert not made("slerp", zeros).any() and not zeros.notes
+
+
+def test_a_signature_is_what_clean_training_does_not_explain() -> None:
+    """At right angles to the member's own base, none of a rescaled one; added, subtracted to the bit's neighbours, and stored small."""
+    clean, patched = weight(8, 128, "clean"), weight(8, 128, "patched")
+    robust = 1.1 * clean + 0.01 * weight(8, 128, "robust")
+    base = quantized(8, 128, rng("patched"))
+
+    def patch(on: Expr, member: Tensor, w: float = 1.0, **given: Any) -> Expr:
+        return get("robust_signature")(sources([Dense(member)], [w], base=on, own=(Dense(clean),)), **given)
+
+    assert bool(
+        (made("robust_signature", sources([Dense(3 * clean)], base=Dense(patched), own=(Dense(clean),))) - patched)
+        .abs()
+        .max()
+        < 1e-6
+    )
+    on = patch(base, robust)
+    terms = terms_of(on)
+    assert snapshot(terms["base"]) == snapshot(base) and list(terms) == ["base", "adapter:signature-1"]
+    signature = terms["adapter:signature-1"].dense().double()
+    assert abs(float((signature * clean.double()).sum())) < 1e-6 * float(clean.norm())
+    again = patch(on, robust, -1.0)
+    assert list(terms_of(again)) == ["base", "adapter:signature-1", "adapter:signature-2"]
+    close(again.dense(), base.dense())
+    for stored, most in (("int8", 0.01), ("int4", 0.2)):
+        small = terms_of(patch(base, robust, stored=stored))["adapter:signature-1"]
+        assert small.nbytes() < terms["adapter:signature-1"].nbytes() / (3 if stored == "int8" else 6)
+        assert float((small.dense() - signature).norm() / signature.norm()) < most
 
 
 # ---------------------------------------------------------------------------------------------------------------- symbolic
@@ -697,6 +731,44 @@ def test_members_may_have_bases_of_their_own(name: str) -> None:
     same = weft.combine(members, name, base=[base, fork(base)])
     for n, e in weft.expressions(want).items():
         torch.testing.assert_close(weft.expressions(same)[n].dense(), e.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_added_to_may_be_no_members_base() -> None:
+    """One base more than members: what each learnt since its own is added to the first, of which it is told what it is called."""
+    (base, members), (other, _) = family("task_arithmetic", members=2), family("task_arithmetic", seed=1)
+    for count in (1, 2):
+        made_ = weft.combine(members[:count], "task_arithmetic", base=[other, *[base] * count], scale=0.5)
+        for n, e in weft.expressions(made_).items():
+            was = weft.expressions(base)[n].dense()
+            learnt = sum((weft.expressions(m)[n].dense() - was for m in members[:count]), torch.zeros(()))
+            close(e.dense(), weft.expressions(other)[n].dense() + 0.5 * learnt, roundings=8)
+        for n, t in plain_tensors(made_).items():
+            learnt = sum((plain_tensors(m)[n] - plain_tensors(base)[n] for m in members[:count]), torch.zeros(()))
+            close(t, plain_tensors(other)[n] + 0.5 * learnt, roundings=8)
+    with pytest.raises(OptionError, match="4 for 2 models"):
+        weft.combine(members, "task_arithmetic", base=[base] * 4)
+    with pytest.raises(WeftError, match="the base of member 2"):
+        weft.combine(members, "task_arithmetic", base=[base, base, weave(build_tiny("bert"))])
+
+
+def test_a_patched_model_is_taken_back_to_the_bit() -> None:
+    """Signatures are adapters: off, weighed and deleted; a second patch stands beside the first; globs keep it to some blocks."""
+    (clean, (robust, *_)), (other, _) = family("robust_signature"), family("robust_signature", seed=1)
+    shallow = ["*.layers.0.*proj*"]
+    made_ = weft.combine([robust], "robust_signature", base=[other, clean], at=shallow)
+    places = [n for n, e in weft.expressions(made_).items() if "adapter:signature-1" in terms_of(e)]
+    assert len(places) == 7 and all(".layers.0." in n for n in places)
+    twice = weft.combine([robust], "robust_signature", base=[made_, clean], at=shallow, weights=[-1])
+    assert list(weft.model.adapters(twice)) == ["signature-1", "signature-2"]
+    for n, e in weft.expressions(twice).items():
+        close(e.dense(), weft.expressions(other)[n].dense())
+    weft.activate(made_, {"signature-1": 0.5})
+    name = places[0]
+    was, is_ = weft.expressions(other)[name].dense(), weft.expressions(made_)[name].dense()
+    whole_ = terms_of(weft.expressions(twice)[name])["adapter:signature-1"].dense()
+    close(is_ - was, 0.5 * whole_, roundings=64)
+    weft.delete_adapter(made_, "signature-1")
+    assert fingerprint(made_) == fingerprint(other)
 
 
 def test_adapters_on_bases_of_their_own_are_dense_or_refused() -> None:

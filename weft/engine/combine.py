@@ -37,7 +37,7 @@ from weft.store.save import shared
 from weft.store.tensors import Later, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
-"""What members were tuned from: one model for all, or one for each."""
+"""What members were tuned from: one model for all, or one for each; before these there may be the one that they are added to."""
 
 
 Per = Callable[[str], tuple[Step, Sequence[float]]]
@@ -112,7 +112,8 @@ def plan(
     """Compare everything, before anything runs.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
-    bases, what each member was tuned from, the first is what task vectors are added to. `per` says options and weights of each site.
+    bases, what each member was tuned from, the first is what task vectors are added to; it is no member's if there is one more. `per`
+    says options and weights of each site.
     `look` finds what data says of a member, for a merge that needs it.
     Errors, all at once: OptionError for a wrong call, those of `refusals`, and `strange`.
     """
@@ -269,7 +270,8 @@ def bases_of(base: Base) -> list[nn.Module]:
 
 def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
     """The models by name, the one that others are compared with first."""
-    first = {"base" if i == 1 else f"the base of member {i}": m for i, m in enumerate(bases, 1)}
+    start = int(len(bases) <= max(1, len(models)))  # 0 where the first is no member's
+    first = {"base" if i == start else f"the base of member {i}": m for i, m in enumerate(bases, start)}
     return first | {f"member {i}": m for i, m in enumerate(models, 1)}
 
 
@@ -295,9 +297,10 @@ def _misused(
         wrong.append(("models", len(models), want, "give as many"))
     if "base" in method.needs and not bases:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
-    if len(bases) > 1 and ("base" not in method.needs or len(bases) != len(models)):
+    if len(bases) > 1 and ("base" not in method.needs or len(bases) - len(models) not in (0, 1)):
         want = "one for each model" if "base" in method.needs else "one: this merge takes no differences"
-        wrong.append(("base", f"{len(bases)} for {len(models)} models", want, "give one, or as many"))
+        fix = "give one, or as many, or what they are added to and as many"
+        wrong.append(("base", f"{len(bases)} for {len(models)} models", want, fix))
     if blind:
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     return [_wrong(method, *what) for what in wrong]

@@ -13,7 +13,7 @@ from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import merging, models, multitask
 from weft.lab.decoding import changed
-from weft.lab.probing import probed
+from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
@@ -132,6 +132,20 @@ class Lab:
         methods = [s.method for s in (*ours_, *theirs, look)]
         return self._judge(runs, arms, methods, 1.0, "more")
 
+    def halfway(self, *, probe: tuple[str, Mapping[str, Any]], number: str) -> Claim:
+        """Holds if another domain is predicted better half way to a tuned model where a probe chose weights to keep little of their change.
+
+        These are the tenth whose number is largest, and what they keep is a tenth; the baseline is half way everywhere. On lab models that
+        write text. Errors: ConflictError if there is none.
+        """
+        look = Step.of(probe[0], **probe[1])
+        runs: dict[str, Run] = {
+            "ours": partial(halfway, probe=look, number=number),
+            "baseline": partial(halfway, probe=None, number=number),
+        }
+        arms = {"ours": f"trimmed by {number} of {look.describe()}", "baseline": "half way everywhere"}
+        return self._writers()._judge(runs, arms, [look.method, "full", "task_arithmetic", "ties"], 1.0, "less")
+
     def decode(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], factor: float) -> Claim:
         """Holds if `generate`, told `ours`, changes less than `factor` times the tokens of greedy decoding that it changes told `baseline`.
 
@@ -201,6 +215,24 @@ class Lab:
         arms |= {arm: f"{step.describe()} of members with other {members}" for arm, step in steps.items()}
         arms |= {arm: f"{said}, tuned by {_describe(way)}" for arm, said in arms.items() if way and arm != "floor"}
         arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
+        return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
+
+    def patch(self, *, ours: Merge, baseline: Merge, blocks: float, share: float) -> Claim:
+        """Holds if a member that is patched by merge `ours` gains, on noisy prompts of its task, `share` of what `baseline` gives it, and
+        more than nothing.
+
+        What patches it was tuned on another task, its prompts noisy, beside a member without noise. Ours goes to the first share of the
+        blocks, the baseline to all. Errors: ConflictError if no lab model has two tasks.
+        """
+        lab = self._with({n for n in self.trials if merging.able(n, "tasks", 2)}, "two tasks to merge members of")
+        steps = {arm: Step.of(m[0], **m[1]) for arm, m in {"ours": ours, "baseline": baseline}.items()}
+        runs: dict[str, Run] = {
+            arm: partial(merging.patched, step=step, share=blocks if arm == "ours" else 1.0)
+            for arm, step in steps.items()
+        }
+        runs["floor"] = merging.unpatched
+        arms = {"ours": f"{steps['ours'].describe()} in {blocks:.0%} of the blocks", "floor": "unpatched"}
+        arms["baseline"] = f"{steps['baseline'].describe()} in all blocks"
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from weft.lab.trial import Arm, Trial, task_of
 from weft.learn.data import Example, Pair, Response, fingerprint
 from weft.learn.train import train
 from weft.model import expressions, fork, match, places, set_expressions
+from weft.model.blocks import blocks
 from weft.stats import collect, fishers
 from weft.store.cache import key
 
@@ -42,6 +44,8 @@ TRIALS = {"cma": 24}
 """Merges that a search tries, where it can be told."""
 RATE = 5e-4
 """Peak learning rate; for pairs a tenth of it."""
+NOISE = 0.15
+"""Share of the characters of a noisy prompt that a stray one follows."""
 TESTED = 100
 """Test examples of a task."""
 CHOICE = 48
@@ -239,12 +243,55 @@ def _names(of: Sequence[Of]) -> list[str]:
 
 def short_task(trial: Trial, name: str, seed: int = 0) -> tasks.Task:
     """A task, its sets cut short; of several, the examples of each in turn."""
-    first, *others = (task_of(part, seed, pairs=trial.subject.embeds) for part in name.split("+"))
+    first, *others = (_of(part, seed, trial.subject.embeds) for part in name.split("+"))
     held = dataclasses.replace(first, select=first.select[:CHOICE], test=first.test[:TESTED])
     if not others:
         return held
     turns = zip(first.train, *(t.train for t in others), strict=False)
     return dataclasses.replace(held, name=name, train=[e for turn in turns for e in turn])
+
+
+def _of(name: str, seed: int, embeds: bool) -> tasks.Task:
+    """A task; with ~ behind its name, with noisy prompts."""
+    held = task_of(name.removesuffix("~"), seed, pairs=embeds)
+    if not name.endswith("~"):
+        return held
+    noise = random.Random(f"{name}/{seed}")  # noqa: S311
+    sets = ((getattr(held, part), part) for part in ("train", "select", "test"))
+    return dataclasses.replace(held, name=name, **{part: [_noisy(e, noise) for e in some] for some, part in sets})
+
+
+def _noisy(e: Example, noise: random.Random) -> Example:
+    """A prompt with stray characters, which leave what is asked as it is; swapped ones would ask for another answer."""
+    if not isinstance(e, Response):
+        return e
+    asked = "".join(c + (noise.choice("~^|`") if noise.random() < NOISE else "") for c in e.prompt)
+    return dataclasses.replace(e, prompt=asked)
+
+
+def patched(trial: Trial, step: Step, share: float) -> Arm:
+    """How much lower the score on noisy prompts of the second task is after its member was patched by one of the first with noisy prompts.
+
+    The merge is given the clean member of the first task as the noisy one's base, and the first share of the blocks.
+    """
+    first, second = TASKS[trial.subject.name][:2]
+    about: Sequence[Of] = [(f"{second}~", trial.seed)]
+
+    def make() -> metrics.Scores:
+        noisy, clean, before = (member(trial, (name, trial.seed)) for name in (f"{first}~", first, second))
+        path, stack = blocks(before)
+        at = [f"{path}.{i}.*" for i in range(max(1, round(share * len(stack))))]
+        after = combine.run(combine.plan([noisy], step, base=[before, clean], at=at, seed=trial.seed))[0]
+        (values, weights), (now, _) = (_tested(trial, m, about) for m in (before, after))
+        return values - now, weights
+
+    of = [(name, trial.seed) for name in (f"{first}~", first, second, f"{second}~")]
+    return trial.arm("patched", [chain_key((step,)), share, *_recipe(trial, of)], make, metric(trial))
+
+
+def unpatched(trial: Trial) -> Arm:
+    """The gain of no patch."""
+    return nothing(trial, [(f"{TASKS[trial.subject.name][1]}~", trial.seed)])
 
 
 def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:

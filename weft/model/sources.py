@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -75,11 +76,14 @@ class Sources:
 
     def deltas(self) -> Iterator[Float[Tensor, "m n"]]:
         """The task vectors, member - base (or what it was tuned from), one at a time. Errors: NumericError; OptionError without a base."""
+        return (value - start for value, start in zip(self.values(), self.starts(), strict=True))
+
+    def starts(self) -> Iterator[Float[Tensor, "m n"]]:
+        """What each member was tuned from, one at a time: its own base, or the base. Errors: NumericError; OptionError without a base."""
         start = self.start()
         if not self.own:
-            return (value - start for value in self.values())
-        pairs = zip(self.values(), self.own, self._labels(), strict=True)
-        return (value - self._value(e, f"the base of {label}") for value, e, label in pairs)
+            return repeat(start, len(self.members))
+        return (self._value(e, f"the base of {label}") for e, label in zip(self.own, self._labels(), strict=True))
 
     def deltas_of(self, k: int) -> Iterator[Float[Tensor, "s n"]]:
         """The task vector of the member at this place, in slices of rows. Errors: NumericError; OptionError without a base."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft import store
 from weft.catalog import Entry, entries
@@ -22,9 +22,9 @@ from weft.engine.recipe import KINDS, Recipe, read
 from weft.engine.run import Changes, Step
 from weft.error import OptionError, whole
 from weft.lab import models
-from weft.learn.tokenizer import tokenizer
 from weft.model import DeviceMap, branches, expressions, stack_of, taps
 from weft.progress import Progress, Silent
+from weft.stats import Batch
 from weft.store.cache import Cache, default
 
 To = Literal["hf", "peft", "vllm", "compressed-tensors"]
@@ -171,15 +171,31 @@ def run(
     return made
 
 
-def probe(model: nn.Module, method: str, **options: Any) -> Findings:
+def probe(
+    model: nn.Module,
+    method: str,
+    *,
+    data: str | Sequence[Batch] | None = None,
+    tokens: int = 16384,
+    seed: int = 0,
+    **options: Any,
+) -> Findings:
     """What a probe finds out about a model, by site; the model stays as it is.
 
-    Errors: OptionError for an unknown method or option and for a method that is no probe; those of the method.
+    One that needs data reads `tokens` tokens of `data` (a file, a folder, a lab task's name, or None: texts of weft's own), or batches
+    of a model's inputs as they are given.
+    Errors: OptionError for an unknown method or option, a method that is no probe, and data for one that reads none; those of the method.
     """
     chosen = get(method)
     if chosen.kind != "probe":
         got, want, fix = f"a {chosen.kind} method", "a probe", "weft methods shows kinds"
         raise OptionError("this method probes nothing", where=method, got=got, want=want, fix=fix)
+    chosen.bind(options)  # bad options show before data is read
+    if "data" in chosen.needs:
+        return chosen(model, _texts(model, data, tokens, seed), **options)
+    if data is not None:
+        got, want, fix = "data", f"none: {method} looks at weights alone", "leave it out"
+        raise OptionError("this probe reads no data", where="data", got=got, want=want, fix=fix)
     return chosen(model, **options)
 
 
@@ -193,11 +209,11 @@ def _evidence(
     return collect(model, found, (cache or default()) / "evidence", seed=seed, progress=progress)
 
 
-def _texts(model: nn.Module, data: str | None, tokens: int, seed: int) -> list[dict[str, Tensor]]:
-    """Calibration batches of these texts, or of weft's own."""
-    from weft.fitting.data import calibration
+def _texts(model: nn.Module, data: str | Sequence[Batch] | None, tokens: int, seed: int) -> Sequence[Batch]:
+    """Batches as they are given, or calibration batches of these texts, or of weft's own."""
+    from weft.fitting.data import inputs_of
 
-    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
+    return inputs_of(model, data, tokens=tokens, seed=seed)
 
 
 def merge(model: nn.Module, *, to: Target, at: str | Sequence[str] = "*") -> Merges:

@@ -30,7 +30,8 @@ def command(name: str) -> Callable[..., None]:
 
     method = get(name)
     own = {n: parameter(n, f) for n, f in method.options.model_fields.items()}
-    act, common = {"probe": (look, _looked), "merge": (merge, _of_merges)}.get(method.kind, (rewrite, _shared))
+    of_probes = _looked_through if "data" in method.needs else _looked
+    act, common = {"probe": (look, of_probes), "merge": (merge, _of_merges)}.get(method.kind, (rewrite, _shared))
     shared = inspect.signature(common, eval_str=True).parameters
     if twice := set(own) & set(shared):
         want, fix = "names of its own", "rename the method's option"
@@ -76,13 +77,28 @@ def _looked(*, model: ModelName, as_json: AsJson = False, quiet: Quiet = False) 
     """The options that every probe's command has."""
 
 
-def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet: bool) -> None:
+def _looked_through(
+    *,
+    model: ModelName,
+    data: Annotated[
+        str | None,
+        typer.Option(help="What the model reads: a file, a folder or a lab task; weft's own texts if not given."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of data.", min=1)] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options that the command of a probe with data has."""
+
+
+def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet: bool, **how: Any) -> None:
     """Load, probe, print what was found."""
     import weft
     from weft.engine.run import Step
 
     Step.of(name, **options)  # bad options show before the model is loaded
-    found = weft.probe(load(model, quiet), name, **options)
+    found = weft.probe(load(model, quiet), name, **how, **options)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:

@@ -30,10 +30,10 @@ REWRITES: tuple[Kind, ...] = ("rewrite", "relax")
 """What makes expressions of expressions; what a relax method makes trains, and is hardened afterwards."""
 Per = Literal["site", "input"]
 Need = Literal[
-    "gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers", "text", "reference"
-]
-"""Evidence of inputs; texts of a branch; of a cut, the influence of blocks; of a merge, the base; of a search, what it asks the bench; of
-an objective, the references of prompts."""
+    "gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers", "text", "data", "reference",
+]  # fmt: skip
+"""Evidence of inputs; texts of a branch; batches of a probe; of a cut, the influence of blocks; of a merge, the base; of a search, what it
+asks the bench; of an objective, the references of prompts."""
 Drop = Literal["zeros"]
 
 
@@ -263,8 +263,8 @@ def method(
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
     rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence; of a search
-    with any, what it asks of the bench, its fourth argument. What only some values of an option need stands with it (`Asks`).
-    per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
+    with any, what it asks of the bench, its fourth argument; a probe with data has batches as its second argument. What only some values of an option need
+    stands with it (`Asks`). per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
     standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
     drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a

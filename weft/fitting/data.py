@@ -17,7 +17,8 @@ from weft.lab.distance import Distance, classes, padded, windows
 from weft.learn.data import Example, Pair, Response, Text, render
 from weft.learn.data import fingerprint as examples_fingerprint
 from weft.learn.read import read
-from weft.stats import objective
+from weft.learn.tokenizer import tokenizer
+from weft.stats import Batch, objective
 
 Kind = Literal["lm", "response", "retrieval", "distance"]
 
@@ -144,6 +145,13 @@ def calibration(
     embeds = objective(model).embeds
     found = resolve(source or ("docstrings" if embeds else "python"), embeds=embeds, seed=seed)
     return batches(found.calibration, model, tokenizer, length=256, tokens=tokens)
+
+
+def inputs_of(model: nn.Module, data: str | Sequence[Batch] | None, *, tokens: int, seed: int) -> Sequence[Batch]:
+    """Batches as they are given, or those of `calibration` by the model's own tokenizer. Errors: as there; PathError without one."""
+    if data is not None and not isinstance(data, str):
+        return data
+    return calibration(model, data, tokenizer(model), tokens=tokens, seed=seed)
 
 
 def score(

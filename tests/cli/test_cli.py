@@ -393,6 +393,19 @@ def test_a_probe_prints_a_table_or_json(model: Path, tmp_path: Path) -> None:
     assert "nothing was tuned" in weft_("intruder_dimensions", str(model)).stderr
 
 
+def test_a_probe_reads_data(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Texts by the name of a file; the command of a probe that reads none has no such option."""
+    small = str(tmp_path / "small")
+    assert weft_("rtn", str(model), "--bits", "2", "--group", "16", "--out", small, "-q").exit_code == 0
+    given = ["path_sharpness", small, "--points", "2", "--tokens", "256", "--data", str(texts), "--at", "*.mlp.*"]
+    made = weft_(*given, "--json")
+    rows = json.loads(made.stdout)
+    assert made.exit_code == 0 and len(rows["sites"]) == 6
+    assert all(set(at) == {"at 0", "at 1", "where", "most"} for at in rows["sites"].values())
+    assert json.loads(weft_(*given, "--json").stdout) == rows and weft_(*given, "--tokens", "0").exit_code == 2
+    assert weft_("intruder_dimensions", small, "--data", str(texts)).exit_code == 2
+
+
 def test_both_modes_run_and_tell_their_bytes(model: Path, texts: Path, tmp_path: Path) -> None:
     small = str(tmp_path / "small")
     weft_("rtn", str(model), "--group", "16", "--out", small, "-q")

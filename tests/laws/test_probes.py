@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import build_tiny
+from tiny import VOCAB, build_tiny
 from torch import nn
 
 import weft
-from weft.engine import get, names
+from weft.engine import Findings, get, names
 from weft.error import ConflictError, OptionError
 from weft.expr import Dense
 from weft.model import expressions, fingerprint, fork, set_expressions, weave
@@ -23,32 +23,47 @@ from weft.store import load, save
 PROBES = [name for name in names() if get(name).kind == "probe"]
 
 
-def tuned() -> nn.Module:
-    """A model whose linear weights were changed by an adapter of rank 2."""
+def tuned(size: float = 1.0) -> nn.Module:
+    """A model whose linear weights were changed by an adapter of rank 2, with factors of this size."""
     model = weave(build_tiny("llama"))
     weft.apply(model, "lora", rank=2)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=rng))
+                p.copy_(size * torch.randn(p.shape, generator=rng))
     return model
+
+
+def data(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Random rows of tokens, the second one padded."""
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(3))
+    return [
+        {"input_ids": ids},
+        {"input_ids": ids.flip(0), "attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3])},
+    ]
+
+
+def look(model: nn.Module, name: str, **options: Any) -> Findings:
+    """The probe, with data where it reads some."""
+    given: dict[str, Any] = {"data": data(model)} if "data" in get(name).needs else {}
+    return weft.probe(model, name, **given, **options)
 
 
 def the_model_stays(name: str) -> None:
     """Bit for bit, trainable tensors included."""
     model = tuned()
     mark, live = fingerprint(model), [n for n, p in model.named_parameters() if p.requires_grad]
-    weft.probe(model, name)
+    look(model, name)
     assert fingerprint(model) == mark and [n for n, p in model.named_parameters() if p.requires_grad] == live
 
 
 def it_says_the_same_again(name: str) -> None:
     """Whatever the global seed; the same numbers of every site, finite, and JSON."""
     torch.manual_seed(1)
-    one = weft.probe(tuned(), name)
+    one = look(tuned(), name)
     torch.manual_seed(2)
-    assert weft.probe(tuned(), name) == one
+    assert look(tuned(), name) == one
     assert json.loads(json.dumps(one.as_json())) == {
         "says": one.says,
         "sites": {n: dict(at) for n, at in one.sites.items()},
@@ -60,22 +75,26 @@ def it_says_the_same_again(name: str) -> None:
 def every_site_is_its_own(name: str) -> None:
     """One site alone has the numbers that it has among others; a glob that fits none is refused."""
     model = tuned()
-    one = next(iter(weft.probe(model, name).sites))
-    assert weft.probe(model, name, at=one).sites == {one: weft.probe(model, name).sites[one]}
+    whole = look(model, name).sites
+    one = next(iter(whole))
+    assert look(model, name, at=one).sites == {one: whole[one]}
     with pytest.raises(OptionError, match="matches no site"):
-        weft.probe(model, name, at="nowhere")
+        look(model, name, at="nowhere")
 
 
 def options_are_checked(name: str) -> None:
     """Unknown ones, and numbers outside their range; and a rewrite is no probe."""
     with pytest.raises(OptionError, match="unheard_of"):
-        weft.probe(tuned(), name, unheard_of=1)
+        look(tuned(), name, unheard_of=1)
     for option, field in get(name).options.model_json_schema()["properties"].items():
         if "minimum" in field or "exclusiveMinimum" in field:
             with pytest.raises(OptionError, match=option):
-                weft.probe(tuned(), name, **{option: -1})
+                look(tuned(), name, **{option: -1})
     with pytest.raises(OptionError, match="probes nothing"):
         weft.probe(tuned(), "rtn")
+    if "data" not in get(name).needs:
+        with pytest.raises(OptionError, match="reads no data"):
+            weft.probe(tuned(), name, data=data(tuned()))
 
 
 LAWS = [the_model_stays, it_says_the_same_again, every_site_is_its_own, options_are_checked]
@@ -140,3 +159,77 @@ def test_the_base_of_an_ordinary_checkpoint_can_be_given(tmp_path: Path) -> None
     assert {n: at["intruders"] for n, at in found.sites.items()} == {n: at["intruders"] for n, at in want.sites.items()}
     with pytest.raises(ConflictError, match="another model"):
         weft.probe(back, "intruder_dimensions", base=str(tmp_path / "other"))
+
+
+def uphill(points: int, radius: float) -> dict[str, list[float]]:
+    """The sharpness of every linear weight of `tuned(0.3)` along its way, by plain float64 tensors alone."""
+    model, plain = tuned(0.3), build_tiny("llama").double()
+    names = weft.model.match(model, "all-linear")
+    ends = {
+        n: [t.detach().double() for t in (weft.model.site(model, n).original, expressions(model)[n].dense())]
+        for n in names
+    }
+    made: dict[str, list[float]] = {n: [] for n in names}
+
+    def loss() -> torch.Tensor:
+        kept = [
+            (plain(**b).logits[:, :-1].log_softmax(-1), b["input_ids"][:, 1:], b.get("attention_mask"))
+            for b in data(model)
+        ]
+        nats = [
+            -x.gather(-1, ids[..., None])[..., 0][slice(None) if m is None else m[:, 1:].bool()] for x, ids, m in kept
+        ]
+        return torch.cat([x.flatten() for x in nats]).mean()
+
+    def put(name: str, value: torch.Tensor) -> None:
+        plain.get_parameter(name).data = value
+
+    for i in range(points):
+        here = {n: was + (now - was) * i / (points - 1) for n, (was, now) in ends.items()}
+        for n, value in here.items():
+            put(n, value)
+        plain.zero_grad()
+        (start := loss()).backward()
+        for n, value in here.items():
+            g = plain.get_parameter(n).grad
+            assert g is not None
+            put(n, value + radius * value.norm() * g / g.norm())
+            made[n].append(float(loss().detach() - start.detach()))
+            put(n, value)
+    return made
+
+
+@pytest.mark.parametrize(("points", "radius"), [(2, 0.05), (3, 0.2)])
+def test_sharpness_is_that_of_an_oracle(points: int, radius: float) -> None:
+    """At every point of every weight; the largest is named, and a straggler is one that is sharpest between the ends."""
+    model, want = tuned(0.3), uphill(points, radius)
+    found = weft.probe(model, "path_sharpness", data=data(model), points=points, radius=radius)
+    for name, at in found.sites.items():
+        assert [at[f"at {i / (points - 1):g}"] for i in range(points)] == pytest.approx(want[name], rel=1e-3, abs=1e-5)
+        assert at["most"] == max(at[f"at {i / (points - 1):g}"] for i in range(points)) == at[f"at {at['where']:g}"]
+    first = max(want, key=lambda n: max(want[n]))
+    late = sum(max(x[1:-1], default=-1.0) > max(x[0], x[-1]) for x in want.values())
+    assert f"; {late} of 14 weights are stragglers; the sharpest is {first}, at" in found.says
+
+
+def test_sharpness_needs_a_tuned_model_that_writes(tmp_path: Path) -> None:
+    """Or its base, with which an ordinary checkpoint tells the same; another model, an encoder, and branches are refused."""
+    save(weave(build_tiny("llama")), tmp_path / "base")
+    save(weave(build_tiny("llama", hidden_size=16)), tmp_path / "other")
+    model, seen = tuned(), data(tuned())
+    want = weft.probe(model, "path_sharpness", data=seen, points=2)
+    weft.merge(model, to="dense")
+    save(model, tmp_path / "tuned")
+    back = load(tmp_path / "tuned")
+    with pytest.raises(OptionError, match="nothing was tuned"):
+        weft.probe(back, "path_sharpness", data=seen)
+    found = weft.probe(back, "path_sharpness", data=seen, points=2, base=str(tmp_path / "base"))
+    for name, at in found.sites.items():
+        assert dict(at) == pytest.approx(dict(want.sites[name]), rel=1e-3, abs=1e-5)
+    with pytest.raises(ConflictError, match="another model"):
+        weft.probe(back, "path_sharpness", data=seen, base=str(tmp_path / "other"))
+    with pytest.raises(ConflictError, match="predicts no text"):
+        weft.probe(weave(build_tiny("bert")), "path_sharpness", data=seen)
+    weft.apply(back, "prompt")
+    with pytest.raises(ConflictError, match="branch"):
+        weft.probe(back, "path_sharpness", data=seen)

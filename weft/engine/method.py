@@ -263,9 +263,10 @@ def method(
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
 
     rows: what it implements of the catalogue of papers, if anything. paper: its arXiv number, if it has one. needs: evidence; of a search
-    with any, what it asks of the bench, its fourth argument; a probe with data has batches as its second argument. What only some values of an option need
-    stands with it (`Asks`). per: what a group holds. whole: whether it folds all terms of a weight (True) or rewrites the base term and leaves adapters
-    standing (False). rowwise: each row's result depends on that row alone, so that a very large weight may be rewritten in slices.
+    with any, what it asks of the bench, its fourth argument; a probe with data has batches as its second argument. What only some
+    values of an option need stands with it (`Asks`). per: what a group holds. whole: whether it folds all terms of a weight (True) or
+    rewrites the base term and leaves adapters standing (False). rowwise: each row's result depends on that row alone, so that a very
+    large weight may be rewritten in slices.
     taps: it works on what weights read, per="input", and returns the group (`g.rounded`, `g.turned`) rather than expressions.
     drops: promises that it need not keep: "zeros" if it may fill what a zero pattern left out. on: the kinds of axes that a
     transport goes to; the tags of the sites that a rewrite goes to (`weft.model.TAGS`), all of them unless told: weights by default.

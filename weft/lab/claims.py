@@ -13,7 +13,7 @@ from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
 from weft.lab import merging, models, multitask, rewording
 from weft.lab.decoding import changed
-from weft.lab.probing import probed
+from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
 from weft.lab.restoring import restored
 from weft.lab.trial import Among, Arm, Subject, Trial
@@ -132,6 +132,20 @@ class Lab:
         arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
         methods = [s.method for s in (*ours_, *theirs, look)]
         return self._judge(runs, arms, methods, 1.0, "more")
+
+    def halfway(self, *, probe: tuple[str, Mapping[str, Any]], number: str) -> Claim:
+        """Holds if another domain is predicted better half way to a tuned model where a probe chose weights to keep little of their change.
+
+        These are the tenth whose number is largest, and what they keep is a tenth; the baseline is half way everywhere. On lab models that
+        write text. Errors: ConflictError if there is none.
+        """
+        look = Step.of(probe[0], **probe[1])
+        runs: dict[str, Run] = {
+            "ours": partial(halfway, probe=look, number=number),
+            "baseline": partial(halfway, probe=None, number=number),
+        }
+        arms = {"ours": f"trimmed by {number} of {look.describe()}", "baseline": "half way everywhere"}
+        return self._writers()._judge(runs, arms, [look.method, "full", "task_arithmetic", "ties"], 1.0, "less")
 
     def decode(self, *, ours: Mapping[str, Any], baseline: Mapping[str, Any], factor: float) -> Claim:
         """Holds if `generate`, told `ours`, changes less than `factor` times the tokens of greedy decoding that it changes told `baseline`.

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from weft.engine import Findings, get
+from weft.engine import Findings, combine, get
 from weft.engine.run import Chain, Step, chain_key
 from weft.lab import metrics
-from weft.lab.trial import Arm, Trial
-from weft.lab.tuning import STEPS, rate, recipe, selected, tuned
+from weft.lab.distance import windows
+from weft.lab.trial import Arm, Trial, task_of, texts
+from weft.lab.tuning import STEPS, TOKENS, rate, recipe, selected, trained, tuned
+from weft.model import expressions, set_expressions
 from weft.store.cache import key
 
 LADDER = (1, 2, 3, 4, 6, STEPS)
 """Steps that an arm which gains more than the other is trained for instead."""
+SHARE = 0.1
+"""Of the weights, those that a probe chooses; and of their entries, those whose change is kept."""
+SEEN = 2048
+"""Tokens of the tuning texts that a probe reads."""
+TEXTS = 24
+"""Texts of the other domain."""
 
 
 def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step, number: str) -> Arm:
@@ -26,6 +34,30 @@ def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step
 
     what = [chain_key(chain), chain_key(other), below, chain_key((probe,)), number, *recipe(trial)]
     return trial.arm("probe", what, make, (number, "a weight"))
+
+
+def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
+    """Bits a byte of the texts that distances are taken on, half way to a model that was tuned on the other domain.
+
+    With a probe, which looks at the tuned model on those it was tuned on, the weights with the largest numbers keep their largest changes
+    alone.
+    """
+    full, base = (Step.of("full"),), trial.subject.model
+    held = texts(task_of(trial.subject.distance_task, trial.seed).test)[:TEXTS]
+
+    def make() -> metrics.Scores:
+        model = tuned(trial, full, rate(trial, full))
+        half, _, _ = combine.run([model], Step.of("task_arithmetic", scale=0.5), base=base)
+        if probe is not None:
+            seen = windows(texts(trained(trial)), trial.subject.tokenizer, length=TOKENS, tokens=SEEN)
+            sites = get(probe.method)(model, seen, **dict(probe.options)).sites
+            sharp = sorted(sites, key=lambda n: -sites[n][number])[: max(1, round(SHARE * len(sites)))]
+            trimmed, _, _ = combine.run([model], Step.of("ties", density=SHARE, scale=0.5), base=base, at=sharp)
+            set_expressions(half, {n: expressions(trimmed)[n] for n in sharp})
+        return metrics.bits_per_byte(half, trial.subject.tokenizer, held, length=trial.subject.length)
+
+    what = [chain_key((probe,)) if probe else "", number, SHARE, SEEN, held, *recipe(trial)]
+    return trial.arm("half way", what, make, ("bits per byte of another domain", "bits/byte"))
 
 
 def steps_of(trial: Trial, chain: Chain, other: Chain, below: bool) -> int:

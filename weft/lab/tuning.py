@@ -100,6 +100,11 @@ def _metric(trial: Trial) -> tuple[str, str]:
     return ("gain in bits per query", "bits/query") if trial.subject.embeds else ("gain in bits per byte", "bits/byte")
 
 
+def trained(trial: Trial) -> Sequence[Example]:
+    """What the tuning task trains on."""
+    return _task(trial).train
+
+
 def _task(trial: Trial) -> tasks.Task:
     """The tuning task, its examples cut short."""
     embeds = trial.subject.embeds

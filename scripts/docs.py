@@ -16,6 +16,7 @@ from typing import Any
 
 import weft
 from weft.engine import Method, get, names
+from weft.engine.method import REWRITES
 from weft.expr import NODES, Expr, Field, fields
 from weft.lab.prove import KNOWN_ANSWERS
 from weft.store.peft import KINDS
@@ -83,7 +84,9 @@ def facts(method: Method) -> str:
     if method.kind == "merge":
         made.append("needs the base" if "base" in method.needs else "needs no base")
         made.append(f"takes {method.members or 'any number of'} models")
-    if needs := sorted(method.needs - {"base"}):
+    if "reference" in method.needs:
+        made.append("reads the field `reference` of records")
+    if needs := sorted(method.needs - {"base", "reference"}):
         made.append(f"needs calibration data ({', '.join(needs)})")
     made += [f"{option} {', '.join(sorted(a.values))} need calibration data ({a.need})" for option, a in method.asked()]
     if method.per == "input":
@@ -94,7 +97,7 @@ def facts(method: Method) -> str:
         made.append("changes what weights read" + (", and every term of them with it" if method.whole else ""))
     elif method.kind == "recipe":
         made.append(f"steps: {', '.join(method.uses)}")
-    elif method.kind == "rewrite":
+    elif method.kind in REWRITES:
         made.append("folds every term of a weight" if method.whole else "rewrites the base term, leaves adapters")
     return "; ".join(made) + "."
 

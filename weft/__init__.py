@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         expressions,
         fork,
         gathered,
+        harden,
         mode,
         per_row,
         rename_adapter,
@@ -76,7 +77,7 @@ _HOME = {
     "weft.learn.trainer": ("Trainer",),
     "weft.merging": ("blend_adapters", "combine", "combine_to", "combined"),
     "weft.model": (
-        "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row",
+        "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "harden", "mode", "per_row",
         "rename_adapter", "transport", "unbranch", "untap", "unweave", "weave",
     ),
     "weft.progress": ("Bars", "Silent"),
@@ -89,9 +90,9 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
     "begin_step", "blend_adapters", "combine", "combine_to", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export",
-    "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan",
-    "probe", "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap",
-    "unweave", "verify", "weave",
+    "expressions", "fit", "fork", "gathered", "generate", "harden", "import_", "load", "may_write", "merge", "methods", "mode", "per_row",
+    "plan", "probe", "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch",
+    "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def apply(
     """
     whole(0, seed=seed)
     chosen = get(method)
-    if chosen.kind not in (*KINDS, "recipe"):
+    if chosen.kind not in (*KINDS, "relax", "recipe"):
         got, fix = f"a {chosen.kind} method", "weft methods shows kinds"
         want = "a rewrite, a transport, a branch, a cut or a recipe"
         raise OptionError("this method does not change a model", where=method, got=got, want=want, fix=fix)

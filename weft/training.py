@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from weft.api import apply
-from weft.engine import optimizers, schedules
+from weft.api import apply, load
+from weft.engine import objectives, optimizers, schedules
 from weft.engine.registry import apart
 from weft.engine.run import Step
 from weft.error import OptionError
@@ -31,6 +32,8 @@ def train(
     held_out: str | Path | Sequence[Example] | None = None,
     optimizer: str | Step | None = None,
     during: str | None = None,
+    objective: str | None = None,
+    teacher: str | Path | nn.Module | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -41,15 +44,22 @@ def train(
     warmup, weight_decay, label_smoothing, clip, precision, checkpointing, save_every, eval_every, loggers, by_task, seed.
     `held_out` is scored in between, and the best step stays. `out` keeps checkpoints, which a later call goes on from.
     `optimizer` names a method of that kind (`muon`, `lora_plus` ...), `during` a schedule, which rewrites terms while they train
-    (`spiel` ...). A recipe's optimizer is `Changes.optimizer`. Options of both come with the others; one that both have, with the
-    method's name before it (`galore_every`).
+    (`spiel` ...). A recipe's optimizer is `Changes.optimizer`. `objective` names what is lowered in place of the labels' loss
+    (`distill` ...): it compares with `teacher`, a model or where to load it from, without one with the pretrained weights. Options of
+    all three come with the others; one that two have, with the method's name before it (`galore_every`).
     Errors: OptionError for options that are unknown or out of range, or if nothing is trainable; FormatError if no token is a
     target; ConflictError for held-out data that is trained on; NumericError where the loss is not finite.
     """
     name = None if isinstance(optimizer, Step) else optimizer
-    (moves, rewrites), options = apart(options, name, during)
+    (moves, rewrites, lowers), options = apart(options, name, during, objective)
     if isinstance(optimizer, Step):
         name, moves = optimizer.method, dict(optimizer.options)
+    aim = objectives.named(objective, **lowers) if objective is not None else None
+    if teacher is not None and aim is None:
+        got, want, fix = "a teacher and no objective", "both", "name an objective, such as distill"
+        raise OptionError("nothing is learnt from a teacher", where="teacher", got=got, want=want, fix=fix)
+    if aim is not None and teacher is not None:
+        aim = replace(aim, teacher=load(teacher) if isinstance(teacher, str | Path) else teacher)
     seed = Training.of(**options).seed
     learned = examples(str(data), "train", seed) if isinstance(data, str | Path) else data
     scored = examples(str(held_out), "test", seed) if isinstance(held_out, str | Path) else held_out
@@ -57,6 +67,7 @@ def train(
         "held_out": scored,
         "optimizer": optimizers.named(name, **moves) if name is not None else None,
         "during": schedules.named(during, **rewrites) if during is not None else None,
+        "objective": aim,
         "out": out,
         "progress": progress,
     }

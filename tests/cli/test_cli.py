@@ -287,6 +287,50 @@ def test_train_takes_a_schedule_with_its_options(model: Path, texts: Path, tmp_p
         assert made.exit_code in (2, 4) and said in made.output
 
 
+def test_train_takes_an_objective_and_what_trains_through_rounding(model: Path, texts: Path, tmp_path: Path) -> None:
+    """With the options of both; the saved weights are ordinary packed ones. A teacher is a model; other kinds are refused."""
+    how = [
+        "--data",
+        str(texts),
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--length",
+        "32",
+        "--json",
+        "--out",
+        str(tmp_path / "t"),
+    ]
+    made = weft_(
+        "train",
+        str(model),
+        *how,
+        "--method",
+        "lsq",
+        "--bits",
+        "3",
+        "--group",
+        "16",
+        "--objective",
+        "distill",
+        "--labels",
+        "0.5",
+    )
+    assert made.exit_code == 0 and json.loads(made.stdout)[0]["steps"] == 3
+    rows = {r.name: r.expression for r in weft.show(weft.load(tmp_path / "t"))}
+    assert rows["model.layers.0.mlp.up_proj.weight"] == "int3[g16]" and "soft" not in "".join(rows.values())
+    made = weft_("train", str(model), *how, "--replace", "--objective", "distill", "--teacher", str(tmp_path / "t"))
+    assert made.exit_code == 0 and json.loads(made.stdout)[0]["loss"] > 0
+    for bad, said in (
+        (["--objective", "muon"], "nothing to lower"),
+        (["--teacher", str(model)], "nothing is learnt from a teacher"),
+        (["--objective", "align"], "no example has a reference"),
+    ):
+        made = weft_("train", str(model), *how, "--replace", *bad)
+        assert made.exit_code != 0 and said in made.output
+
+
 def test_train_collects_what_a_start_has_to_know(model: Path, texts: Path, tmp_path: Path) -> None:
     """Evidence of the training data, for a start that asks for it and for no other."""
     for init, collected in (("pissa", False), ("eva", True)):

@@ -259,6 +259,7 @@ MAKERS: dict[str, Maker] = {
         randn(g, 5), *(torch.randint(0, size, (5,), generator=g).int() for size in (m, n)), m, n, 0.5
     ),
     "Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g)),
+    "SoftQuantized": lambda m, n, g: NODES["SoftQuantized"](randn(g, m, n), randn(g, m, -(-n // 5)), 3, 5),
     "Signs": lambda m, n, g: Signs.of(randn(g, m, n).sign() * (torch.rand(m, n, generator=g) < 0.1), randn(g, 1)),
 }
 """How to make a random instance of a node whose annotations do not say it, such as one of packed bytes."""

@@ -15,9 +15,11 @@ from . import (
     test_cuts,
     test_merges,
     test_nodes,
+    test_objectives,
     test_optimizers,
     test_probes,
     test_recipes,
+    test_relax,
     test_rewrites,
     test_routed,
     test_schedules,
@@ -53,9 +55,11 @@ def test_every_method_is_covered(method: str, cases: Counter[str]) -> None:
         "probe": len(test_probes.LAWS),
         "branch": len(test_branches.MODELS) + len(test_branches.LAWS),
         "cut": len(test_cuts.MODELS) + len(test_cuts.LAWS),
+        "objective": len(test_objectives.LAWS),
         "optimizer": len(test_optimizers.LAWS),
         "schedule": len(test_schedules.LAWS),
         "recipe": len(test_recipes.LAWS),
+        "relax": len(test_relax.LAWS),
         "transport": len(test_transports.MODELS) + len(test_transports.LAWS),
     }
     assert get(method).kind in least, f"kind {get(method).kind} has no suite of laws"

@@ -20,7 +20,7 @@ DEFAULT = "lora"
 
 
 def command(argv: Sequence[str]) -> Callable[..., None]:
-    """The command, with the options of the method, the optimizer and the schedule that this command line names.
+    """The command, with the options of the method, the optimizer, the schedule and the objective that this command line names.
 
     An option that is called as one of training, or as one before it, has its method's name before it: `--prompt-length`.
     """
@@ -31,7 +31,7 @@ def command(argv: Sequence[str]) -> Callable[..., None]:
     shared = inspect.signature(_shared, eval_str=True).parameters
     taken, asked = {*fields, *shared}, [parameter(n, f) for n, f in fields.items()]
     own: dict[str, dict[str, str]] = {}
-    for word, default in (("method", DEFAULT), ("optimizer", ""), ("during", "")):
+    for word, default in (("method", DEFAULT), ("optimizer", ""), ("during", ""), ("objective", "")):
         name = _named(argv, word) or default
         held = get(name).options.model_fields if name in {e.name for e in entries()} else {}
         own[word] = {n: f"{name}_{n}" if n in taken else n for n in held}
@@ -68,13 +68,21 @@ def _shared(
     held_out: Annotated[str | None, typer.Option(help="Data to score on in between; the best step stays.")] = None,
     method: Annotated[
         str,
-        typer.Option(help="What makes it trainable: lora, full, prompt ..., of the verb adapt, or a recipe: telly ..."),
+        typer.Option(
+            help="What makes it trainable: lora, full, prompt ..., of the verb adapt; lsq; or a recipe: telly ..."
+        ),
     ] = DEFAULT,
     optimizer: Annotated[
         str | None, typer.Option(help="What moves it instead of AdamW: muon, lora_plus ..., of the verb tune.")
     ] = None,
     during: Annotated[
         str | None, typer.Option(help="What rewrites the terms while they train: spiel ..., of the verb tune.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="What is lowered in place of the labels' loss: distill ..., of the verb tune.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The model that an objective compares with; the pretrained weights if not given.")
     ] = None,
     at: Annotated[list[str] | None, typer.Option(help="Sites: a glob, or all-linear; repeatable.")] = None,
     replace: Replace = False,
@@ -87,10 +95,11 @@ def _shared(
 
 def _train(
     *, model: str, data: str, out: Path, held_out: str | None, method: str, optimizer: str | None, during: str | None,
-    at: list[str] | None, replace: bool, cache: Path | None, as_json: bool, quiet: bool, options: dict[str, Any],
-    of: dict[str, dict[str, Any]], how: dict[str, Any],
+    objective: str | None, teacher: str | None, at: list[str] | None, replace: bool, cache: Path | None, as_json: bool, quiet: bool,
+    options: dict[str, Any], of: dict[str, dict[str, Any]], how: dict[str, Any],
 ) -> None:  # fmt: skip
     import weft
+    from weft.engine import get
     from weft.engine.run import Step
     from weft.learn.settings import Training
     from weft.score import examples
@@ -105,12 +114,14 @@ def _train(
     for place, what in made.fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
-    beside: dict[str, Any] = {"optimizer": optimizer, "during": during}
+    beside: dict[str, Any] = {"optimizer": optimizer, "during": during, "objective": objective, "teacher": teacher}
     about = key(str(Path(model).absolute()), data, held_out, method, chosen, beside, of, at, settings.model_dump())
     work = (cache or default()) / "train" / about
     own = {f"{beside[word]}_{n}": v for word, held in of.items() for n, v in held.items()}
     beside["optimizer"] = optimizer or made.optimizer
     history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **beside, **how, **own)
+    if get(method).kind == "relax":
+        weft.harden(woven)
     weft.save(woven, out, replace=replace, progress=bars(quiet))
     _, loss = history.losses[-1] if history.losses else (0, None)
     row = {"steps": len(history.losses), "loss": loss, "tokens": history.tokens, "seconds": history.seconds}

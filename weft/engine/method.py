@@ -26,12 +26,14 @@ Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
     "branch", "cut", "select", "cache", "decode", "route", "law", "probe",
 ]  # fmt: skip
+REWRITES: tuple[Kind, ...] = ("rewrite", "relax")
+"""What makes expressions of expressions; what a relax method makes trains, and is hardened afterwards."""
 Per = Literal["site", "input"]
 Need = Literal[
-    "gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers", "text", "data"
-]
+    "gram", "most", "influence", "base", "evaluate", "disturb", "relative", "fisher", "outliers", "text", "data", "reference",
+]  # fmt: skip
 """Evidence of inputs; texts of a branch; batches of a probe; of a cut, the influence of blocks; of a merge, the base; of a search, what it
-asks the bench."""
+asks the bench; of an objective, the references of prompts."""
 Drop = Literal["zeros"]
 
 
@@ -151,7 +153,7 @@ class Method:
             merged = self.fn(sources, **options)
             _finite(sources.name, merged)
             return merged
-        if self.kind != "rewrite":
+        if self.kind not in REWRITES:
             return self.fn(*args, **options)
         group: Group = args[0]
         try:
@@ -274,7 +276,7 @@ def method(
     """
 
     checked: list[tuple[str, tuple[str, ...], Any]] = [("drops", drops, typing.get_args(Drop))]
-    for field_, names, known in [*checked, *([("on", on, TAGS)] if kind == "rewrite" else [])]:
+    for field_, names, known in [*checked, *([("on", on, TAGS)] if kind in REWRITES else [])]:
         if unknown := sorted(set(names) - set(known)):
             want, fix = ", ".join(known), "use these names"
             raise OptionError("a method declares an unknown name", where=field_, got=unknown, want=want, fix=fix)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.engine.method import Method, Need
+from weft.engine.method import REWRITES, Method, Need
 from weft.engine.registry import get
 from weft.error import ConflictError, OptionError, raise_all
 from weft.expr import Expr, stack, terms_of, total, valueless
@@ -88,7 +88,7 @@ def _evened(now: Expr) -> Expr:
 
 
 def _step(group: Group, method: Method, options: dict[str, Any]) -> Group:
-    if method.kind != "rewrite":
+    if method.kind not in REWRITES:
         raise OptionError(
             "this method does not rewrite weights",
             where=method.name,
@@ -200,10 +200,10 @@ class Changes(list[Change]):
 def reach(model: nn.Module, method: str, at: str | Sequence[str] | None = None) -> list[str]:
     """The sites that a rewrite goes to: of those that it is for, the ones that `at` matches.
 
-    Without `at` all; adapters and taps that are for weights of every kind go to `all-linear`. Errors: those of `match`.
+    Without `at` all; adapters and taps that are for weights of every kind, and relax methods, go to `all-linear`. Errors: those of `match`.
     """
     chosen = get(method)
-    linear = chosen.taps or (chosen.verb == "adapt" and not chosen.on)
+    linear = chosen.taps or chosen.kind == "relax" or (chosen.verb == "adapt" and not chosen.on)
     return match(model, at if at is not None else "all-linear" if linear else "*", chosen.sites)
 
 

@@ -59,6 +59,8 @@ class Expr(nn.Module):
     """Whether it has a value; False if what it does depends on the input, and then `dense` and `rows` are refused."""
     routes: ClassVar[bool] = False
     """Whether what the node does with its children depends on the input."""
+    soft: ClassVar[bool] = False
+    """Whether the node only trains towards what `hard` gives."""
     written: ClassVar[tuple[str, ...]] = ()
     """Tensors that are written while a model runs: a fork has its own."""
 
@@ -225,6 +227,13 @@ class Expr(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.__dict__.pop("_derived", None)
         return super()._apply(fn, recurse)
+
+    def hard(self) -> Expr:
+        """What is kept when training is over: the same tree with what soft nodes train towards, or itself where there is none."""
+        if not any(isinstance(node, Expr) and node.soft for node in self.modules()):
+            return self
+        held = [f for f in fields(type(self)) if f.kind in ("child", "children")]
+        return self.rebuild(**{f.name: each(methodcaller("hard"), self.value(f)) for f in held})
 
     def promises(self) -> Promises:
         """What is known of the value by construction."""

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
 from weft.error import ConflictError, OptionError, ResourceError
-from weft.lab import merging, models, multitask
+from weft.lab import merging, models, multitask, rewording
 from weft.lab.decoding import changed
 from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
+from weft.lab.restoring import restored
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
@@ -169,6 +170,27 @@ class Lab:
         }
         arms = {"ours": f"{_describe(chain)}, learning", "baseline": "the window alone"}
         return lab._judge(runs, arms, [s.method for s in chain], 1.0, "less")
+
+    def restore(self, *, ours: Steps, baseline: Steps) -> Claim:
+        """Holds if `ours`, tuned for a few steps on texts like those that distances are measured on, ends nearer to the original.
+
+        Both arms choose from the same learning rates by distances; one in which nothing trains is as it is.
+        """
+        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
+        runs: dict[str, Run] = {arm: partial(restored, chain=c) for arm, c in chains.items()}
+        arms = {arm: _describe(c) for arm, c in chains.items()}
+        return self._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "less")
+
+    def reword(self, *, ours: Steps, baseline: Steps) -> Claim:
+        """Holds if what `ours` makes trainable gains, on wordings of prompts that it never saw, at least what `baseline` gains.
+
+        The model has learnt the task in reference words before; the arms train on other wordings, at the best of the same rates.
+        """
+        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
+        runs: dict[str, Run] = {arm: partial(rewording.gained, chain=c) for arm, c in chains.items()}
+        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "no adapter"}
+        methods = [s.method for c in chains.values() for s in c]
+        return self.only(multitask.MODEL)._judge({**runs, "floor": rewording.nothing}, arms, methods, 1.0, "more")
 
     def _writers(self) -> Lab:
         """The same lab with the models that write text."""

@@ -1,4 +1,4 @@
-"""Small skills to tune: sums, sorting, dates, renaming, naming a function, telling packages apart. No downloads."""
+"""Small skills to tune: sums, sorting, dates, renaming, naming a function, telling packages apart, other wordings. No downloads."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Item:
     key: str
     prompt: str
     answer: str
+    reference: str = ""
+    """What the prompt says in reference words, of a task with several wordings."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def parts(name: str) -> Parts:
     for item in items(name):
         held = made[part(item.key)]
         if len(held) < LARGEST.get(part(item.key), COUNT):
-            held.setdefault(item.prompt, Response(item.prompt, item.answer, name))
+            held.setdefault(item.prompt, Response(item.prompt, item.answer, name, reference=item.reference))
     return Parts(**{k: list(v.values()) for k, v in made.items()})
 
 
@@ -126,6 +128,19 @@ def _edits(rng: random.Random) -> Item:
     return Item(key, f"# rename {old} to {new}\n{text}\n# renamed\n", re.sub(rf"\b{old}\b", new, text))
 
 
+def _wordings(rng: random.Random) -> Item:
+    """Words turned round, sorted, or the first or last of them, asked for in one of several wordings. The key is what is asked of which.
+
+    Each set has wordings of its own; those to calibrate on are the references.
+    """
+    given, what = rng.sample(_WORDS, rng.randint(3, 5)), rng.choice(("reverse", "sort", "first", "last"))
+    made = {"reverse": given[::-1], "sort": sorted(given), "first": given[:1], "last": given[-1:]}[what]
+    said = {"what": what, "words": " ".join(given)}
+    key = f"{what} {said['words']}"
+    prompt = rng.choice(_WORDINGS[part(key)]).format(**said)
+    return Item(key, prompt, f" {' '.join(made)}", _WORDINGS["calibration"][0].format(**said))
+
+
 def _naming() -> Iterator[Item]:
     """A function's name from the first words of its docstring; tested on packages that nothing was learnt from."""
     for packages, count, tested in ((corpora.TRAIN, 2400, False), (corpora.HELD_OUT, 1500, True)):
@@ -161,6 +176,26 @@ def _says(line: str, named: re.Pattern[str]) -> bool:
     return bool(line.strip()) and not line.lstrip().startswith("#") and not named.search(line.lower())
 
 
+_WORDINGS = {
+    "calibration": ("{what} {words} =>",),
+    "train": (
+        "please {what}: {words}\n",
+        "{words}\n{what} =",
+        "# {what} of these words\n{words}\n",
+        "task: {what}; input: {words}; output:",
+        '{what}("{words}") ==',
+        "words = {words}\nprint({what}) #",
+        "the {what} of {words} is",
+        "given {words}, the {what} is",
+    ),
+    "select": ("<{what}> {words} </{what}>", "Q: {what} {words}?\nA:"),
+    "test": (
+        "{words} | {what} |",
+        "could you {what} the words {words}?\n",
+        "[{what}]\n{words}\n->",
+        "{what}: {words};",
+    ),
+}
 _SIGNS = ("+", "-", "*")
 _KEPT = ("def", "return")
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -175,6 +210,7 @@ _MAKERS: dict[str, Callable[[], Iterable[Item]]] = {
     "sorting": lambda: _random("sorting", _sorting),
     "dates": lambda: _random("dates", _dates),
     "edits": lambda: _random("edits", _edits),
+    "wordings": lambda: _random("wordings", _wordings),
     "naming": _naming,
     "origin": _origin,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from weft.engine import branches, get, optimizers, outline, schedules
+from weft.engine import branches, get, objectives, optimizers, outline, schedules
 from weft.engine.run import Chain, Step, apply, chain_key
 from weft.error import NumericError
 from weft.lab import metrics, tasks
@@ -153,9 +153,10 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
 
 
 def prepared(trial: Trial, model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Run the chain's steps on a model, in place, and those of its recipes; the optimizer and the schedule that training is given."""
+    """Run the chain's steps on a model, in place, and those of its recipes; the optimizer, the schedule and the objective of training."""
     moves: Step | None = None
     during: Step | None = None
+    lowers: Step | None = None
     for step in chain:
         kind, steps = get(step.method).kind, [(step, None)]
         if kind == "recipe":
@@ -165,11 +166,14 @@ def prepared(trial: Trial, model: nn.Module, chain: Chain) -> dict[str, Any]:
             steps, moves = [], step
         elif kind == "schedule":
             steps, during = [], step
+        elif kind == "objective":
+            steps, lowers = [], step
         for part, at in steps:
             _add(trial, model, part, at)
     return {
         "optimizer": optimizers.named(moves.method, **dict(moves.options)) if moves is not None else None,
         "during": schedules.named(during.method, **dict(during.options)) if during is not None else None,
+        "objective": objectives.named(lowers.method, **dict(lowers.options)) if lowers is not None else None,
     }
 
 

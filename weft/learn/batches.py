@@ -18,6 +18,8 @@ Row = tuple[Encoded, ...]
 """Examples that lie in one row of a batch; one, unless rows are packed."""
 _WINDOW = 64
 """Batches whose examples are sorted by length together."""
+_REFERENCE = "reference_"
+"""How the tensors of a batch behind its references are called."""
 
 
 class Ordered(Dataset[Any]):
@@ -81,11 +83,15 @@ class Collate:
     """Tensors of a batch, and how many tokens it has: ids and labels, padded on the right, with a mask, or in packed rows positions.
 
     Positions begin anew with each example, and no mask goes with them: transformers makes one in which examples do not see each other.
-    Pairs are tokenized here, the two of a pair beside each other. Where there are `tasks`, each example's is its number there.
+    Pairs are tokenized here, the two of a pair beside each other. Where there are `tasks`, each example's is its number there. With
+    `references`, the same targets behind the prompts' references, or the prompts where they have none.
     """
 
-    def __init__(self, tokenizer: Any, length: int, *, pack: bool = False, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, length: int, *, pack: bool = False, tasks: Sequence[str] = (), references: bool = False
+    ) -> None:
         self.tokenizer, self.length, self.pack, self.tasks = tokenizer, length, pack, tasks
+        self.references = references
         self.pad: int = getattr(tokenizer, "pad_token_id", None) or 0
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
@@ -93,6 +99,9 @@ class Collate:
         if self.tasks:
             first = (i if isinstance(i, Pair) else i[0] for i in items)
             made["tasks"] = torch.tensor([self.tasks.index(e.task) for e in first])
+        if self.references:
+            other = self._batch([(e.reference or e,) for (e,) in items])
+            made |= {f"{_REFERENCE}{k}": other[k] for k in ("input_ids", "attention_mask", "labels")}
         return made
 
     def _batch(self, items: Sequence[Any]) -> dict[str, Tensor]:
@@ -123,4 +132,10 @@ def _filled(rows: Sequence[list[int]], width: int, fill: int) -> Int[Tensor, "b 
 
 def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model is called with."""
-    return {k: v for k, v in batch.items() if k not in ("labels", "tokens", "tasks")}
+    return {k: v for k, v in batch.items() if k not in ("labels", "tokens", "tasks") and not k.startswith(_REFERENCE)}
+
+
+def references(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch behind the prompts' references, where it has them; else itself."""
+    held = {k.removeprefix(_REFERENCE): v for k, v in batch.items() if k.startswith(_REFERENCE)}
+    return held or dict(batch)

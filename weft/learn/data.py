@@ -30,6 +30,8 @@ class Response:
     response: str
     name: str = ""
     task: str = ""
+    reference: str = ""
+    """The same prompt in the words that an objective holds other words to."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,26 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     task: str = ""
+    reference: Encoded | None = None
+    """The same targets behind the prompt's reference, where there is one."""
 
 
 def content(example: Example) -> list[Any]:
-    """What there is to learn from an example: all but where it is from, and its task."""
-    return [getattr(example, f.name) for f in fields(example) if f.name not in ("name", "task")]
+    """What there is to learn from an example: all but where it is from, its task, and other words for its prompt."""
+    return [getattr(example, f.name) for f in fields(example) if f.name not in ("name", "task", "reference")]
+
+
+def reference(example: Example) -> str:
+    """The reference of an example's prompt; empty where it has none."""
+    return example.reference if isinstance(example, Response) else ""
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of every example, in order."""
     word = hashlib.blake2b(digest_size=16)
     for e in examples:
-        word.update(json.dumps([type(e).__name__, *content(e), *([e.task] if e.task else [])]).encode())
+        more = [e.task] * bool(e.task) + [{"reference": reference(e)}] * bool(reference(e))
+        word.update(json.dumps([type(e).__name__, *content(e), *more]).encode())
     return word.hexdigest()
 
 
@@ -119,8 +129,20 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
         if not answer:
             return []
         target = (answer + end)[:length]
-        prompt = ids(example.prompt)[-(length - len(target)) :] if len(target) < length else []
-        return [Encoded(prompt + target, [IGNORE] * len(prompt) + target)]
+
+        def behind(text: str) -> Encoded:
+            prompt = ids(text)[-(length - len(target)) :] if len(target) < length else []
+            return Encoded(prompt + target, [IGNORE] * len(prompt) + target)
+
+        made, other = behind(example.prompt), behind(example.reference or example.prompt)
+        if (len(made.labels) > len(target)) != (len(other.labels) > len(target)):
+            want, fix = (
+                "a prompt and a reference of at least one token each",
+                "fill in both, or leave the reference out",
+            )
+            what, got = "a prompt is empty, or its reference", f"{example.prompt!r} and {example.reference!r}"
+            raise FormatError(what, where=_span([example]), got=got, want=want, fix=fix)
+        return [replace(made, reference=other) if example.reference else made]
     if isinstance(example, Chat):
         return [_chat(example, tokenizer, length)]
     raise FormatError(

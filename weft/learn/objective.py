@@ -28,6 +28,14 @@ def likelihood(
     return total / (count if count is not None else (targets != IGNORE).sum().clamp(min=1))
 
 
+def predictions(
+    logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]
+) -> tuple[Float[Tensor, "u v"], Int[Tensor, "u"]]:
+    """The logits that predict targets, and the targets."""
+    kept = labels[:, 1:] != IGNORE
+    return logits[:, :-1][kept].float(), labels[:, 1:][kept]
+
+
 def contrast(
     queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
@@ -35,6 +43,15 @@ def contrast(
     scores = queries @ positives.T / TEMPERATURE
     targets = torch.arange(len(scores), device=scores.device)
     return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
+
+
+def contrasted(
+    queries: Float[Tensor, "b d"], positives: Float[Tensor, "b d"], training: bool, smoothing: float
+) -> Float[Tensor, ""]:
+    """The contrast as training lowers it, with every process's rows and targets smoothed, or else of these rows alone."""
+    if not training:
+        return contrast(queries, positives)
+    return contrast(everyones(queries), everyones(positives), smoothing)
 
 
 def everyones(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:

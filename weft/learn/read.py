@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from weft.error import FormatError, PathError, WeftError, raise_all
-from weft.learn.data import Chat, Example, Pair, Response, Text, content
+from weft.learn.data import Chat, Example, Pair, Response, Text, content, reference
 from weft.learn.tables import rows
 from weft.learn.text import decode
 from weft.store.files import MAX_JSON, parse_json
 
 _SPLIT = re.compile(r"(train|test|validation|valid|dev)(?=[-_.]|$)")
-_FIELDS = ("text", "prompt", "response", "completion", "messages", "query", "positive", "task")
+_FIELDS = ("text", "prompt", "response", "completion", "messages", "query", "positive", "task", "reference")
 
 
 def read(source: str | Path) -> list[Example]:
     """Examples of a `.txt` file (one text), a `.jsonl`, `.json`, `.csv`, `.parquet` or `.arrow` file (one a record), or of all in a folder.
 
     A pattern does as well. Records hold `text`, or `prompt` and `response` (or `completion`), or `messages`, or `query` and `positive`,
-    and may hold a `task`. A folder may be one that the datasets library saved. Of several splits one has to be chosen:
-    `FOLDER/train-*.parquet`.
+    and may hold a `task`, and beside a prompt a `reference`. A folder may be one that the datasets library saved. Of several splits one
+    has to be chosen: `FOLDER/train-*.parquet`.
     Errors: PathError; FormatError with every bad record (up to ten), for kinds or splits that are mixed and for no example at all;
     ResourceError for Parquet and Arrow without pyarrow.
     """
@@ -174,7 +174,8 @@ def _records(path: Path, given: list[tuple[str, Any]]) -> list[Example]:
 def _example(record: Any, where: str) -> Example:
     match record:
         case {"prompt": str(prompt), "response": str(response)} | {"prompt": str(prompt), "completion": str(response)}:
-            return Response(prompt, response, where)
+            other = record.get("reference")
+            return Response(prompt, response, where, reference=other if isinstance(other, str) else "")
         case {"query": str(query), "positive": str(positive)}:
             return Pair(query, positive, where)
         case {"messages": [*turns]} if turns and all(
@@ -197,7 +198,7 @@ def _example(record: Any, where: str) -> Example:
 def _whole(example: Example) -> Example:
     """The example. Errors: FormatError for half a character, as `\\ud800` in JSON is one: no tokenizer takes it."""
     try:
-        json.dumps([*content(example), example.task], ensure_ascii=False).encode()
+        json.dumps([*content(example), example.task, reference(example)], ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         where, got, fix = example.name, f"half a surrogate pair: {e.object[e.start]!a}", "write the character as UTF-8"
         raise FormatError("a record is not text", where=where, got=got, want="whole characters", fix=fix) from None

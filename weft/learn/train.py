@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.error import ConflictError, FormatError, OptionError
+from weft.learn.aim import Aim, Reference
 from weft.learn.batches import Collate, Ordered, Row, inputs, order, packed
-from weft.learn.data import Example, Pair, encode
+from weft.learn.data import Example, Pair, encode, reference
 from weft.learn.leaks import refuse_leaks
-from weft.learn.objective import contrast, everyones, likelihood
+from weft.learn.objective import contrasted, likelihood
 from weft.learn.schedule import Make
 from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
@@ -26,7 +27,7 @@ from weft.learn.trainer import Loss, Optimizer, Run, Watch, Within, arguments, d
 from weft.memory import peak
 from weft.model import activate, adapters, must_be_whole, per_row
 from weft.progress import Progress, Silent
-from weft.stats.objective import objective
+from weft.stats.objective import objective as goal_of
 from weft.stats.walker import forward, in_vocabulary
 from weft.store.files import told
 
@@ -52,57 +53,57 @@ def train(
     held_out: Sequence[Example] | None = None,
     optimizer: Optimizer | None = None,
     during: Make | None = None,
+    objective: Aim | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> History:
     """Train the model's trainable tensors in place; `options` are those of `Training`. The loss is over target tokens only.
 
-    A step's loss is the mean over its targets, however many processes and micro-batches share them. Pairs train an embedding model
-    by contrast with all others of the step in the micro-batch. Every step takes `batch` examples, at most all there are.
-    `optimizer` makes what moves them, from their names and the peak rate; AdamW without it. One that has a `measure` is given the
-    loss of each micro-batch, to take as often as it likes, and no gradient. `during` makes the schedule that rewrites terms meanwhile.
-    With `held_out`, it is scored every `eval_every` steps and after the last, and the model ends with the tensors of the best score.
-    `by_task`: each example has the adapter that its task names, and no other, as within `weft.per_row`; afterwards no task is active.
-    With `out`, checkpoints are kept there, and a later call goes on from the last one, bit for bit.
-    Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and number of processes.
-    It trains on a CUDA device where there is one, and the model ends where it was.
-    Errors: OptionError for what is out of range, or if nothing is trainable; ConflictError for a model that fully_shard
-    spread, held-out data that is trained on, a model that cannot keep packed examples apart, a schedule without terms or gradients;
-    FormatError if no token is a target or one is not in the vocabulary; NumericError naming the step whose loss is not finite;
-    PathError, ResourceError for `out`.
+    A step's loss is the mean over its targets, however many processes and micro-batches share them. Pairs train an embedding model by
+    contrast with all others of the step in the micro-batch. Every step takes `batch` examples, at most all there are. `optimizer` makes
+    what moves them, from their names and the peak rate; AdamW without it. One that has a `measure` is given the loss of each
+    micro-batch, to take as often as it likes, and no gradient. `during` makes the schedule that rewrites terms meanwhile. `objective`
+    is lowered in place of the labels' loss, in held-out scores too. With `held_out`, it is scored every `eval_every` steps and after
+    the last, and the model ends with the tensors of the best score. `by_task`: each example has the adapter that its task names, and no
+    other, as within `weft.per_row`; afterwards no task is active. With `out`, checkpoints are kept there, and a later call goes on from
+    the last one, bit for bit. Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and
+    number of processes. It trains on a CUDA device where there is one, and the model ends where it was.
+    Errors: OptionError for what is out of range, or if nothing is trainable; ConflictError for a model that fully_shard spread,
+    held-out data that is trained on, a model that cannot keep packed examples apart, a schedule without terms or gradients, a teacher
+    of another kind; FormatError if no token is a target, one is not in the vocabulary, or no prompt has a reference that an objective
+    reads; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out` or a reference.
     """
     how = Training.of(**options)
-    _may_train(model, data)
-    _own(optimizer, how)
-    if held_out is not None:
-        refuse_leaks(data, held_out)
+    _may_train(model, data, held_out or (), optimizer, objective, how)
     tasks = _by_task(model, [*data, *(held_out or ())]) if how.by_task else []
-    items, loss = _task(model, data, tokenizer, how)
+    items = _items(model, data, tokenizer, how)
     batch = min(how.batch, len(items))
     steps = how.steps or (max(1, math.ceil(how.epochs * len(items) / batch)) if how.epochs else 200)
     queue = Ordered(items, order(len(items), steps, batch, how.seed, _lengths(items) if how.buckets else None))
-    collate = Collate(tokenizer, how.length, pack=how.pack, tasks=tasks)
+    collate = Collate(
+        tokenizer, how.length, pack=how.pack, tasks=tasks, references=bool(objective and objective.aligns)
+    )
     device, start = next(model.parameters()).device, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, told(work := Path(out or scratch)), _set_up(model, how):
         args = arguments(work, how, steps, batch, save=out is not None, score=held_out is not None)
-        if how.pack:
-            _keeps_apart(model, collate, items)
-        scored = None if held_out is None else _held(model, held_out, tokenizer, how, batch, tasks)
+        _keeps_apart(model, collate, items)
+        scored = None if held_out is None else _held(model, held_out, how, batch, collate)
+        ref = Reference(model, objective, how.label_smoothing) if objective is not None else None
         moved, rewrites = _movers(model, optimizer, during, how.lr, steps)
         run = Run(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
             optimizers=(moved, None),
         )  # fmt: skip
-        run.loss_of, run.measure = loss, getattr(moved, "measure", None)
+        run.loss_of, run.measure = _loss(model, isinstance(data[0], Pair), ref, how), getattr(moved, "measure", None)
         run.follow(rewrites)
         run.within = _within(model, tasks)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
-        with (progress or Silent()).bar("tune", steps) as step:
+        here = ref.at(next(model.parameters()).device) if ref is not None else nullcontext()
+        with here, (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
             run.go(last(work, args) if out else None)
-    model.eval().to(device)
-    _must_be_finite(model)
+    _must_be_finite(model.eval().to(device))
     return _history(run, time.monotonic() - start)
 
 
@@ -155,6 +156,17 @@ def _own(optimizer: Optimizer | None, how: Training) -> None:
         raise OptionError("weight decay is AdamW's", where="weight_decay", got=got, want=want, fix=fix)
 
 
+def _may_align(data: Sequence[Example], how: Training) -> None:
+    """Errors: OptionError for packed rows, FormatError for data without references."""
+    if how.pack:
+        got, want = "packed rows", "one example a row"
+        raise OptionError("references cannot be packed", where="pack", got=got, want=want, fix="leave pack out")
+    if not any(map(reference, data)):
+        want, fix = "prompts with a field `reference`", "say in it what a prompt says in other words"
+        where, got = type(data[0]).__name__, f"{len(data)} examples without"
+        raise FormatError("no example has a reference", where=where, got=got, want=want, fix=fix)
+
+
 def _movers(
     model: nn.Module, optimizer: Optimizer | None, during: Make | None, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer | None, Scheduled | None]:
@@ -199,7 +211,15 @@ def _must_be_finite(model: nn.Module) -> None:
             raise problem
 
 
-def _may_train(model: nn.Module, data: Sequence[Example]) -> None:
+def _may_train(
+    model: nn.Module,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    optimizer: Optimizer | None,
+    aim: Aim | None,
+    how: Training,
+) -> None:
+    """Errors: those of `train` that show at once."""
     must_be_whole(model.named_parameters())
     if not trainable(model):
         raise OptionError(
@@ -217,30 +237,42 @@ def _may_train(model: nn.Module, data: Sequence[Example]) -> None:
             want="one kind",
             fix="split the data",
         )
+    _own(optimizer, how)
+    if aim is not None and aim.aligns:
+        _may_align([*data, *held_out], how)
+    refuse_leaks(data, held_out)
 
 
-def _task(model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Training) -> tuple[list[Any], Loss]:
-    """The items that batches are made of, pairs or rows, and the loss of a batch. Errors: FormatError; OptionError to pack pairs."""
+def _items(model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Training) -> list[Any]:
+    """What batches are made of, pairs or rows. Errors: FormatError; OptionError to pack pairs."""
     if data and isinstance(data[0], Pair):
         if how.pack:
             got, want, fix = "pairs", "texts, responses or messages", "leave pack out"
             raise OptionError("pairs cannot be packed", where="pack", got=got, want=want, fix=fix)
-        goal = objective(model)
+        return list(data)
+    encoded = encode(data, tokenizer, length=how.length)
+    seen = [ids for e in encoded for ids in (e.input_ids, e.reference.input_ids if e.reference else ())]
+    in_vocabulary(model, torch.tensor([max(ids) for ids in seen if ids]))
+    return packed(encoded, how.length) if how.pack else [(e,) for e in encoded]
 
-        def apart(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
-            queries, positives = (goal.vectors(forward(m, _half(x, h)), _half(x, h)) for h in (0, 1))
-            if not m.training:
-                return contrast(queries, positives)
-            return contrast(everyones(queries), everyones(positives), how.label_smoothing)
 
-        return list(data), apart
+def _loss(model: nn.Module, pairs: bool, ref: Reference | None, how: Training) -> Loss:
+    """The loss of a batch: that of its labels, or what an objective says of the reference."""
+    goal = goal_of(model)
+
+    def apart(m: nn.Module, x: Mapping[str, Tensor], _: Any) -> Tensor:
+        halves = _half(x, 0), _half(x, 1)
+        if ref is not None:
+            return ref.pairs(m, halves)
+        queries, positives = (goal.vectors(forward(m, half), half) for half in halves)
+        return contrasted(queries, positives, m.training, how.label_smoothing)
 
     def fit(m: nn.Module, x: Mapping[str, Tensor], count: Any) -> Tensor:
+        if ref is not None:
+            return ref.tokens(m, x, count)
         return likelihood(forward(m, inputs(x)), x["labels"], count, how.label_smoothing if m.training else 0.0)
 
-    encoded = encode(data, tokenizer, length=how.length)
-    in_vocabulary(model, torch.tensor([max(e.input_ids) for e in encoded]))
-    return packed(encoded, how.length) if how.pack else [(e,) for e in encoded], fit
+    return apart if pairs else fit
 
 
 def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:
@@ -249,17 +281,17 @@ def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:
 
 
 def _held(
-    model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Training, batch: int, tasks: Sequence[str]
+    model: nn.Module, data: Sequence[Example], how: Training, batch: int, collate: Collate
 ) -> list[dict[str, Tensor]]:
     """Held-out batches, as wide as those of training, unpacked. Errors: as for training data."""
-    items, _ = _task(model, data, tokenizer, how.model_copy(update={"pack": False}))
-    collate = Collate(tokenizer, how.length, tasks=tasks)
-    return [collate(items[i : i + batch]) for i in range(0, len(items), batch)]
+    items = _items(model, data, collate.tokenizer, how.model_copy(update={"pack": False}))
+    plain = Collate(collate.tokenizer, how.length, tasks=collate.tasks, references=collate.references)
+    return [plain(items[i : i + batch]) for i in range(0, len(items), batch)]
 
 
 def _keeps_apart(model: nn.Module, collate: Collate, rows: Sequence[Row]) -> None:
-    """Compare an example in a packed row with itself alone. Errors: ConflictError where what stands before it shows."""
-    row = next((r for r in rows if len(r) > 1), None)
+    """Compare an example in a packed row, if there is one, with itself alone. Errors: ConflictError where what stands before it shows."""
+    row = next((r for r in rows if len(r) > 1), None) if collate.pack else None
     if row is None:
         return
     (first, second), was = row[:2], model.training

@@ -37,16 +37,23 @@ def expand(
     return per_group.gather(1, rank // group if group else torch.zeros_like(rank))
 
 
+def kept(now: Expr, make: Callable[[Float[Tensor, "m k"]], Expr]) -> Expr:
+    """`now` with what `make` gives of the entries that it keeps; a zero pattern stays."""
+    inner = getattr(now, "kept", None)
+    return now.rebuild(kept=kept(inner, make)) if isinstance(inner, Expr) else make(now.dense())
+
+
 Round = Callable[[Float[Tensor, "m k"]], tuple[Fitted, UInt8[Tensor, "m k"]]]
 
 
 def quantize(now: Expr, round_: Round) -> Expr:
     """`now` with its values on the grid that `round_` fits to them; a zero pattern stays."""
-    kept = getattr(now, "kept", None)
-    if isinstance(kept, Expr):
-        return now.rebuild(kept=quantize(kept, round_))
-    fit, codes = round_(now.dense())
-    return fit.encode(codes)
+
+    def rounded(w: Float[Tensor, "m k"]) -> Expr:
+        fit, codes = round_(w)
+        return fit.encode(codes)
+
+    return kept(now, rounded)
 
 
 Weighed = Callable[[Float[Tensor, "m k"], Float[Tensor, "#m k"]], tuple[Fitted, UInt8[Tensor, "m k"]]]

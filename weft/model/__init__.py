@@ -13,11 +13,13 @@ from weft.model.experts import take_apart
 from weft.model.heads import Heads
 from weft.model.invertible import Invertible
 from weft.model.modes import Resident, mode
+from weft.model.pretrained import pretrained
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.side import Side
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.sites import MATRIX, TAGS, fits, match, put, site, tagged, vectors
+from weft.model.soft import harden
 from weft.model.sources import Sources
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
@@ -45,7 +47,7 @@ __all__ = [
     "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select",
     "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
     "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
-    "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",
-    "plain_tensors", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of", "table_of",
-    "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "gathered", "harden", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",
+    "plain_tensors", "pretrained", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "site", "stack_of",
+    "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ from weft.store import disk
 from weft.store.audit import DTYPES, header
 from weft.store.files import beside, told
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What files call a dtype."""
 _CHUNK = 16 << 20
 Step = Callable[[int], None]
 
@@ -102,7 +103,7 @@ def stream(
     for name in order:
         t, start = content[name], end
         end = start + size_of(t)
-        table[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     word, sums = hashlib.blake2b(digest_size=16), dict[str, str]()

@@ -18,13 +18,13 @@ from weft.model import Group
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 FACTORS = ("bf16", "int8", "int4")
 """What the entries of low-rank factors are stored as."""
-ENTRIES = (0.0003, 0.001, 0.003, 0.01)
+ENTRIES = (0.001, 0.01)
 """Shares of the entries that are kept with their values."""
-SIGNS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+SIGNS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the entries that are kept as signs of one size."""
-BESIDE = (0.02, 0.05, 0.1)
+BESIDE = (0.02, 0.1)
 """Those that stand beside a low-rank part."""
-GRIDS = ("sign", "ternary", "int2", "int3", "int4", "int5", "int6", "int8")
+GRIDS = ("sign", "ternary", "int2", "int3", "int4", "int6", "int8")
 WIDTHS = (0, 64)
 """Columns a scale of a grid; 0: all."""
 
@@ -62,7 +62,7 @@ def families(delta: Float[Tensor, "m n"], group: Group | None) -> list[list[Form
     part = functools.partial
     made: list[list[Form]] = [[part(low, r, k) for r in ranks] for k in FACTORS]
     made += [[part(_sparse, delta, weight, s) for s in ENTRIES], [part(_signs, delta, weight, s) for s in SIGNS]]
-    made += [[part(summed, r, k, s) for r in ranks] for k in FACTORS[1:] for s in BESIDE]
+    made += [[part(summed, r, FACTORS[-1], s) for r in ranks] for s in BESIDE]
     made += [[part(_on, g, w, delta, weight) for g in GRIDS] for w in WIDTHS if w < n]
     return [*made, [lambda: Dense(delta.to(torch.bfloat16))]]
 

@@ -34,7 +34,7 @@ from weft.store.swap import MANIFEST, may_replace, read_manifest
 
 GAP = 1e-6
 """How near the choice is to the best one: a share of its error, and of the largest error of any candidate."""
-AMPLE = 8
+AMPLE = 4
 """A weight is tried in forms of at most so many times its part of the budget, by its size among the weights that changed."""
 
 

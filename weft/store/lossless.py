@@ -23,8 +23,8 @@ from weft.store.swap import MANIFEST, may_replace, read_manifest, room, staged
 from weft.store.tensors import NAMES, Later, octets, seal, size_of, word_sum
 
 
-def write(old: Path, new: Path, out: Path, *, replace: bool, progress: Progress) -> int:
-    """Write what the checkpoint `new` has that `old` has not; returns its tensor bytes. One tensor is in memory at a time.
+def write(old: Path, new: Path, out: Path, *, replace: bool, progress: Progress) -> tuple[int, int]:
+    """Write what the checkpoint `new` has that `old` has not; returns its tensor bytes, and those of `new`. One tensor is in memory.
 
     Errors: ConflictError for folders that are no plain checkpoints; ShapeError for tensors that one of them lacks or has in another
     shape or kind of dtype, all at once; those of `staged`.
@@ -63,7 +63,7 @@ def write(old: Path, new: Path, out: Path, *, replace: bool, progress: Progress)
             stage.text("README.md", card(body))
             if content:
                 write_shards(stage, content, "weft")
-    return size
+    return size, sum(map(size_of, now.values()))
 
 
 def restore(old: Path, delta: Delta, out: Path, *, replace: bool, progress: Progress) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         verify,
     )
     from weft.error import WeftError
+    from weft.fitting.diff import diff
     from weft.fitting.fit import fit, plan
     from weft.fitting.settings import Settings
     from weft.harness import TaskScore, evaluate_tasks
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate
     from weft.store.mend import import_
+    from weft.store.patch import patch, restore
     from weft.training import reader, train
 
 _HOME = {
@@ -69,6 +71,7 @@ _HOME = {
         "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "run", "save", "show", "verify",
     ),
     "weft.error": ("WeftError",),
+    "weft.fitting.diff": ("diff",),
     "weft.fitting.fit": ("fit", "plan"),
     "weft.fitting.settings": ("Settings",),
     "weft.harness": ("TaskScore", "evaluate_tasks"),
@@ -82,6 +85,7 @@ _HOME = {
     ),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
+    "weft.store.patch": ("patch", "restore"),
     "weft.score": ("evaluate", "generate"),
     "weft.training": ("reader", "train"),
 }  # fmt: skip
@@ -89,10 +93,10 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
-    "begin_step", "blend_adapters", "combine", "combine_to", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export",
-    "expressions", "fit", "fork", "gathered", "generate", "harden", "import_", "load", "may_write", "merge", "methods", "mode", "per_row",
-    "plan", "probe", "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch",
-    "untap", "unweave", "verify", "weave",
+    "begin_step", "blend_adapters", "combine", "combine_to", "combined", "delete_adapter", "diff", "evaluate", "evaluate_tasks", "export",
+    "expressions", "fit", "fork", "gathered", "generate", "harden", "import_", "load", "may_write", "merge", "methods", "mode", "patch",
+    "per_row", "plan", "probe", "prove", "reader", "rename_adapter", "restore", "run", "save", "show", "stale", "tokenizer", "train",
+    "transport", "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     Errors, the model being as it was: PathError, FormatError, ShapeError, NumericError, ConflictError, OptionError.
     """
     place = Path(folder)
-    _must_be_free(model, name)
+    must_be_free(model, name)
     _only_plain_files(place)
     kind, given, odd = settings(read_object(place / CONFIG))
     mark, problems = _manifest(place)
@@ -68,8 +68,7 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     held = read_tensors(place / TENSORS)
     raise_all(some([k for k, t in held.items() if _beyond(t, LIMIT)], lambda k: _unsound(k, held[k])))
     change = make(held, name)
-    large = {n: count for n, e in change.exprs.items() if (count := _overflows(e, places(model)[n].dtype))}
-    raise_all(some(list(large), lambda n: _overflow(n, f"{large[n]} of {math.prod(change.exprs[n].shape)} values")))
+    refuse_overflow(model, change.exprs)
     add_branch(model, *change.branches)
     set_vectors(model, change.vectors)
     set_expressions(model, change.exprs)
@@ -107,7 +106,7 @@ def settings(table: Mapping[str, Any]) -> tuple[Kind, Settings, list[WeftError]]
     return kind, given, unsupported(table, given, kind.idle)
 
 
-def _must_be_free(model: nn.Module, name: str) -> None:
+def must_be_free(model: nn.Module, name: str) -> None:
     """Refuse a name that is none, or that an adapter's terms have."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise OptionError(
@@ -236,6 +235,12 @@ def _unsound(name: str, t: Tensor) -> WeftError:
     return NumericError(
         "the adapter holds values that no weight has", where=name, got=got, want="finite values", fix=COPY
     )
+
+
+def refuse_overflow(model: nn.Module, exprs: Mapping[str, Expr]) -> None:
+    """Errors: NumericError naming sites whose value with the adapter is NaN or infinite in the checkpoint's dtype."""
+    large = {n: count for n, e in exprs.items() if (count := _overflows(e, places(model)[n].dtype))}
+    raise_all(some(list(large), lambda n: _overflow(n, f"{large[n]} of {math.prod(exprs[n].shape)} values")))
 
 
 def _overflows(expr: Expr, dtype: torch.dtype) -> int:

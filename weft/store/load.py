@@ -72,6 +72,9 @@ def load(
     """
     folder = find(where)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    if manifest is not None and manifest.get("kind") == "delta":
+        want, fix = "a model", "weft patch BASE DELTA --out OUT makes the model"
+        raise FormatError("a delta is no model by itself", where=str(folder), got="a delta", want=want, fix=fix)
     woven = manifest is not None and manifest.get("kind") == "weft"
     stem = stem_in(folder)
     found, problems = audit(folder, "weft" if woven else stem)
@@ -96,7 +99,7 @@ def _load_plain(o: _Opened, step: Step) -> nn.Module:
     content = o.found.read()
     buffers = {n for n, _ in o.model.named_buffers()}
     sums, problems = examine(content, {n for n in content if named[n] in buffers}, step)
-    problems += _changed(sums, o.found, o.manifest)
+    problems += changed(sums, o.found, o.manifest)
     model = plain(o.model, o.folder, {named[n]: t for n, t in content.items()}, problems, o.compute)
     model.__dict__["_weft_base"] = {"path": str(o.folder.resolve()), "seal": seal(content, sums)}
     return model
@@ -117,7 +120,7 @@ def plain(
     return model
 
 
-def _changed(sums: Mapping[str, str], found: Checkpoint, manifest: Mapping[str, Any]) -> list[WeftError]:
+def changed(sums: Mapping[str, str], found: Checkpoint, manifest: Mapping[str, Any]) -> list[WeftError]:
     """Tensors that the manifest knows otherwise."""
     known: dict[str, str] = {}
     for file in dict.fromkeys(f for f, _ in found.tensors.values()):
@@ -200,14 +203,14 @@ def _load_weft(o: _Opened, step: Step) -> nn.Module:
             )
         )
     base = manifest.get("base")
-    if base is not None and not _names_a_base(base):
+    if base is not None and not names_a_base(base):
         got, want = base, "path and seal"
         where, fix = f"{folder.name}/{MANIFEST}: base", "copy the folder again"
         problems.append(FormatError("a base cannot be read", where=where, got=got, want=want, fix=fix))
     raise_all(problems)
     content = found.read()
     sums, problems = examine(content, {n for n, _ in model.named_buffers()}, step)
-    raise_all(_changed(sums, found, manifest) + problems)
+    raise_all(changed(sums, found, manifest) + problems)
     _tie(model)
     weave(model)
     sites = manifest["sites"]
@@ -252,7 +255,7 @@ def _first(model: nn.Module, changed: Any, base: Mapping[str, str] | None, where
     return {n: Original(_base_reader(base, lambda t: t, file)) for n, file in on_disk.items()}
 
 
-def _names_a_base(base: Any) -> bool:
+def names_a_base(base: Any) -> bool:
     """Whether a manifest says where the pretrained weights were, and which they were."""
     match base:
         case {"path": str(), "seal": str()} | {"path": str(), "hash": str()}:

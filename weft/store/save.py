@@ -40,7 +40,7 @@ def save(
     keep: bool = False,
     dense: bool = False,
     manifest: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
     values: Mapping[str, Later] | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -49,9 +49,9 @@ def save(
     If every expression is a plain matrix and there is no branch, or with `dense`, the folder is an ordinary checkpoint of the model's
     library.
     Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
-    misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. `values`: sites whose plain values [m n] are made when they are written, and are not
-    what the model says; a run that is killed is gone on with. Errors: ConflictError if `out` exists and is not to be replaced or,
+    misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts, or files to copy,
+    by name. `keep`: what else a replaced folder holds stays. `values`: sites whose plain values [m n] are made when they are written, and
+    are not what the model says; a run that is killed is gone on with. Errors: ConflictError if `out` exists and is not to be replaced or,
     `dense`, for a weight whose value depends on the input or whose input is rounded, and for branches; NumericError for one that is not
     finite; ResourceError for a full disk; PathError.
     """
@@ -83,8 +83,11 @@ def save(
         staged(Path(out), replace=replace, manifest=body, keep=keep, step=step, resume=values is not None) as stage,
     ):
         travel(model, stage, tokenizer)
-        for name, text in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
-            stage.text(name, text)
+        for name, held in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
+            if isinstance(held, Path):
+                stage.copy(held, name)
+            else:
+                stage.text(name, held)
         config = config_of(model)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}
@@ -220,14 +223,18 @@ def write_shards(stage: Stage, content: Content, stem: str, loose: set[str] | No
     stage.json(f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def travelling(folder: Path) -> dict[str, Path]:
+    """The files of a model's folder that belong to it besides weights and configuration, by name."""
+    found = [p for pattern in _TRAVEL for p in sorted(folder.glob(pattern)) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p for p in found}
+
+
 def travel(model: nn.Module, stage: Stage, tokenizer: Any) -> None:
     """Copy what belongs to a model besides its weights: tokenizer, chat template, generation config."""
     source = model.__dict__.get("_weft_source")
     if source is not None:
-        for pattern in _TRAVEL:
-            for path in sorted(Path(source).glob(pattern)):
-                if path.is_file():
-                    stage.copy(path, path.relative_to(source).as_posix())
+        for name, path in travelling(Path(source)).items():
+            stage.copy(path, name)
     elif getattr(model, "generation_config", None) is not None:
         stage.json("generation_config.json", cast(Any, model).generation_config.to_dict())
     if tokenizer is not None:

@@ -30,7 +30,8 @@ from weft.store.audit import DTYPES, header
 from weft.store.files import beside, told
 from weft.store.part import Part
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What files call a dtype."""
 _CHUNK = 16 << 20
 Step = Callable[[int], None]
 
@@ -144,7 +145,7 @@ def _head(order: Sequence[str], content: Content, notes: Mapping[str, str]) -> t
     ends = list(itertools.accumulate((size_of(content[n]) for n in order), initial=0))
     for name, start, end in zip(order, ends, ends[1:], strict=False):
         t = content[name]
-        table[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text

@@ -36,6 +36,8 @@ from weft.store.tensors import word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each."""
+Per = Callable[[str], tuple[Step, Sequence[float]]]
+"""What a weight, norm or bias of this name is merged by: a step, and a weight for each model."""
 
 
 def run(
@@ -48,13 +50,16 @@ def run(
     seed: int = 0,
     strange: Sequence[WeftError] = (),
     look: Look | None = None,
+    per: Per | None = None,
+    dtype: torch.dtype | None = None,
     done: Callable[[int], None] | None = None,
 ) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
     """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
     bases, what each member was tuned from, the first is what task vectors are added to.
-    `look` finds what data says of a member, for a merge that needs it.
+    `look` finds what data says of a member, for a merge that needs it. `per`: other options of the step's method and other weights, by
+    site. `dtype`: what dense results are stored in, rather than in the base's.
     Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
@@ -62,10 +67,12 @@ def run(
     wrong = _misused(method, models, given, bases, blind=look is None and bool(step.needs - {"base"}))
     raise_all([*wrong, *(refusals(_named(models, bases_of(base))) if models else ()), *strange])
     named, lead = _named(models, bases), [*bases, *models][0]
-    seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
-    merge = _Merge(step, dict(zip(_named(models), map(float, given), strict=True)), seed, seen)
-    made, changes = fork(lead), list[Change]()
     sites, plain = _chosen(lead, at)
+    how = {name: per(name) if per is not None else (step, given) for name in (*sites, *plain)}
+    raise_all([p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models))])
+    seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
+    merge = _Merge(how, tuple(_named(models)), seed, seen, dtype)
+    made, changes = fork(lead), list[Change]()
     for name in sites:
         held = {label: site(m, name).now for label, m in named.items()}
         linear = places(lead)[name].kind != "embedding"
@@ -103,26 +110,29 @@ Look = Callable[[int], Seen]
 
 @dataclass(frozen=True)
 class _Merge:
-    """One step with the weights of its members, by what errors call them, and what data says of them."""
+    """Every site's step with the weights of its members, what errors call them, and what data says of them."""
 
-    step: Step
-    weights: Mapping[str, float]
+    how: Mapping[str, tuple[Step, Sequence[float]]]
+    labels: tuple[str, ...]
     seed: int
     seen: Mapping[str, Seen]
+    dtype: torch.dtype | None = None
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def __call__(
         self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
     ) -> Expr:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
-        labels = sorted(self.weights, key=lambda label: (_mark(held[label]), self.weights[label]))
+        step, given = self.how[name]
+        weights = dict(zip(self.labels, map(float, given), strict=True))
+        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
         sources = Sources(
             name=name,
             members=tuple(held[label] for label in labels),
-            weights=tuple(self.weights[label] for label in labels),
-            dtype=dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
+            weights=tuple(weights[label] for label in labels),
+            dtype=self.dtype or dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
             base=held.get("base"),
             own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
             seed=self.seed,
@@ -131,7 +141,7 @@ class _Merge:
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
         )
-        return get(self.step.method)(sources, **dict(self.step.options))
+        return get(step.method)(sources, **dict(step.options))
 
 
 def _mark(expr: Expr) -> str:
@@ -197,12 +207,7 @@ def _misused(
     if not models or (count is not None and len(models) != count):
         want = f"{count} models" if count is not None else "one or more models"
         wrong.append(("models", len(models), want, "give as many"))
-    if len(weights) != len(models):
-        wrong.append(("weights", f"{len(weights)} for {len(models)} models", "one a model", "give as many, or none"))
-    elif not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-        wrong.append(("weights", weights, "finite numbers", "give others"))
-    elif not method.signed and models and (min(weights) < 0 or math.fsum(weights) <= 0):
-        wrong.append(("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"))
+    wrong += _unfit(method, weights, len(models))
     if "base" in method.needs and not bases:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
     if len(bases) > 1 and ("base" not in method.needs or len(bases) != len(models)):
@@ -212,3 +217,25 @@ def _misused(
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
     what = f"{method.name} cannot be done so"
     return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
+
+
+def _misfit(name: str, step: Step, one: Step, weights: Sequence[float], count: int) -> list[WeftError]:
+    """What is wrong with what a site is merged by."""
+    wrong = _unfit(get(step.method), weights, count)
+    if one.method != step.method:
+        wrong.append(("method", one.method, f"{step.method}, as everywhere", "merge twice, each with its own at"))
+    what = f"{step.method} cannot be done so"
+    return [
+        OptionError(what, where=f"{where} of {name}", got=got, want=want, fix=fix) for where, got, want, fix in wrong
+    ]
+
+
+def _unfit(method: Method, weights: Sequence[float], count: int) -> list[tuple[str, object, str, str]]:
+    """What is wrong with the weights of so many models: where, got, want, fix."""
+    if len(weights) != count:
+        return [("weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
+    if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+        return [("weights", weights, "finite numbers", "give others")]
+    if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
+        return [("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
+    return []

@@ -140,6 +140,7 @@ class _Merge:
             notes=self.notes,
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
+            order=tuple(self.labels.index(label) for label in labels),
         )
         return get(step.method)(sources, **dict(step.options))
 
@@ -224,10 +225,18 @@ def _misfit(name: str, step: Step, one: Step, weights: Sequence[float], count: i
     wrong = _unfit(get(step.method), weights, count)
     if one.method != step.method:
         wrong.append(("method", one.method, f"{step.method}, as everywhere", "merge twice, each with its own at"))
+    wrong += uneven(one, count)
     what = f"{step.method} cannot be done so"
     return [
         OptionError(what, where=f"{where} of {name}", got=got, want=want, fix=fix) for where, got, want, fix in wrong
     ]
+
+
+def uneven(step: Step, count: int) -> list[tuple[str, object, str, str]]:
+    """What is wrong with options that have one value a member, but not as many: where, got, want, fix."""
+    held = {k: len(cast("tuple[Any, ...]", v)) for k, v in step.options if isinstance(v, tuple)}
+    want, fix = "one for all, or one a model", "give as many"
+    return [(k, f"{n} for {count} models", want, fix) for k, n in held.items() if n != count]
 
 
 def _unfit(method: Method, weights: Sequence[float], count: int) -> list[tuple[str, object, str, str]]:

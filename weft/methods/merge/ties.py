@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Sources, method
+from weft.engine import Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import drawn, elected, inliers, summed, trimmed
+from weft.linalg.votes import agreed, as_large, drawn, elected, inliers, odds, summed, trimmed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -20,18 +20,29 @@ if TYPE_CHECKING:
 def ties(
     s: Sources,
     *,
-    density: Annotated[float, Field(gt=0, le=1, description="share of each task vector that is kept")] = 0.2,
+    density: Annotated[
+        Each[Annotated[float, Field(gt=0, le=1)]],
+        Field(description="share of each task vector that is kept, above 0; repeated: of each member's"),
+    ] = 0.2,
     outliers: Annotated[
-        float, Field(ge=0, lt=1, description="share of the largest entries that is dropped first")
+        Each[Annotated[float, Field(ge=0, lt=1)]],
+        Field(description="share of the largest entries that is dropped first, from 0; repeated: of each member's"),
     ] = 0.0,
     spread: Annotated[
-        float,
+        Each[Annotated[float, Field(ge=0, le=1)]],
         Field(
-            ge=0, le=1, description="0: the largest are kept; else they are drawn, the larger the more probably by this"
+            description="0: the largest are kept; to 1: they are drawn, the larger the more probably; repeated: of each member's"
         ),
     ] = 0.0,
+    rescale: Annotated[
+        Literal["odds", "size", "none"],
+        Field(
+            description="what is drawn is divided by its probability; or what is kept scaled to the size of all; or neither"
+        ),
+    ] = "odds",
     then: Annotated[
-        Literal["ties", "add"], Field(description="of what is kept, the mean where signs agree, or all of it is added")
+        Literal["ties", "agree", "add"],
+        Field(description="of what is kept, the mean where signs agree, the sum where they do, or all of it is added"),
     ] = "ties",
     scale: Annotated[float, Field(ge=-10, le=10, description="how much of the merged task vector is added")] = 1.0,
 ) -> Expr:
@@ -42,14 +53,21 @@ def ties(
     outliers, with then=add, is Breadcrumbs (arXiv 2312.06795): of the largest entries, those that are far larger are left out too, and
     scale · Σ_k w_k d_k is added. spread is DELLA (arXiv 2406.11617): an entry is kept with a probability p that grows evenly with the
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
+    rescale=size: times the factor, one a member and weight, that makes Σ|d_k| what it was before.
     """
 
     def kept() -> Iterator[tuple[float, Tensor]]:
-        for k, (w, d) in enumerate(zip(s.weights, s.deltas(), strict=True)):
-            d = inliers(d, outliers)
-            yield w, drawn(d, density, spread, s.rng(f"ties {k}")) if spread else trimmed(d, density)
+        each = zip(s.weights, s.deltas(), s.each(density), s.each(outliers), s.each(spread), strict=True)
+        for k, (w, d, keep, top, wide) in enumerate(each):
+            part = inliers(d, top)
+            if wide:
+                p = odds(part, keep, wide)
+                part = drawn(part / p if rescale == "odds" else part, p, s.rng(f"ties {k}"))
+            else:
+                part = trimmed(part, keep)
+            yield w, as_large(part, d) if rescale == "size" else part
 
-    return s.dense(s.start() + scale * (elected if then == "ties" else summed)(kept()))
+    return s.dense(s.start() + scale * {"ties": elected, "agree": agreed, "add": summed}[then](kept()))
 
 
 @ties.claim("merges members tuned on different tasks better than averaging them does")

@@ -68,8 +68,8 @@ def run(
     raise_all([*wrong, *(refusals(_named(models, bases_of(base))) if models else ()), *strange])
     named, lead = _named(models, bases), [*bases, *models][0]
     sites, plain = _chosen(lead, at)
-    how = {name: per(name) if per is not None else (step, given) for name in (*sites, *plain)}
-    raise_all([p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models))])
+    how, wrong = _asked(per or (lambda _: (step, given)), [*sites, *plain])
+    raise_all([*wrong, *(p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models)))])
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
     merge = _Merge(how, tuple(_named(models)), seed, seen, dtype)
     made, changes = fork(lead), list[Change]()
@@ -169,6 +169,18 @@ def _settle(made: nn.Module, models: Sequence[nn.Module], sites: Sequence[str]) 
 
 def _value(expr: Expr) -> Tensor:
     return expr.dense().detach()
+
+
+def _asked(per: Per, names: Sequence[str]) -> tuple[dict[str, tuple[Step, Sequence[float]]], list[WeftError]]:
+    """What each of these is merged by, and the errors of those that cannot be."""
+    made: dict[str, tuple[Step, Sequence[float]]] = {}
+    wrong: list[WeftError] = []
+    for name in names:
+        try:
+            made[name] = per(name)
+        except WeftError as e:
+            wrong.append(e)
+    return made, wrong
 
 
 def bases_of(base: Base) -> list[nn.Module]:

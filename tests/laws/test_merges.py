@@ -179,12 +179,19 @@ def what_overflows_is_refused(name: str) -> None:
         get(name)(sources(big, dtype=torch.float16, base=Dense(torch.zeros(20, 30))), **scale)
 
 
+def settings(name: str) -> list[Sources]:
+    """Members anywhere, around their base, and near each other."""
+    members = random(name)
+    mean = torch.stack([e.dense() for e in members]).mean(0)
+    near: list[Expr] = [Dense(mean + 0.03 * (e.dense() - mean)) for e in members]
+    return [sources(members), sources(members, base=Dense(mean)), sources(near)]
+
+
 def options_work_or_are_refused(name: str) -> None:
     """Both ends and the middle of every option run and somewhere matter; what is outside or unknown is refused."""
-    plain = made(name, sources(random(name)))
     for option, good, bad in options(get(name)):
-        results = [made(name, sources(random(name)), **{option: value}) for value in good]
-        assert any(not torch.equal(r, plain) for r in results), option
+        pairs = [(made(name, s), made(name, s, **{option: value})) for s in settings(name) for value in good]
+        assert any(not torch.equal(plain, other) for plain, other in pairs), option
         for value in bad:
             with pytest.raises(OptionError, match=option):
                 get(name).bind({option: value})
@@ -305,14 +312,15 @@ def regressed(
     return numbers(torch.linalg.lstsq(torch.cat(inputs), torch.cat(answers)).solution.T)
 
 
-def stocked(deltas: list[list[float]], w: Sequence[float]) -> list[float]:
+def stocked(deltas: list[list[float]], w: Sequence[float], *, away: bool) -> list[float]:
     """The mean of the task vectors, as much of it as their angles say."""
     a = [x / sum(w) for x in w]
     pairs = list(itertools.combinations(range(len(a)), 2))
     size = [math.sqrt(sum(x * x for x in d)) for d in deltas]
     cosines = [sum(x * y for x, y in zip(deltas[i], deltas[j], strict=True)) / size[i] / size[j] for i, j in pairs]
     c = sum(a[i] * a[j] * x for (i, j), x in zip(pairs, cosines, strict=True)) / sum(a[i] * a[j] for i, j in pairs)
-    t = max(0.0, c) / (sum(x * x for x in a) * (1 - max(0.0, c)) + max(0.0, c))
+    c = c if away else max(0.0, c)
+    t = c / (sum(x * x for x in a) * (1 - c) + c)
     return [t * sum(x * y for x, y in zip(a, xs, strict=True)) for xs in zip(*deltas, strict=True)]
 
 
@@ -383,7 +391,7 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
         a, b = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
         return [a * x + b * y for x, y in zip(*values, strict=True)]
     if name == "model_stock":
-        step = stocked(deltas, w)
+        step = stocked(deltas, w, away=o["opposed"] == "away")
     if name == "pcb":
         step = balanced(deltas, w, o["density"])
     if name in ("iso_c", "tsv", "core_space"):
@@ -456,6 +464,7 @@ VARIANTS: list[tuple[str, Options]] = [
     ("ties", {"density": 0.4, "spread": 0.5, "rescale": "none", "then": "add"}),
     ("dare", {"drop": (0.1, 0.7, 0.4), "then": "agree", "rescale": "size"}),
     ("dare", {"drop": 0.6, "then": "ties", "rescale": "none"}),
+    ("model_stock", {"opposed": "away"}),
     ("regmean", {"cross": 0.3}),
     ("pcb", {"density": 0.6, "scale": 1.5}),
     ("tsv", {"density": 0.4}),
@@ -517,6 +526,9 @@ def test_slerp_stays_on_the_arc_and_says_where_there_is_none() -> None:
         assert bool(s.notes) == told and (not told or "straight" in s.notes[0][1])
         if other is not y:
             close(value, 0.75 * x + 0.25 * other)
+    near = sources([Dense(x), Dense(x + 0.05 * y)], [0.5, 0.5])
+    assert not torch.equal(made("slerp", near), made("slerp", near, straight=0.1))
+    close(made("slerp", near, straight=0.1), x + 0.025 * y)
     zeros = sources([Dense(0 * x), Dense(0 * x)])
     assert not made("slerp", zeros).any() and not zeros.notes
 

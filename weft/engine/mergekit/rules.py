@@ -61,7 +61,7 @@ def _slerp(shared: Values, each: Sequence[Values], _: tuple[int, int]) -> tuple[
     t = shared["t"]
     if not 0 <= t <= 1:
         _refuse("t", t, "0 to 1: from the base to the other model")
-    return {}, [1 - t, t]
+    return {"straight": math.acos(0.9995)}, [1 - t, t]
 
 
 def _nuslerp(shared: Values, each: Sequence[Values], _: tuple[int, int]) -> tuple[dict[str, Any], list[float]]:
@@ -74,7 +74,7 @@ def _nuslerp(shared: Values, each: Sequence[Values], _: tuple[int, int]) -> tupl
 def _stock(shared: Values, each: Sequence[Values], _: tuple[int, int]) -> tuple[dict[str, Any], list[float]]:
     if shared["filter_wise"]:
         _refuse("filter_wise", True, "false: weft takes one angle a weight")
-    return {}, [1.0] * len(each)
+    return {"opposed": "away"}, [1.0] * len(each)
 
 
 def _passed(_: Values, each: Sequence[Values], __: tuple[int, int]) -> tuple[dict[str, Any], list[float]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from weft.engine import Sources, method
 from weft.expr import Expr
@@ -15,11 +16,21 @@ if TYPE_CHECKING:
 
 
 @method(kind="merge", paper="2403.19522", needs={"base"})
-def model_stock(s: Sources) -> Expr:
+def model_stock(
+    s: Sources,
+    *,
+    opposed: Annotated[
+        Literal["base", "away"],
+        Field(
+            description="task vectors that point away from each other: the base stays, or as far away as the formula says"
+        ),
+    ] = "base",
+) -> Expr:
     """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
 
     c is the mean cosine of the angle between d_j and d_k over pairs, weighted by a_j a_k; a d of zero is at right angles to all. For K
-    equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base.
+    equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base,
+    but with opposed=away.
     """
     shares, units, seen = s.shares(), torch.zeros(()), 0.0
     for a, d in zip(shares, s.deltas(), strict=True):
@@ -27,8 +38,10 @@ def model_stock(s: Sources) -> Expr:
             units, seen = units + a / size * d.double(), seen + a * a
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
-        c = max(0.0, (float(units.square().sum()) - seen) / (1 - alike))
-        t = c / (alike + (1 - alike) * c)
+        c = (float(units.square().sum()) - seen) / (1 - alike)
+        c = c if opposed == "away" else max(0.0, c)
+        whole = alike + (1 - alike) * c
+        t = c / whole if abs(whole) > 1e-6 else 0.0
     return s.added([t * a for a in shares])
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from weft.lab.prove import prove, stale
     from weft.learn.tokenizer import tokenizer
     from weft.learn.trainer import Trainer
+    from weft.mergekit import merge_config
     from weft.merging import blend_adapters, combine, combined
     from weft.model import (
         activate,
@@ -74,6 +75,7 @@ _HOME = {
     "weft.lab.prove": ("prove", "stale"),
     "weft.learn.tokenizer": ("tokenizer",),
     "weft.learn.trainer": ("Trainer",),
+    "weft.mergekit": ("merge_config",),
     "weft.merging": ("blend_adapters", "combine", "combined"),
     "weft.model": (
         "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row",
@@ -89,8 +91,8 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
     "begin_step", "blend_adapters", "combine", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit",
-    "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "methods", "mode", "per_row", "plan", "probe", "prove",
-    "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave",
+    "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "merge_config", "methods", "mode", "per_row", "plan", "probe",
+    "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave",
     "verify", "weave",
 ]  # fmt: skip
 

@@ -32,44 +32,60 @@ class Configured:
     changes: list[Change]
     fallbacks: list[tuple[str, str]]
     notes: tuple[str, ...]
-    tokenizer: Any = None
-    """The tokenizer that the result is to have, where that is not the base's, or the first model's."""
 
 
-def merge_config(config: str | Path, *, seed: int = 0, progress: Progress | None = None) -> Configured:
-    """The merge that a configuration of mergekit asks for, `weft.save(made.model, OUT, tokenizer=made.tokenizer)` writes it.
+def merge_config(
+    config: str | Path,
+    out: str | Path | None = None,
+    *,
+    replace: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Configured:
+    """The merge that a configuration of mergekit asks for, saved in `out` if that is given.
 
-    Models are folders, from the working folder on, or hub ids. `seed` is that of methods that draw; mergekit draws others. How each of
-    mergekit's methods is done, and where its arithmetic differs, says "Coming from mergekit" in the documents.
+    Models are folders, from the working folder on, or hub ids. `seed` is that of methods that draw; mergekit draws others. What weft
+    does with each of mergekit's methods, and where the arithmetic differs, is in the documents: Coming from mergekit.
     Errors: PathError; FormatError and OptionError with every problem of the file, before a model is loaded; then those of
-    loading and of `weft.combined`.
+    loading, of `weft.combined` and of `weft.save`.
     """
     whole(0, seed=seed)
     plan = read(Path(config))
-    models = {
-        name: _loaded(name, progress) for name in dict.fromkeys([*plan.slices[0].models, plan.base or plan.models[0]])
-    }
-    lead = models[plan.base or plan.models[0]]
-    layers = Outline(lead).blocks if plan.deep else 0
+    first = plan.base or plan.models[0]
+    models = {name: _loaded(name, progress) for name in dict.fromkeys([first, *plan.slices[0].models])}
+    if out is not None:
+        for held in models.values():
+            store.may_write(held, out, replace=replace, nbytes=store.nbytes(models[first]))
+    layers = Outline(models[first]).blocks if plan.deep else 0
     raise_all(plan.misfit(layers))
-    members, base = [models[name] for name in plan.models], models[plan.base] if plan.base is not None else None
+    members, base = [models[name] for name in plan.models], models[first] if plan.base is not None else None
     dtype = plan.dtype or _widest(list(models.values()))
     with (progress or Silent()).bar(plan.name, combine.reach(members, "*", base)) as done:
         made, changes, fallbacks = combine.run(
             members,
             Step.of(plan.rule.method),
             base=base,
-            weights=[1.0] * len(members),
             seed=seed,
             strange=other_words(list(models.values())),
-            per=_per(plan, lead, layers),
+            per=_per(plan, models[first], layers),
             dtype=dtype,
             done=done,
         )
-    if dtype is not None:
+    if dtype is not None and hasattr(made, "config"):
         cast(Any, made).config.dtype = dtype
-    other = models[plan.tokenizer] if plan.tokenizer is not None else lead
-    return Configured(made, changes, fallbacks, plan.notes, None if other is lead else tokenizer(other))
+    if out is not None:
+        words = tokenizer(models[plan.tokenizer]) if plan.tokenizer not in (None, first) else None
+        said = {
+            "models": plan.models,
+            "base": plan.base,
+            "method": plan.name,
+            "config": Path(config).name,
+            "seed": seed,
+        }
+        text = {"mergekit_config.yml": Path(config).read_text("utf8")}
+        how: dict[str, Any] = {"manifest": {"merged": said}, "files": text, "progress": progress}
+        store.save(made, out, tokenizer=words, replace=replace, **how)
+    return Configured(made, changes, fallbacks, plan.notes)
 
 
 def _loaded(name: str, progress: Progress | None) -> nn.Module:

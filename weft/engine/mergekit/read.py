@@ -98,7 +98,7 @@ class _Reader:
             self.problems.append(FormatError(what, where=at, got=type(value).__name__, want=want, fix=fix))
             return {}
         held = cast("dict[str, Any]", value)
-        for key in held.keys() - set(keys):
+        for key in [k for k in held if k not in keys]:
             if key in _NOT_HERE:
                 self.refuse(f"{at}: {key}" if at != self.where else key, key, _NOT_HERE[key], "merge with mergekit")
                 continue
@@ -177,7 +177,7 @@ class _Reader:
             return {}
         known = self.rule.parameters
         held = self.table(value, f"{self.where}: {at}", tuple(known) or ("no parameters",))
-        for key in held.keys() & known.keys():
+        for key in [k for k in held if k in known]:
             if model and known[key].scope == "shared":
                 fix = "move it to the parameters of the whole file"
                 self.refuse(f"{at}: {key}", held[key], "one for all models: mergekit does not look at it here", fix)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from weft.lab.prove import prove, stale
     from weft.learn.tokenizer import tokenizer
     from weft.learn.trainer import Trainer
+    from weft.mergekit import merge_config
     from weft.merging import blend_adapters, combine, combine_to, combined
     from weft.model import (
         activate,
@@ -78,6 +79,7 @@ _HOME = {
     "weft.lab.prove": ("prove", "stale"),
     "weft.learn.tokenizer": ("tokenizer",),
     "weft.learn.trainer": ("Trainer",),
+    "weft.mergekit": ("merge_config",),
     "weft.merging": ("blend_adapters", "combine", "combine_to", "combined"),
     "weft.model": (
         "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "harden", "mode", "per_row",
@@ -94,9 +96,9 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
     "begin_step", "blend_adapters", "combine", "combine_to", "combined", "delete_adapter", "diff", "evaluate", "evaluate_tasks", "export",
-    "expressions", "fit", "fork", "gathered", "generate", "harden", "import_", "load", "may_write", "merge", "methods", "mode", "patch",
-    "per_row", "plan", "probe", "prove", "reader", "rename_adapter", "restore", "run", "save", "show", "stale", "tokenizer", "train",
-    "transport", "unbranch", "untap", "unweave", "verify", "weave",
+    "expressions", "fit", "fork", "gathered", "generate", "harden", "import_", "load", "may_write", "merge", "merge_config", "methods",
+    "mode", "patch", "per_row", "plan", "probe", "prove", "reader", "rename_adapter", "restore", "run", "save", "show", "stale",
+    "tokenizer", "train", "transport", "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

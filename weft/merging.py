@@ -58,15 +58,15 @@ class Planned:
         model, changes = _run(self.plan, self.progress)
         return Combined(changes, self.plan.merge.notes, self.tried, model)
 
-    def write(self, out: str | Path, *, replace: bool = False, manifest: Mapping[str, Any] | None = None) -> Outcome:
-        """The folder that `save` writes of the merged model, which says what `manifest` is.
+    def write(self, out: str | Path, **how: Any) -> Outcome:
+        """The folder that `save` writes of the merged model; it says what `how` may be.
 
         Of members that are plain matrices, each weight is made when it is written: in memory are one, and slices of the members'.
         A run that was killed goes on when it is called again. Errors: as `run` and `save`.
         """
         changes = list[Change]()
         model, values = engine.begin(self.plan, changes)
-        save(model, out, replace=replace, manifest=manifest, values=values, progress=self.progress)
+        save(model, out, **how, values=values, progress=self.progress)
         return Outcome(changes, self.plan.merge.notes, self.tried)
 
 

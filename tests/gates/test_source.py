@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "weft").rglob("*.py"))
 TREES = {f: ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
 ORDER = (
     "error", "catalog", "progress", "memory", "nets", "grid", "expr", "linalg", "model", "store", "stats", "learn",
-    "engine", "methods", "lab", "report", "fitting", "score", "merging", "harness", "api", "training", "cli",
+    "engine", "methods", "lab", "report", "fitting", "score", "merging", "mergekit", "harness", "api", "training", "cli",
 )  # fmt: skip
 """Lowest first: a package imports only from those before it, and from itself."""
 WORDS = "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"])

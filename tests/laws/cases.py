@@ -490,6 +490,7 @@ def base(expr: Expr) -> Expr:
 def options(method: Method) -> Iterator[tuple[str, list[Any], list[Any]]]:
     """Every option with values over its range and values outside it, from the method's own schema."""
     for name, field in method.options.model_json_schema()["properties"].items():
+        field = field.get("anyOf", [field])[0]  # one for all members, or one a member
         if "enum" in field:
             yield name, field["enum"], ["no such choice"]
         elif field["type"] == "boolean":

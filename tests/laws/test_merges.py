@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import weft
 from weft.engine import Sources, get
+from weft.engine import combine as engine
+from weft.engine.run import Step
 from weft.error import ConflictError, NumericError, OptionError, ShapeError, WeftError
 from weft.expr import Dense, Expr, LowRank, SparseDelta, Sum, terms_of, total
 from weft.linalg.votes import elected, trimmed
@@ -177,12 +179,19 @@ def what_overflows_is_refused(name: str) -> None:
         get(name)(sources(big, dtype=torch.float16, base=Dense(torch.zeros(20, 30))), **scale)
 
 
+def settings(name: str) -> list[Sources]:
+    """Members anywhere, around their base, and near each other."""
+    members = random(name)
+    mean = torch.stack([e.dense() for e in members]).mean(0)
+    near: list[Expr] = [Dense(mean + 0.03 * (e.dense() - mean)) for e in members]
+    return [sources(members), sources(members, base=Dense(mean)), sources(near)]
+
+
 def options_work_or_are_refused(name: str) -> None:
     """Both ends and the middle of every option run and somewhere matter; what is outside or unknown is refused."""
-    plain = made(name, sources(random(name)))
     for option, good, bad in options(get(name)):
-        results = [made(name, sources(random(name)), **{option: value}) for value in good]
-        assert any(not torch.equal(r, plain) for r in results), option
+        pairs = [(made(name, s), made(name, s, **{option: value})) for s in settings(name) for value in good]
+        assert any(not torch.equal(plain, other) for plain, other in pairs), option
         for value in bad:
             with pytest.raises(OptionError, match=option):
                 get(name).bind({option: value})
@@ -262,8 +271,8 @@ def within(d: list[float], outliers: float) -> list[float]:
     return [x if abs(x) <= most else 0.0 for x in d]
 
 
-def by_rank(d: list[float], n: int, density: float, spread: float, draws: list[float]) -> list[float]:
-    """Row by row: an entry stays, divided by its probability, where the draw is below it."""
+def by_rank(d: list[float], n: int, density: float, spread: float, draws: list[float], *, odds: bool) -> list[float]:
+    """Row by row: an entry stays, divided by its probability (`odds`), where the draw is below it."""
     result: list[float] = []
     for start in range(0, len(d), n):
         row = d[start : start + n]
@@ -271,7 +280,7 @@ def by_rank(d: list[float], n: int, density: float, spread: float, draws: list[f
         low = density - spread * min(density, 1 - density)
         high = density + spread * min(density, 1 - density)
         p = {j: low + (high - low) * (rank + 0.5) / n for rank, j in enumerate(order)}
-        result += [row[j] / p[j] if draws[start + j] < p[j] else 0.0 for j in range(n)]
+        result += [row[j] / (p[j] if odds else 1) if draws[start + j] < p[j] else 0.0 for j in range(n)]
     return result
 
 
@@ -303,14 +312,15 @@ def regressed(
     return numbers(torch.linalg.lstsq(torch.cat(inputs), torch.cat(answers)).solution.T)
 
 
-def stocked(deltas: list[list[float]], w: Sequence[float]) -> list[float]:
+def stocked(deltas: list[list[float]], w: Sequence[float], *, away: bool) -> list[float]:
     """The mean of the task vectors, as much of it as their angles say."""
     a = [x / sum(w) for x in w]
     pairs = list(itertools.combinations(range(len(a)), 2))
     size = [math.sqrt(sum(x * x for x in d)) for d in deltas]
     cosines = [sum(x * y for x, y in zip(deltas[i], deltas[j], strict=True)) / size[i] / size[j] for i, j in pairs]
     c = sum(a[i] * a[j] * x for (i, j), x in zip(pairs, cosines, strict=True)) / sum(a[i] * a[j] for i, j in pairs)
-    t = max(0.0, c) / (sum(x * x for x in a) * (1 - max(0.0, c)) + max(0.0, c))
+    c = c if away else max(0.0, c)
+    t = c / (sum(x * x for x in a) * (1 - c) + c)
     return [t * sum(x * y for x, y in zip(a, xs, strict=True)) for xs in zip(*deltas, strict=True)]
 
 
@@ -368,6 +378,10 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
     base = numbers(s.origin.dense())
     values, w = [numbers(e.dense()) for e in s.members], s.weights
     deltas = [[x - b for x, b in zip(v, base, strict=True)] for v in values]
+
+    def each(option: Any) -> Sequence[float]:
+        return [option[i] for i in s.order] if isinstance(option, tuple) else [option] * len(values)
+
     if name == "soup":
         return [sum(a * x for a, x in zip(w, xs, strict=True)) / sum(w) for xs in zip(*values, strict=True)]
     if name == "slerp":
@@ -377,7 +391,7 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
         a, b = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
         return [a * x + b * y for x, y in zip(*values, strict=True)]
     if name == "model_stock":
-        step = stocked(deltas, w)
+        step = stocked(deltas, w, away=o["opposed"] == "away")
     if name == "pcb":
         step = balanced(deltas, w, o["density"])
     if name in ("iso_c", "tsv", "core_space"):
@@ -396,19 +410,23 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
         mass = [sum(a * y for a, y in zip(w, ys, strict=True)) for ys in zip(*f, strict=True)]
         return [sum(xs) / y for xs, y in zip(zip(*parts, strict=True), mass, strict=True)]
     if name == "dare":
-        p = o["drop"]
-        for k, d in enumerate(deltas):
+        for k, (d, p) in enumerate(zip(deltas, each(o["drop"]), strict=True)):
             kept = numbers(torch.rand(s.members[0].shape, generator=s.rng(f"dare {k}")))
             part = [x if u >= p else 0.0 for x, u in zip(d, kept, strict=True)]
-            times = by_outputs(part, d, s.grams[k].tolist()) if o["rescale"] == "outputs" else 1 / (1 - p)
+            times = {"share": 1 / (1 - p), "size": sum(map(abs, d)) / sum(map(abs, part)), "none": 1.0}.get(
+                o["rescale"]
+            )
+            times = times or by_outputs(part, d, s.grams[k].tolist())
             deltas[k] = [x * times for x in part]
     if name == "ties":
-        deltas = [within(d, o["outliers"]) for d in deltas]
-        if o["spread"]:
-            draws = [numbers(torch.rand(s.members[0].shape, generator=s.rng(f"ties {k}"))) for k in range(len(deltas))]
-            deltas = [by_rank(d, 14, o["density"], o["spread"], u) for d, u in zip(deltas, draws, strict=True)]
-        else:
-            deltas = [largest(d, o["density"]) for d in deltas]
+        for k, (d, keep, top, wide) in enumerate(
+            zip(deltas, *(each(o[n]) for n in ("density", "outliers", "spread")), strict=True)
+        ):
+            part = within(d, top)
+            draws = numbers(torch.rand(s.members[0].shape, generator=s.rng(f"ties {k}")))
+            part = by_rank(part, 14, keep, wide, draws, odds=o["rescale"] == "odds") if wide else largest(part, keep)
+            times = sum(map(abs, d)) / sum(map(abs, part)) if o["rescale"] == "size" else 1.0
+            deltas[k] = [x * times for x in part]
     if name == "robust_signature":
         step, size = [0.0] * len(base), sum(b * b for b in base)
         for a, v in zip(w, values, strict=True):
@@ -423,6 +441,12 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
         pass
     elif o.get("then") == "ties":
         step = agreed(deltas, w)
+    elif o.get("then") == "agree":
+        mass = [sum(a * x for a, x in zip(w, xs, strict=True)) for xs in zip(*deltas, strict=True)]
+        step = [
+            sum(a * x for a, x in zip(w, xs, strict=True) if x * m > 0)
+            for xs, m in zip(zip(*deltas, strict=True), mass, strict=True)
+        ]
     else:
         step = [sum(a * x for a, x in zip(w, xs, strict=True)) for xs in zip(*deltas, strict=True)]
     return [b + o.get("scale", 1.0) * x for b, x in zip(base, step, strict=True)]
@@ -439,6 +463,13 @@ VARIANTS: list[tuple[str, Options]] = [
     ("ties", {"outliers": 0.1, "density": 0.5, "then": "add", "scale": 0.4}),
     ("ties", {"spread": 0.5, "density": 0.4}),
     ("ties", {"spread": 1.0, "density": 0.7, "outliers": 0.05, "then": "add"}),
+    ("ties", {"density": (0.7, 0.2, 0.4), "outliers": (0.1, 0.0, 0.2), "spread": (0.5, 0.0, 1.0), "then": "agree"}),
+    ("ties", {"density": (0.7, 0.2, 1.0), "rescale": "size"}),
+    ("ties", {"density": 0.4, "spread": 0.5, "rescale": "size"}),
+    ("ties", {"density": 0.4, "spread": 0.5, "rescale": "none", "then": "add"}),
+    ("dare", {"drop": (0.1, 0.7, 0.4), "then": "agree", "rescale": "size"}),
+    ("dare", {"drop": 0.6, "then": "ties", "rescale": "none"}),
+    ("model_stock", {"opposed": "away"}),
     ("regmean", {"cross": 0.3}),
     ("pcb", {"density": 0.6, "scale": 1.5}),
     ("tsv", {"density": 0.4}),
@@ -454,7 +485,7 @@ VARIANTS: list[tuple[str, Options]] = [
 def test_the_formula_is_the_papers(name: str, given: Options) -> None:
     """Against Python's floats, entry by entry, for equal and other weights."""
     for weights in ([1.0] * count(name), [0.5, 2.0, 0.25][: count(name)]):
-        s = sources(random(name), weights)
+        s = sources(random(name), weights, order=(2, 0, 1)[: count(name)])
         oracle = torch.tensor(by_hand(name, s, get(name).bind(given)), dtype=torch.float64).view(9, 14)
         torch.testing.assert_close(made(name, s, **given).double(), oracle, rtol=1e-5, atol=1e-5)
 
@@ -500,6 +531,9 @@ def test_slerp_stays_on_the_arc_and_says_where_there_is_none() -> None:
         assert bool(s.notes) == told and (not told or "straight" in s.notes[0][1])
         if other is not y:
             close(value, 0.75 * x + 0.25 * other)
+    near = sources([Dense(x), Dense(x + 0.05 * y)], [0.5, 0.5])
+    assert not torch.equal(made("slerp", near), made("slerp", near, straight=0.1))
+    close(made("slerp", near, straight=0.1), x + 0.025 * y)
     zeros = sources([Dense(0 * x), Dense(0 * x)])
     assert not made("slerp", zeros).any() and not zeros.notes
 
@@ -704,6 +738,42 @@ def test_at_chooses_weights_and_norms() -> None:
         weft.combine(models, "soup", at=["q_proj", "nothing_like_it"])
 
 
+def test_options_of_members_go_with_them() -> None:
+    """In whatever order members are given; and by site, with weights that are not one for all."""
+    base, models = family("ties")
+    marks = set[str]()
+    for order in itertools.permutations(range(3)):
+        density = tuple((0.1, 0.5, 0.9)[i] for i in order)
+        marks.add(fingerprint(weft.combine([models[i] for i in order], "ties", base=base, density=density)))
+    assert len(marks) == 1
+    heavy = Step.of("ties", density=(0.1, 0.5, 0.9)), (1.0, 2.0, 0.5)
+    plain = Step.of("ties", density=0.3), (1.0, 1.0, 1.0)
+    mixed, *_ = engine.run(models, plain[0], base=base, per=lambda n: heavy if "q_proj" in n else plain)
+    for n, e in weft.expressions(mixed).items():
+        one, weights = heavy if "q_proj" in n else plain
+        alone, *_ = engine.run(models, one, base=base, weights=weights, at=n)
+        assert torch.equal(e.dense(), weft.expressions(alone)[n].dense())
+    for bad, said in (
+        ((plain[0], (1.0, 1.0)), "2 for 3"),
+        ((plain[0], (1.0, -1.0, 1.0)), "(?s)0 or more.*also"),
+        ((Step.of("soup"), (1.0, 1.0, 1.0)), "ties, as everywhere"),
+        ((Step.of("ties", density=(0.1, 0.2)), (1.0, 1.0, 1.0)), "2 for 3"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            engine.run(models, plain[0], base=base, per=lambda n, bad=bad: bad if "proj" in n else plain)
+
+
+def test_results_are_stored_in_the_dtype_that_is_asked_for() -> None:
+    """Weights and vectors have one rounding, from sums in float32."""
+    _, models = family("soup")
+    wide, *_ = engine.run(models, Step.of("soup"))
+    made_, *_ = engine.run(models, Step.of("soup"), dtype=torch.bfloat16)
+    for n, e in weft.expressions(made_).items():
+        assert torch.equal(e.w, weft.expressions(wide)[n].w.bfloat16()) and e.w.dtype == torch.bfloat16
+    for n, t in plain_tensors(made_).items():
+        assert torch.equal(t, plain_tensors(wide)[n].bfloat16().to(t.dtype))
+
+
 def test_a_negative_weight_takes_away() -> None:
     """Task arithmetic alone takes one: adding and taking away one member is the base."""
     base, (one, *_) = family("task_arithmetic")
@@ -801,6 +871,8 @@ BAD_CALLS: dict[str, tuple[Options, type[WeftError], str]] = {
     "negative": ({"method": "ties", "weights": [1.0, -1.0, 1.0]}, OptionError, "0 or more"),
     "not finite": ({"method": "soup", "weights": [1.0, float("nan"), 1.0]}, OptionError, "finite numbers"),
     "a rewrite": ({"method": "rtn"}, OptionError, "a merge"),
+    "two densities for three": ({"method": "ties", "density": (0.5, 0.2)}, OptionError, "2 for 3 models"),
+    "a density of none": ({"method": "ties", "density": (0.5, 0.2, 0.0)}, OptionError, "greater than 0"),
     "unknown option": ({"method": "soup", "density": 0.5}, OptionError, "density"),
     "seed": ({"method": "soup", "seed": -1}, OptionError, "seed"),
 }

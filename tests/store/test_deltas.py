@@ -23,12 +23,21 @@ from weft.error import ChangedError, ConflictError, FormatError, OptionError, Sh
 from weft.expr import Dense, LowRank, Product, Signs, SparseDelta, Sum, terms_of
 from weft.fitting.deltas import families
 from weft.fitting.diff import GAP
-from weft.model import expressions, fingerprint, set_expressions, vectors
+from weft.model import expressions, fingerprint, vectors
 from weft.store import exact, load, verify
 from weft.store.checkpoint import checkpoint
 from weft.store.patch import write
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def bits(t: Tensor) -> bytes:
@@ -44,7 +53,9 @@ def bits(t: Tensor) -> bytes:
     block=st.sampled_from([1, 7, 1 << 22]),
     seed=st.integers(0, 1 << 30),
 )
-def test_the_codec_gives_back_every_bit(dtype: torch.dtype, shape: list[int], change: str, block: int, seed: int) -> None:
+def test_the_codec_gives_back_every_bit(
+    dtype: torch.dtype, shape: list[int], change: str, block: int, seed: int
+) -> None:
     """Of any dtype and shape, NaN and infinities among them, in blocks of any size."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -187,7 +198,9 @@ def test_a_budget_is_kept_and_more_of_it_errs_less(data: bool, pair: Pair, words
         how = {"data": str(text), "tokens": 200} if data else {}
         made = weft.diff(pair.base, pair.tuned, pair.delta, budget=f"{share}%", replace=True, **how)
         assert made.bytes <= share * whole / 100
-        assert made.bytes == sum(t.numel() * t.element_size() for t in load_file(pair.delta / "weft.safetensors").values())
+        assert made.bytes == sum(
+            t.numel() * t.element_size() for t in load_file(pair.delta / "weft.safetensors").values()
+        )
         assert not before or made.error <= before[-1] + GAP * max(before)
         before.append(made.error)
     assert before[-1] < 1e-3 * before[0] and max(k.left for k in made.kept) < 1e-3
@@ -215,11 +228,16 @@ def test_what_is_restored_is_near_the_tuned_model(pair: Pair, batches: Any, run:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "bert-mlm"])
-def test_several_deltas_are_switched_on_one_base(family: str, tiny: Any, batches: Any, run: Any, tmp_path: Path) -> None:
+def test_several_deltas_are_switched_on_one_base(
+    family: str, tiny: Any, batches: Any, run: Any, tmp_path: Path
+) -> None:
     """Each is what it is alone; off, the base is as before, to the bit; what is saved is what was; one is replaced, one deleted."""
     two, batch = Pair(tiny, tmp_path, family), batches(1)[0]
     other = tiny(family, seed=1)
-    held = {n: a + 0.01 * b for (n, a), (_, b) in zip(tiny(family).state_dict().items(), other.state_dict().items(), strict=True)}
+    held = {
+        n: a + 0.01 * b
+        for (n, a), (_, b) in zip(tiny(family).state_dict().items(), other.state_dict().items(), strict=True)
+    }
     other.load_state_dict(held)
     other.save_pretrained(tmp_path / "other")
     weft.diff(two.base, two.tuned, tmp_path / "a", budget="20%")
@@ -325,7 +343,11 @@ def test_bytes_do_not_depend_on_the_hash_seed(pair: Pair) -> None:
 CALLS: dict[str, tuple[Callable[[Pair], Any], type[WeftError], str]] = {
     "no size": (lambda p: weft.diff(p.base, p.tuned, p.delta), OptionError, "--lossless"),
     "both": (lambda p: weft.diff(p.base, p.tuned, p.delta, budget="2%", lossless=True), OptionError, "one"),
-    "data and lossless": (lambda p: weft.diff(p.base, p.tuned, p.delta, data="python", lossless=True), OptionError, "data"),
+    "data and lossless": (
+        lambda p: weft.diff(p.base, p.tuned, p.delta, data="python", lossless=True),
+        OptionError,
+        "data",
+    ),
     "in memory": (lambda p: weft.diff(p.base, load(p.tuned), p.delta, lossless=True), OptionError, "memory"),
     "too little": (lambda p: weft.diff(p.base, p.tuned, p.delta, budget="9B"), ConflictError, "norms and biases"),
     "no delta": (lambda p: weft.patch(load(p.base), p.base), FormatError, "no delta"),

@@ -45,14 +45,19 @@ def bars(quiet: bool) -> Progress:
     return Silent() if quiet else Bars()
 
 
-def load(model: str, quiet: bool = False) -> nn.Module:
-    """The model, with transformers' own messages off."""
+def hush() -> None:
+    """Turn transformers' own messages off."""
     import transformers
-
-    import weft
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def load(model: str, quiet: bool = False) -> nn.Module:
+    """The model, with transformers' own messages off."""
+    import weft
+
+    hush()
     return weft.load(model, progress=bars(quiet))
 
 

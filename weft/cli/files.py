@@ -1,4 +1,4 @@
-"""Commands about files: check a folder, keep the cache small, take an adapter or a recipe from elsewhere."""
+"""Commands about files: check a folder, keep the cache small, take an adapter, a recipe or a configuration from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from weft.cli.commands import AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, load
+from weft.cli.commands import AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, hush, load
 from weft.cli.guard import BAD_INPUT, say
 from weft.cli.methods import changed
 from weft.cli.output import emit
@@ -165,6 +165,25 @@ def run(
     return changed(made, out, as_json, quiet)
 
 
+def mergekit(
+    config: Annotated[Path, typer.Argument(help="A configuration of mergekit's: YAML or JSON.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int | None:
+    """Merge as a configuration of mergekit says, or refuse it; the command is mergekit-yaml's."""
+    import weft
+    from weft.api import Changes
+
+    hush()
+    made = weft.merge_config(config, out, replace=replace, seed=seed, progress=bars(quiet))
+    for note in made.notes:
+        say(f"note: {note}")
+    return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)
+
+
 def import_(
     model: Annotated[str, typer.Argument(help="A folder or a hub id.", metavar="MODEL", show_default=False)],
     out: Out,
@@ -190,4 +209,4 @@ def import_(
     emit(rows, as_json=as_json, quiet=quiet, foot=f"{len(rows)} mended; saved in {out}")
 
 
-ALL = (verify, cache, attach, adapters, run, import_)
+ALL = (verify, cache, attach, adapters, run, mergekit, import_)

@@ -38,7 +38,7 @@ def command(name: str) -> Callable[..., None]:
         raise OptionError("an option is there twice", where=name, got=sorted(twice), want=want, fix=fix)
 
     def run(**given: Any) -> int | None:
-        options = {n: plain(given.pop(n)) for n in own}
+        options = {n: _given(given.pop(n), f) for n, f in method.options.model_fields.items()}
         return act(name, options, **given)
 
     first, *rest = shared.values()
@@ -291,13 +291,32 @@ def _option_type(hint: Any, name: str) -> Any:
         return list[str]
     if origin is Literal and all(isinstance(a, str) for a in args):
         return enum.Enum(name, {a: a for a in args}, type=str)
+    if (each := _each(hint)) is not None:
+        return list[_option_type(each, name)]
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         return _option_type(next(a for a in args if a is not type(None)), name) | None
     want, fix = "bool, int, float, text or a choice of texts", "call weft.apply in Python"
     raise OptionError("an option cannot be given on the command line", where=name, got=hint, want=want, fix=fix)
 
 
+def _each(hint: Any) -> Any:
+    """The type of an option that is one for all members of a merge or one a member (`Each`); None for any other."""
+    one, *more = typing.get_args(hint) or (None,)
+    if len(more) != 1 or more[0] != tuple[one, ...]:
+        return None
+    return typing.get_args(one)[0] if typing.get_origin(one) is Annotated else one
+
+
+def _given(value: Any, field: Any) -> Any:
+    """What the command line gave, as the method takes it."""
+    if _each(field.annotation) is not None:
+        return value[0] if len(value) == 1 else tuple(value)
+    return plain(value)
+
+
 def _chosen(kind: Any, default: Any) -> Any:
+    if typing.get_origin(kind) is list and not isinstance(default, tuple):
+        return [default]
     if isinstance(default, tuple):
         return list(cast(tuple[str, ...], default))
     return kind(default) if isinstance(kind, type) and issubclass(kind, enum.Enum) else default

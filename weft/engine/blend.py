@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weft.engine.combine import uneven
 from weft.engine.registry import get
 from weft.engine.run import Step
 from weft.error import ConflictError, OptionError, raise_all
@@ -77,6 +78,8 @@ def _check(
         got, want = f"a merge that needs {', '.join(asked)}", "one that looks at weights alone"
         fix = "merge models instead: weft.combine"
         raise OptionError("adapters cannot be merged so", where=step.method, got=got, want=want, fix=fix)
+    for where, got, want, fix in uneven(step, len(weights)) if step is not None else ():
+        raise OptionError("adapters cannot be merged so", where=where, got=got, want=want, fix=fix)
     if beside := [b.key for b in branches(model) if b.name in weights]:
         want, fix = "terms of weights", "leave it out"
         raise ConflictError("a branch is not blended", where=beside[0], got="a branch", want=want, fix=fix)

@@ -38,10 +38,8 @@ from weft.store.tensors import Later, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each; before these there may be the one that they are added to."""
-
-
 Per = Callable[[str], tuple[Step, Sequence[float]]]
-"""What a site, or a vector, is merged by, where they differ: options of the step, and weights."""
+"""What a weight, norm or bias of this name is merged by: a step, and a weight for each model."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ def plan(
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
     per: Per | None = None,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     strange: Sequence[WeftError] = (),
     look: Look | None = None,
@@ -112,28 +111,29 @@ def plan(
     """Compare everything, before anything runs.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
-    bases, what each member was tuned from, the first is what task vectors are added to; it is no member's if there is one more. `per`
-    says options and weights of each site.
+    bases, what each member was tuned from, the first is what task vectors are added to; it is no member's if there is one more. `per`:
+    other options of the step's method and other weights, by site. `dtype`: what dense results are stored in, rather than in the base's.
     `look` finds what data says of a member, for a merge that needs it.
     Errors, all at once: OptionError for a wrong call, those of `refusals`, and `strange`.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
     bases = bases_of(base)
     wrong = _misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
-    wrong += _unfit(method, len(models), given)
+    wrong += [_wrong(method, *what) for what in _unfit(method, given, len(models))]
     raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
     lead = [*bases, *models][0]
     sites, vectors = _chosen(lead, at)
-    if per is not None:
-        each = dict.fromkeys((per(name)[0].method, tuple(per(name)[1])) for name in (*sites, *vectors))
-        raise_all([e for of, weights in each for e in _unfit(get(of), len(models), weights)])
+    how, wrong = _asked(per or (lambda _: (step, given)), [*sites, *vectors])
+    raise_all([*wrong, *(p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models)))])
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
-    return Plan(lead, _named(models, bases), sites, vectors, _Merge(step, given, list(_named(models)), seed, seen, per))
+    return Plan(
+        lead, _named(models, bases), sites, vectors, _Merge(step, how, tuple(_named(models)), seed, seen, dtype)
+    )
 
 
 def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:
     """A new woven model, frozen, by a plan, and what became of each site. The models are not changed. Errors: the method's."""
-    model, changes = fork(made.lead), list[Change]()
+    model, changes = _fresh(made), list[Change]()
     for name in made.sites:
         expr = made.weight(name)
         set_expressions(model, {name: expr})
@@ -150,7 +150,7 @@ def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later
 
     Errors: the method's.
     """
-    model, later, alone = fork(made.lead), dict[str, Later](), not shared(made.lead)
+    model, later, alone = _fresh(made), dict[str, Later](), not shared(made.lead)
     for name in made.sites:
         value = made.later(name, changes.append) if alone else None
         if value is not None:
@@ -162,6 +162,14 @@ def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later
     _put_vectors(model, made)
     _settle(model, list(made.named.values()), made.sites)
     return model.requires_grad_(False), later
+
+
+def _fresh(made: Plan) -> nn.Module:
+    """A fork of the lead, whose configuration says what results are stored in."""
+    model = fork(made.lead)
+    if made.merge.dtype is not None and hasattr(model, "config"):
+        cast(Any, model).config.dtype = made.merge.dtype
+    return model
 
 
 def _put_vectors(model: nn.Module, made: Plan) -> None:
@@ -189,29 +197,29 @@ Look = Callable[[int], Seen]
 
 @dataclass(frozen=True)
 class _Merge:
-    """One step with the weights of its members, what errors call them, and what data says of them."""
+    """Every site's step with the weights of its members, what errors call them, and what data says of them."""
 
     step: Step
-    weights: Sequence[float]
-    labels: Sequence[str]
+    how: Mapping[str, tuple[Step, Sequence[float]]]
+    labels: tuple[str, ...]
     seed: int
     seen: Mapping[str, Seen]
-    per: Per | None = None
+    dtype: torch.dtype | None = None
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def sources(
         self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
     ) -> Sources:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
-        given = dict(zip(self.labels, map(float, self.per(name)[1] if self.per else self.weights), strict=True))
-        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), given[label]))
+        weights = dict(zip(self.labels, map(float, self.how[name][1]), strict=True))
+        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
         return Sources(
             name=name,
             members=tuple(held[label] for label in labels),
-            weights=tuple(given[label] for label in labels),
-            dtype=dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
+            weights=tuple(weights[label] for label in labels),
+            dtype=self.dtype or dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
             base=held.get("base"),
             own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
             seed=self.seed,
@@ -219,22 +227,21 @@ class _Merge:
             notes=self.notes,
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
+            order=tuple(self.labels.index(label) for label in labels),
         )
 
     def __call__(self, s: Sources) -> Expr:
         """What these sources become."""
-        return get(self.step.method)(s, **dict(self._step(s.name).options))
+        step, _ = self.how[s.name]
+        return get(step.method)(s, **dict(step.options))
 
     def about(self, s: Sources) -> str:
         """A hash of all that the result for these sources depends on."""
         exprs = [_mark(e) for e in (*s.members, *s.own, *([s.base] if s.base is not None else []))]
         data = [word_sum(t) if t is not None else "" for t in (*s.grams, *s.fishers)]
-        code = [chain_key((self._step(s.name),)), code_version("expr", "linalg", "model", "engine")]
-        said = [code, s.name, s.weights, str(s.dtype), s.seed, exprs, data]
+        code = [chain_key((self.how[s.name][0],)), code_version("expr", "linalg", "model", "engine")]
+        said = [code, s.name, s.weights, s.order, str(s.dtype), s.seed, exprs, data]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
-
-    def _step(self, name: str) -> Step:
-        return self.per(name)[0] if self.per else self.step
 
 
 def _mark(expr: Expr) -> str:
@@ -261,6 +268,18 @@ def _settle(made: nn.Module, models: Sequence[nn.Module], sites: Sequence[str]) 
 
 def _value(expr: Expr) -> Tensor:
     return expr.dense().detach()
+
+
+def _asked(per: Per, names: Sequence[str]) -> tuple[dict[str, tuple[Step, Sequence[float]]], list[WeftError]]:
+    """What each of these is merged by, and the errors of those that cannot be."""
+    made: dict[str, tuple[Step, Sequence[float]]] = {}
+    wrong: list[WeftError] = []
+    for name in names:
+        try:
+            made[name] = per(name)
+        except WeftError as e:
+            wrong.append(e)
+    return made, wrong
 
 
 def bases_of(base: Base) -> list[nn.Module]:
@@ -306,14 +325,30 @@ def _misused(
     return [_wrong(method, *what) for what in wrong]
 
 
-def _unfit(method: Method, count: int, weights: Sequence[float]) -> list[WeftError]:
-    """What is wrong with the weights of so many members."""
+def _misfit(name: str, step: Step, one: Step, weights: Sequence[float], count: int) -> list[WeftError]:
+    """What is wrong with what a site is merged by."""
+    wrong = _unfit(get(step.method), weights, count)
+    if one.method != step.method:
+        wrong.append(("method", one.method, f"{step.method}, as everywhere", "merge twice, each with its own at"))
+    wrong += uneven(one, count)
+    return [_wrong(get(step.method), f"{where} of {name}", got, want, fix) for where, got, want, fix in wrong]
+
+
+def uneven(step: Step, count: int) -> list[tuple[str, object, str, str]]:
+    """What is wrong with options that have one value a member, but not as many: where, got, want, fix."""
+    held = {k: len(cast("tuple[Any, ...]", v)) for k, v in step.options if isinstance(v, tuple)}
+    want, fix = "one for all, or one a model", "give as many"
+    return [(k, f"{n} for {count} models", want, fix) for k, n in held.items() if n != count]
+
+
+def _unfit(method: Method, weights: Sequence[float], count: int) -> list[tuple[str, object, str, str]]:
+    """What is wrong with the weights of so many models: where, got, want, fix."""
     if len(weights) != count:
-        return [_wrong(method, "weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
+        return [("weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
     if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-        return [_wrong(method, "weights", weights, "finite numbers", "give others")]
+        return [("weights", weights, "finite numbers", "give others")]
     if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
-        return [_wrong(method, "weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
+        return [("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
     return []
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -35,6 +35,9 @@ Need = Literal[
 """Evidence of inputs; texts of a branch; batches of a probe; of a cut, the influence of blocks; of a merge, the base; of a search, what it
 asks the bench; of an objective, the references of prompts."""
 Drop = Literal["zeros"]
+T = TypeVar("T")
+Each = T | tuple[T, ...]
+"""An option of a merge that every member may have a value of its own for, in the order of the call (`Sources.each`)."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,10 @@ class Method:
         try:
             return self.options(**given).model_dump()
         except ValidationError as e:
-            bad = {".".join(map(str, p["loc"])): p["msg"] for p in e.errors()}
+            bad: dict[str, str] = {}
+            for p in e.errors():
+                name = str(p["loc"][0])
+                bad[name] = f"{bad[name]}; or {p['msg']}" if name in bad else p["msg"]
             raise OptionError(
                 f"{self.name} cannot take these options",
                 where=f"{self.name}: {', '.join(bad)}",

@@ -1,8 +1,9 @@
-"""Task vectors that disagree: keep some entries of each, then add them, or elect a sign a place and average those that have it."""
+"""Task vectors that disagree: keep some entries of each, then add them, or elect a sign a place and average or add those that have it."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,14 +46,25 @@ def kept(density: float, count: int) -> int:
     return max(1, round(density * count))
 
 
-def drawn(delta: Float[Tensor, "m n"], density: float, spread: float, rng: torch.Generator) -> Float[Tensor, "m n"]:
-    """d_ij / p_ij with probability p_ij, else zero; p_ij grows evenly with the rank of |d_ij| within its row, and is `density` in the mean.
+def odds(delta: Float[Tensor, "m n"], density: float, spread: float) -> Float[Tensor, "m n"]:
+    """The probability p_ij of staying: it grows evenly with the rank of |d_ij| within its row, and is `density` in the mean.
 
     p = density + spread · min(density, 1 - density) · ((2 rank + 1) / n - 1), the smallest entry's rank being 0.
     """
     rank, room = delta.abs().argsort(dim=1, stable=True).argsort(dim=1), min(density, 1 - density)
-    p = density + spread * room * ((2 * rank + 1) / delta.shape[1] - 1)
-    return torch.where(torch.rand(delta.shape, generator=rng) < p, delta / p, 0.0)
+    return density + spread * room * ((2 * rank + 1) / delta.shape[1] - 1)
+
+
+def drawn(delta: Float[Tensor, "m n"], p: Float[Tensor, "m n"], rng: torch.Generator) -> Float[Tensor, "m n"]:
+    """d_ij with probability p_ij, else zero."""
+    return torch.where(torch.rand(delta.shape, generator=rng) < p, delta, 0.0)
+
+
+def growth(parts: Iterable[Iterable[tuple[Float[Tensor, "m n"], Float[Tensor, "m n"]]]]) -> list[float]:
+    """Σ|d_k| / Σ|kept of d_k| over parts, in each of which there are all deltas with what is kept of them; 1 where nothing is."""
+    sums = [[(float(d.abs().sum()), float(left.abs().sum())) for d, left in part] for part in parts]
+    whole = [[math.fsum(x) for x in zip(*each, strict=True)] for each in zip(*sums, strict=True)]
+    return [all_ / left if left > 0 else 1.0 for all_, left in whole]
 
 
 def summed(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:
@@ -74,3 +86,11 @@ def elected(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor
         above, below = above + w * (d > 0), below + w * (d < 0)
     won = torch.where(up > down, up / above, -down / below)
     return torch.where(up == down, 0.0, won)
+
+
+def agreed(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:
+    """Σ w_k d_k over the entries whose sign is that of Σ_k w_k d_k; of each place, zero where nothing or both signs have it."""
+    up = down = torch.zeros(())
+    for w, d in votes:
+        up, down = up + w * d.clamp(min=0), down - w * d.clamp(max=0)
+    return torch.where(up > down, up, -down) * (up != down)

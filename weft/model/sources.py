@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ SLICE = 1 << 20
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
 Part = tuple[float, Expr]
 Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Sources:
     """What each member was tuned from, where that is not the base for all."""
     fishers: tuple[Float[Tensor, "m n"], ...] = ()
     """The diagonal of every member's Fisher information, on its data."""
+    order: tuple[int, ...] = ()
+    """The place that each member had in the call; none where they stand as they were given."""
     _drawing: dict[str, torch.Generator] | None = None
     """Generators that slices draw from in turn."""
 
@@ -59,6 +63,13 @@ class Sources:
         """The weights, divided by their sum."""
         whole = math.fsum(self.weights)
         return [w / whole for w in self.weights]
+
+    def each(self, option: T | tuple[T, ...]) -> list[T]:
+        """An option of every member: its own, where there is one a member, or the one of all."""
+        if not isinstance(option, tuple):
+            return [option] * len(self.members)
+        held = cast("tuple[T, ...]", option)
+        return [held[i] for i in self.order or range(len(held))]
 
     def values(self) -> Iterator[Float[Tensor, "m n"]]:
         """The members' values in float32, one at a time. Errors: NumericError naming the weight and the member."""

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Asks, Sources, method
+from weft.engine import Asks, Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import elected, summed
+from weft.linalg.votes import agreed, elected, growth, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -21,14 +22,22 @@ if TYPE_CHECKING:
 def dare(
     s: Sources,
     *,
-    drop: Annotated[float, Field(ge=0, le=0.999, description="share of each task vector that is dropped")] = 0.9,
+    drop: Annotated[
+        Each[Annotated[float, Field(ge=0, le=0.999)]],
+        Field(description="share of each task vector that is dropped, 0 to 0.999; repeated: of each member's"),
+    ] = 0.9,
     then: Annotated[
-        Literal["add", "ties"], Field(description="what is left is added, or its mean where signs agree (no trimming)")
+        Literal["add", "ties", "agree"],
+        Field(
+            description="what is left is added, or its mean where signs agree (no trimming), or its sum where they do"
+        ),
     ] = "add",
     rescale: Annotated[
-        Literal["share", "outputs"],
+        Literal["share", "outputs", "size", "none"],
         Asks("gram", frozenset({"outputs"})),
-        Field(description="what is kept is divided by 1 - drop, or by what changes a layer's outputs least"),
+        Field(
+            description="what is kept is divided by 1 - drop, or by what changes outputs least, or scaled to the size of all, or not"
+        ),
     ] = "share",
     scale: Annotated[float, Field(ge=-10, le=10, description="how much of the result is added to the base")] = 0.4,
 ) -> Expr:
@@ -36,27 +45,33 @@ def dare(
 
     q_k is 1 - drop. rescale=outputs is DAREx-q (arXiv 2410.09344): on data without labels, a q for every weight, here in closed form,
     1/q = tr(d G (z d)ᵀ) / tr(z d G (z d)ᵀ), G = E[x xᵀ] of the member's inputs; vectors and embeddings have 1 - drop.
+    rescale=size: 1/q = Σ|d| / Σ|z d|.
     """
 
-    times = [_factor(s, k, drop) if rescale == "outputs" else 1 / (1 - drop) for k in range(len(s.members))]
+    drops = s.each(drop)
+
+    def thinned(part: Sources) -> Iterator[tuple[Tensor, Tensor]]:
+        for k, (d, p) in enumerate(zip(part.deltas(), drops, strict=True)):
+            yield d, d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= p)
+
+    times = [1.0 if rescale == "none" else 1 / (1 - p) for p in drops]
+    if rescale == "size":
+        times = growth(map(thinned, s.slices()))
+    elif rescale == "outputs" and s.grams:
+        times = [
+            t if g is None else _factor(s, k, p, g)
+            for k, (t, p, g) in enumerate(zip(times, drops, s.grams, strict=True))
+        ]
 
     def rows(part: Sources) -> Tensor:
-        votes = ((w, c * d) for w, c, d in zip(part.weights, times, _thinned(part, drop), strict=True))
-        return part.start() + scale * (elected if then == "ties" else summed)(votes)
+        votes = ((w, t * left) for w, t, (_, left) in zip(part.weights, times, thinned(part), strict=True))
+        return part.start() + scale * {"add": summed, "ties": elected, "agree": agreed}[then](votes)
 
     return s.by_slices(rows)
 
 
-def _thinned(s: Sources, drop: float) -> Iterator[Tensor]:
-    """z_k d_k."""
-    return (d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= drop) for k, d in enumerate(s.deltas()))
-
-
-def _factor(s: Sources, k: int, drop: float) -> float:
+def _factor(s: Sources, k: int, drop: float, gram: Float[Tensor, "n n"]) -> float:
     """1/q_k by what the weight reads."""
-    gram = s.grams[k] if s.grams else None
-    if gram is None:
-        return 1 / (1 - drop)
     whole, size = 0.0, 0.0
     for part, d in zip(s.slices(), s.deltas_of(k), strict=True):
         left = d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drop)

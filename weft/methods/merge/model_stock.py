@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from weft.engine import Sources, method
@@ -18,11 +19,21 @@ if TYPE_CHECKING:
 
 
 @method(kind="merge", paper="2403.19522", needs={"base"})
-def model_stock(s: Sources) -> Expr:
+def model_stock(
+    s: Sources,
+    *,
+    opposed: Annotated[
+        Literal["base", "away"],
+        Field(
+            description="task vectors that point away from each other: the base stays, or as far away as the formula says"
+        ),
+    ] = "base",
+) -> Expr:
     """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
 
     c is the mean cosine of the angle between d_j and d_k over pairs, weighted by a_j a_k; a d of zero is at right angles to all. For K
-    equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base.
+    equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base,
+    but with opposed=away.
     """
     shares = s.shares()
     sizes = [math.sqrt(sum(float(d.double().square().sum()) for d in s.deltas_of(k))) for k in range(len(shares))]
@@ -30,10 +41,11 @@ def model_stock(s: Sources) -> Expr:
     together = sum(float(_sum(units, part).square().sum()) for part in s.slices())
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
-        c = max(
-            0.0, (together - math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))) / (1 - alike)
-        )
-        t = c / (alike + (1 - alike) * c)
+        alone = math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))
+        c = (together - alone) / (1 - alike)
+        c = c if opposed == "away" else max(0.0, c)
+        whole = alike + (1 - alike) * c
+        t = c / whole if abs(whole) > 1e-6 else 0.0
     return s.added([t * a for a in shares])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from torch import Tensor
 
 from weft.engine import Sources, method
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 
 
 @method(kind="merge", rows="P093", members=2)
-def slerp(s: Sources) -> Expr:
+def slerp(
+    s: Sources,
+    *,
+    straight: Annotated[
+        float, Field(ge=1e-6, le=0.1, description="angle in radians below which the straight line is taken")
+    ] = 1e-6,
+) -> Expr:
     """sin((1 - t) Ω) / sin Ω · first + sin(t Ω) / sin Ω · second, Ω the angle between the two as vectors, t = w_2 / (w_1 + w_2).
 
     For weights in one direction that is the straight line. Between opposite ones, and to zero, there is no arc: the straight line
@@ -27,7 +34,7 @@ def slerp(s: Sources) -> Expr:
         xx, xy, yy = xx + float(x.square().sum()), xy + float((x * y).sum()), yy + float(y.square().sum())
     size = math.sqrt(xx) * math.sqrt(yy)
     angle = math.acos(max(-1.0, min(1.0, xy / size))) if size else 0.0
-    arc = 1e-6 < angle < math.pi - 1e-3
+    arc = straight < angle < math.pi - max(straight, 1e-3)
     if not arc and 0 < t < 1 and (angle > 1 or (not size and xx + yy)):
         s.fallback("there is no arc between opposite or zero weights: the straight line was taken")
     a, b = (math.sin(share * angle) / math.sin(angle) if arc else share for share in (1 - t, t))

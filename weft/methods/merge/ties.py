@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Sources, method
+from weft.engine import Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import drawn, elected, kept, limit, summed
+from weft.linalg.votes import agreed, drawn, elected, growth, kept, limit, odds, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -21,18 +21,29 @@ if TYPE_CHECKING:
 def ties(
     s: Sources,
     *,
-    density: Annotated[float, Field(gt=0, le=1, description="share of each task vector that is kept")] = 0.2,
+    density: Annotated[
+        Each[Annotated[float, Field(gt=0, le=1)]],
+        Field(description="share of each task vector that is kept, above 0; repeated: of each member's"),
+    ] = 0.2,
     outliers: Annotated[
-        float, Field(ge=0, lt=1, description="share of the largest entries that is dropped first")
+        Each[Annotated[float, Field(ge=0, lt=1)]],
+        Field(description="share of the largest entries that is dropped first, from 0; repeated: of each member's"),
     ] = 0.0,
     spread: Annotated[
-        float,
+        Each[Annotated[float, Field(ge=0, le=1)]],
         Field(
-            ge=0, le=1, description="0: the largest are kept; else they are drawn, the larger the more probably by this"
+            description="0: the largest are kept; to 1: they are drawn, the larger the more probably; repeated: of each member's"
         ),
     ] = 0.0,
+    rescale: Annotated[
+        Literal["odds", "size", "none"],
+        Field(
+            description="what is drawn is divided by its probability; or what is kept scaled to the size of all; or neither"
+        ),
+    ] = "odds",
     then: Annotated[
-        Literal["ties", "add"], Field(description="of what is kept, the mean where signs agree, or all of it is added")
+        Literal["ties", "agree", "add"],
+        Field(description="of what is kept, the mean where signs agree, the sum where they do, or all of it is added"),
     ] = "ties",
     scale: Annotated[float, Field(ge=-10, le=10, description="how much of the merged task vector is added")] = 1.0,
 ) -> Expr:
@@ -43,19 +54,26 @@ def ties(
     outliers, with then=add, is Breadcrumbs (arXiv 2312.06795): of the largest entries, those that are far larger are left out too, and
     scale · Σ_k w_k d_k is added. spread is DELLA (arXiv 2406.11617): an entry is kept with a probability p that grows evenly with the
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
+    rescale=size: times the factor, one a member and weight, that makes Σ|d_k| what it was before.
     """
 
-    bounds = [_bounds(s, k, density, outliers, bool(spread)) for k in range(len(s.members))]
+    each = list(zip(s.each(density), s.each(outliers), s.each(spread), strict=True))
+    bounds = [_bounds(s, k, keep, top, bool(wide)) for k, (keep, top, wide) in enumerate(each)]
+
+    def chosen(part: Sources) -> Iterator[tuple[Tensor, Tensor]]:
+        for k, (d, (keep, _, wide), (least, most)) in enumerate(zip(part.deltas(), each, bounds, strict=True)):
+            size = d.abs()
+            left = d * ((size >= least) & (size <= most))
+            if wide:
+                p = odds(left, keep, wide)
+                left = drawn(left / p if rescale == "odds" else left, p, part.rng(f"ties {k}"))
+            yield d, left
+
+    times = growth(map(chosen, s.slices())) if rescale == "size" else [1.0] * len(each)
 
     def rows(part: Sources) -> Tensor:
-        return part.start() + scale * (elected if then == "ties" else summed)(votes(part))
-
-    def votes(part: Sources) -> Iterator[tuple[float, Tensor]]:
-        for k, (w, d) in enumerate(zip(part.weights, part.deltas(), strict=True)):
-            least, most = bounds[k]
-            size = d.abs()
-            d = d * ((size >= least) & (size <= most))
-            yield w, drawn(d, density, spread, part.rng(f"ties {k}")) if spread else d
+        votes = ((w, t * left) for w, t, (_, left) in zip(part.weights, times, chosen(part), strict=True))
+        return part.start() + scale * {"ties": elected, "agree": agreed, "add": summed}[then](votes)
 
     return s.by_slices(rows)
 

@@ -370,7 +370,7 @@ def test_models_that_do_not_fit_are_refused_by_name(lossless: bool, pair: Pair, 
     how: dict[str, Any] = {"lossless": True} if lossless else {"budget": "5%"}
     tiny("llama", intermediate_size=64).save_pretrained(tmp_path / "wide")
     tiny("llama", layers=1).save_pretrained(tmp_path / "short")
-    with pytest.raises((ShapeError, ConflictError), match="mlp.up_proj|intermediate_size"):
+    with pytest.raises((ShapeError, ConflictError), match=r"mlp.up_proj|intermediate_size"):
         weft.diff(pair.base, tmp_path / "wide", pair.delta, **how)
     with pytest.raises((ShapeError, ConflictError), match=r"layers.1|num_hidden_layers"):
         weft.diff(pair.base, tmp_path / "short", pair.delta, **how)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.engine.combine import uneven
+from weft.engine.miscalled import uneven
 from weft.engine.registry import get
 from weft.engine.run import Step
 from weft.error import ConflictError, OptionError, raise_all

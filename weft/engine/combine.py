@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.engine.method import Method
+from weft.engine.miscalled import Per, asked, misfit, misused, unfit
 from weft.engine.registry import get
 from weft.engine.run import Change, Step, chain_key, code_version
 from weft.engine.unlike import refusals
-from weft.error import OptionError, WeftError, raise_all
+from weft.error import WeftError, raise_all
 from weft.expr import Dense, Expr, spec, tensors
 from weft.model import (
     Sources,
@@ -38,8 +37,6 @@ from weft.store.tensors import Later, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each; before these there may be the one that they are added to."""
-Per = Callable[[str], tuple[Step, Sequence[float]]]
-"""What a weight, norm or bias of this name is merged by: a step, and a weight for each model."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,13 @@ def plan(
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
     bases = bases_of(base)
-    wrong = _misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
-    wrong += [_wrong(method, *what) for what in _unfit(method, given, len(models))]
+    wrong = misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
+    wrong += unfit(method, given, len(models))
     raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
     lead = [*bases, *models][0]
     sites, vectors = _chosen(lead, at)
-    how, wrong = _asked(per or (lambda _: (step, given)), [*sites, *vectors])
-    raise_all([*wrong, *(p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models)))])
+    how, wrong = asked(per or (lambda _: (step, given)), [*sites, *vectors])
+    raise_all([*wrong, *(p for name, (one, each) in how.items() for p in misfit(name, step, one, each, len(models)))])
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
     return Plan(
         lead, _named(models, bases), sites, vectors, _Merge(step, how, tuple(_named(models)), seed, seen, dtype)
@@ -270,18 +267,6 @@ def _value(expr: Expr) -> Tensor:
     return expr.dense().detach()
 
 
-def _asked(per: Per, names: Sequence[str]) -> tuple[dict[str, tuple[Step, Sequence[float]]], list[WeftError]]:
-    """What each of these is merged by, and the errors of those that cannot be."""
-    made: dict[str, tuple[Step, Sequence[float]]] = {}
-    wrong: list[WeftError] = []
-    for name in names:
-        try:
-            made[name] = per(name)
-        except WeftError as e:
-            wrong.append(e)
-    return made, wrong
-
-
 def bases_of(base: Base) -> list[nn.Module]:
     """The bases in a list: none, one for all, or one for each member."""
     return [] if base is None else [base] if isinstance(base, nn.Module) else [*base]
@@ -301,56 +286,3 @@ def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[
     plain = [n for n in loose if any(fits(n, g) for g in globs)]
     about = [g for g in globs if not any(fits(n, g) for n in plain) or any(fits(n, g) for n in places(model))]
     return (match(model, about) if about else []), plain
-
-
-def _misused(
-    method: Method, models: Sequence[nn.Module], bases: Sequence[nn.Module], *, blind: bool
-) -> list[WeftError]:
-    """What is wrong with the call, whatever the models hold."""
-    wrong: list[tuple[str, object, str, str]] = []
-    if method.kind != "merge":
-        wrong.append(("method", f"a {method.kind} method", "a merge", "weft methods shows kinds"))
-    count = method.members
-    if not models or (count is not None and len(models) != count):
-        want = f"{count} models" if count is not None else "one or more models"
-        wrong.append(("models", len(models), want, "give as many"))
-    if "base" in method.needs and not bases:
-        wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
-    if len(bases) > 1 and ("base" not in method.needs or len(bases) - len(models) not in (0, 1)):
-        want = "one for each model" if "base" in method.needs else "one: this merge takes no differences"
-        fix = "give one, or as many, or what they are added to and as many"
-        wrong.append(("base", f"{len(bases)} for {len(models)} models", want, fix))
-    if blind:
-        wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
-    return [_wrong(method, *what) for what in wrong]
-
-
-def _misfit(name: str, step: Step, one: Step, weights: Sequence[float], count: int) -> list[WeftError]:
-    """What is wrong with what a site is merged by."""
-    wrong = _unfit(get(step.method), weights, count)
-    if one.method != step.method:
-        wrong.append(("method", one.method, f"{step.method}, as everywhere", "merge twice, each with its own at"))
-    wrong += uneven(one, count)
-    return [_wrong(get(step.method), f"{where} of {name}", got, want, fix) for where, got, want, fix in wrong]
-
-
-def uneven(step: Step, count: int) -> list[tuple[str, object, str, str]]:
-    """What is wrong with options that have one value a member, but not as many: where, got, want, fix."""
-    held = {k: len(cast("tuple[Any, ...]", v)) for k, v in step.options if isinstance(v, tuple)}
-    want, fix = "one for all, or one a model", "give as many"
-    return [(k, f"{n} for {count} models", want, fix) for k, n in held.items() if n != count]
-
-
-def _unfit(method: Method, weights: Sequence[float], count: int) -> list[tuple[str, object, str, str]]:
-    """What is wrong with the weights of so many models: where, got, want, fix."""
-    if len(weights) != count:
-        return [("weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
-    if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-        return [("weights", weights, "finite numbers", "give others")]
-    if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
-        return [("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
-    return []
-
-
-def _wrong(method: Method, where: str, got: object, want: str, fix: str) -> WeftError:
-    return OptionError(f"{method.name} cannot be done so", where=where, got=got, want=want, fix=fix)

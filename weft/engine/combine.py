@@ -121,14 +121,14 @@ def plan(
     bases = bases_of(base)
     wrong = _misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
     wrong += _unfit(method, len(models), given)
-    raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
+    raise_all([*wrong, *(refusals(named(models, bases)) if models else ()), *strange])
     lead = [*bases, *models][0]
     sites, vectors = _chosen(lead, at)
     if per is not None:
         each = dict.fromkeys((per(name)[0].method, tuple(per(name)[1])) for name in (*sites, *vectors))
         raise_all([e for of, weights in each for e in _unfit(get(of), len(models), weights)])
-    seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
-    return Plan(lead, _named(models, bases), sites, vectors, _Merge(step, given, list(_named(models)), seed, seen, per))
+    seen = {label: look(i) for i, label in enumerate(named(models))} if look is not None else dict[str, Seen]()
+    return Plan(lead, named(models, bases), sites, vectors, _Merge(step, given, list(named(models)), seed, seen, per))
 
 
 def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:
@@ -268,7 +268,7 @@ def bases_of(base: Base) -> list[nn.Module]:
     return [] if base is None else [base] if isinstance(base, nn.Module) else [*base]
 
 
-def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
+def named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
     """The models by name, the one that others are compared with first."""
     start = int(len(bases) <= max(1, len(models)))  # 0 where the first is no member's
     first = {"base" if i == start else f"the base of member {i}": m for i, m in enumerate(bases, start)}

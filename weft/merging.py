@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from weft.engine import blend as engine_blend
 from weft.engine import coefficients
 from weft.engine import combine as engine
+from weft.engine.align import by_tokens
 from weft.engine.coefficients import Tried, Way
 from weft.engine.run import Change, Step
 from weft.error import ConflictError, OptionError, PathError, WeftError, whole
@@ -27,6 +28,8 @@ from weft.store.save import save
 
 Data = str | Sequence[Batch]
 """Texts by the name of a file, a folder or a lab task; or batches of a model's inputs."""
+Align = Literal["tokens"]
+"""How models of other vocabularies are brought beside the first."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def planned(
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
     per: engine.Per | None = None,
+    align: Align | None = None,
     data: Data | Sequence[Data] | None = None,
     tokens: int = 16384,
     search: Way | None = None,
@@ -121,7 +125,8 @@ def planned(
     weights are. What `at` does not match, the configuration and the tokenizer are those of the base, or of the first model. A merge that
     has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's
     own texts without; what it finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options`
-    and `weights`.
+    and `weights`. Vocabularies that differ are refused, or with `align="tokens"` aligned by token to that of the base, or of the
+    first model, whose tokenizer the result has; what is lost is a fallback.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
@@ -131,19 +136,36 @@ def planned(
     """
     whole(0, seed=seed)
     step, bars = Step.of(method, **options), progress or Silent()
-    strange = other_words([*engine.bases_of(base), *models])
+    given, notes = [*engine.bases_of(base), *models], list[tuple[str, str]]()
+    strange = other_words(given) if align is None else []
     look = _look(models, step, data, tokens, seed, Cache(cache or default()), bars)
     score = _score(search, held_out, trials, weights, len(models))
 
-    def plan(given: Sequence[float] | None) -> engine.Plan:
-        return engine.plan(
-            models, step, base=base, weights=given, at=at, per=per, seed=seed, strange=strange, look=look
-        )
+    if align is not None and models:
+        given, notes = _aligned(given, list(engine.named(models, engine.bases_of(base))), step)
+    bases, members = given[: len(given) - len(models)], given[len(given) - len(models) :]
+
+    def plan(shares: Sequence[float] | None) -> engine.Plan:
+        how: dict[str, Any] = {"weights": shares, "at": at, "per": per, "seed": seed, "strange": strange, "look": look}
+        made = engine.plan(members, step, base=bases or None, **how)
+        made.merge.notes.extend(notes)
+        return made
 
     if search is None or score is None:
         return Planned(plan(weights), [], bars)
     tried = coefficients.search(search, len(models), lambda w: score(_run(plan(w), bars)[0]), trials=trials, seed=seed)
     return Planned(plan(coefficients.best(tried).weights), tried, bars)
+
+
+def _aligned(
+    models: Sequence[nn.Module], labels: Sequence[str], step: Step
+) -> tuple[list[nn.Module], list[tuple[str, str]]]:
+    """The models, all with the tokens of the first. Errors: OptionError for a merge that weighs rows by data; those of `by_tokens`."""
+    if "fisher" in step.needs:
+        got, want, fix = step.describe(), "a merge that weighs no rows by data", "choose another merge"
+        raise OptionError("what data says is not aligned by tokens", where="align", got=got, want=want, fix=fix)
+    made, notes = by_tokens(models[0], models[1:], labels[1:])
+    return [models[0], *made], notes
 
 
 def _run(plan: engine.Plan, bars: Progress) -> tuple[nn.Module, list[Change]]:

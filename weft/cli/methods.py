@@ -105,6 +105,12 @@ def look(name: str, options: dict[str, Any], *, model: str, as_json: bool, quiet
         emit([{"site": n, **at} for n, at in found.sites.items()], as_json=False, quiet=quiet, foot=found.says)
 
 
+class Align(enum.StrEnum):
+    """How other vocabularies are aligned."""
+
+    tokens = "tokens"
+
+
 class Search(enum.StrEnum):
     """How weights are searched."""
 
@@ -130,6 +136,12 @@ def _of_merges(
     at: Annotated[
         list[str] | None,
         typer.Option(help="Weights: a glob, or all-linear; repeatable. Others are the base's, or the first model's."),
+    ] = None,
+    align: Annotated[
+        Align | None,
+        typer.Option(
+            help="Align vocabularies that differ, by token, to the base's, or the first model's; else refused."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -165,6 +177,7 @@ def merge(
     base: list[str] | None,
     weight: list[float] | None,
     at: list[str] | None,
+    align: Align | None,
     data: list[str] | None,
     tokens: int,
     search: Search | None,
@@ -193,6 +206,7 @@ def merge(
         "base": _one(bases),
         "weights": weight,
         "at": at or "*",
+        "align": plain(align),
         "seed": seed,
         "progress": bars(quiet),
     }
@@ -207,7 +221,7 @@ def merge(
         made: Outcome = plan.run()
     else:
         said = {"models": models, "base": _one(base), "weights": weight, "method": name, "options": dict(step.options)}
-        said |= {"data": data} if data else {}
+        said |= ({"data": data} if data else {}) | ({"align": plain(align)} if align else {})
         said |= _searched(plan.tried, search, held_out)
         made = plan.write(out, replace=replace, manifest={"merged": {**said, "seed": seed}})
     return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)

@@ -117,14 +117,14 @@ def plan(
     bases = bases_of(base)
     wrong = misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
     wrong += unfit(method, given, len(models))
-    raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
+    raise_all([*wrong, *(refusals(named(models, bases)) if models else ()), *strange])
     lead = [*bases, *models][0]
     sites, vectors = _chosen(lead, at)
     how, wrong = asked(per or (lambda _: (step, given)), [*sites, *vectors])
     raise_all([*wrong, *(p for name, (one, each) in how.items() for p in misfit(name, step, one, each, len(models)))])
-    seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
+    seen = {label: look(i) for i, label in enumerate(named(models))} if look is not None else dict[str, Seen]()
     return Plan(
-        lead, _named(models, bases), sites, vectors, _Merge(step, how, tuple(_named(models)), seed, seen, dtype)
+        lead, named(models, bases), sites, vectors, _Merge(step, how, tuple(named(models)), seed, seen, dtype)
     )
 
 
@@ -272,7 +272,7 @@ def bases_of(base: Base) -> list[nn.Module]:
     return [] if base is None else [base] if isinstance(base, nn.Module) else [*base]
 
 
-def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
+def named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
     """The models by name, the one that others are compared with first."""
     start = int(len(bases) <= max(1, len(models)))  # 0 where the first is no member's
     first = {"base" if i == start else f"the base of member {i}": m for i, m in enumerate(bases, start)}

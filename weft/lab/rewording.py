@@ -22,10 +22,10 @@ from weft.model import fork
 from weft.store.cache import key
 
 TASK = "wordings"
-LEARNT, STEPS = 160, 32
+LEARNT, STEPS = 80, 16
 """Steps of all weights on prompts in reference words, and of what a chain adds on others."""
 BATCH, TOKENS = 16, 48
-RATE, RATES = 1e-3, (1e-3, 4e-3, 1.6e-2, 6.4e-2)
+RATE, RATES = 1e-3, (4e-3, 1.6e-2, 6.4e-2)
 """Of the first, and those that the second choose from."""
 
 

@@ -369,6 +369,23 @@ def test_calls_that_cannot_be_right_are_refused(case: str, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
+def test_nothing_that_is_read_is_written_over(lossless: bool, pair: Pair) -> None:
+    """Neither base nor tuned nor delta, though weft wrote them and is told to replace."""
+    how: dict[str, Any] = {"lossless": True} if lossless else {"budget": "20%"}
+    base, tuned = pair.out / "base", pair.out / "tuned"
+    weft.export(load(pair.base), base)
+    weft.export(load(pair.tuned), tuned)
+    weft.diff(base, tuned, pair.delta, **how)
+    for place in (base, tuned, base / "in", pair.out):
+        with pytest.raises(ConflictError, match="lie in one another"):
+            weft.diff(base, tuned, place, replace=True, **how)
+    for place in (base, pair.delta):
+        with pytest.raises(ConflictError, match="lie in one another"):
+            weft.restore(base, pair.delta, place, replace=True)
+    assert verify(base) == verify(tuned) == verify(pair.delta) == []
+
+
+@pytest.mark.parametrize("lossless", [False, True])
 def test_models_that_do_not_fit_are_refused_by_name(lossless: bool, pair: Pair, tiny: Any, tmp_path: Path) -> None:
     """Another width, and another number of layers."""
     how: dict[str, Any] = {"lossless": True} if lossless else {"budget": "5%"}

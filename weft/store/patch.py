@@ -16,7 +16,7 @@ from weft.progress import Progress, Silent
 from weft.store import lossless
 from weft.store.adapter import must_be_free, refuse_overflow
 from weft.store.checkpoint import checkpoint
-from weft.store.delta import COPY, KIND, Delta, beside, card, opened
+from weft.store.delta import COPY, KIND, Delta, beside, card, must_lie_apart, opened
 from weft.store.load import changed, find, load
 from weft.store.save import FORMAT, save, write_shards
 from weft.store.save import base as base_of
@@ -81,17 +81,19 @@ def restore(
 ) -> None:
     """See `weft.restore`."""
     held = opened(delta)
+    must_lie_apart(Path(out), held.folder)
     may_replace(Path(out).resolve(), replace)
     if held.lossless:
         lossless.restore(find(base), held, Path(out), replace=replace, progress=progress or Silent())
         return
+    must_lie_apart(Path(out), find(base))
     made = load(base, progress=progress)
     must_be_free(made, name)
     weights, loose = _fitting(made, held)
     exprs = {n: total({**terms_of(expressions(made)[n]), f"adapter:{name}": e}) for n, e in weights.items()}
     refuse_overflow(made, exprs)
     known = vectors(made)
-    set_vectors(made, {n: Dense((known[n].view(1, -1) + e.dense()).to(known[n].dtype)) for n, e in loose.items()})
+    set_vectors(made, {n: Dense((known[n].reshape(1, -1) + e.dense()).to(known[n].dtype)) for n, e in loose.items()})
     set_expressions(made, exprs)
     save(made, out, dense=dense, replace=replace, files=beside(held), progress=progress)
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         may_write,
         merge,
         methods,
+        patch,
         probe,
+        restore,
         run,
         save,
         show,
@@ -64,12 +66,12 @@ if TYPE_CHECKING:
     from weft.progress import Bars, Silent
     from weft.score import evaluate, generate
     from weft.store.mend import import_
-    from weft.store.patch import patch, restore
     from weft.training import reader, train
 
 _HOME = {
     "weft.api": (
-        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "probe", "run", "save", "show", "verify",
+        "Changes", "apply", "attach", "export", "load", "may_write", "merge", "methods", "patch", "probe", "restore", "run", "save",
+        "show", "verify",
     ),
     "weft.error": ("WeftError",),
     "weft.fitting.diff": ("diff",),
@@ -87,7 +89,6 @@ _HOME = {
     ),
     "weft.progress": ("Bars", "Silent"),
     "weft.store.mend": ("import_",),
-    "weft.store.patch": ("patch", "restore"),
     "weft.score": ("evaluate", "generate"),
     "weft.training": ("reader", "train"),
 }  # fmt: skip

@@ -25,6 +25,7 @@ from weft.lab import models
 from weft.model import DeviceMap, branches, expressions, stack_of, taps
 from weft.progress import Progress, Silent
 from weft.stats import Batch
+from weft.store import patch as deltas
 from weft.store.cache import Cache, default
 
 To = Literal["hf", "peft", "vllm", "compressed-tensors"]
@@ -92,6 +93,37 @@ def attach(
     """
     into = store.hotswap if replace else store.attach
     return into(model, adapter, name=name, unverified_base=unverified_base)
+
+
+def patch(model: nn.Module, delta: str | Path, *, name: str = "delta", replace: bool = False) -> list[str]:
+    """Put a delta onto a model of its base, in place and frozen, as the adapter `name`; returns its weights and branches.
+
+    What it adds to weights are terms `adapter:NAME`, to norms and biases branches `Shift`: `weft.activate` switches between several.
+    The base may be quantized, pruned or tuned since. `replace`: an adapter of this name goes first, where there is one.
+    Errors, the model being as it was: ChangedError for another base; ConflictError for a lossless delta, a turned input and a name
+    that is taken; FormatError, NumericError with every problem.
+    """
+    return deltas.patch(model, delta, name=name, replace=replace)
+
+
+def restore(
+    base: str | Path,
+    delta: str | Path,
+    out: str | Path,
+    *,
+    dense: bool = False,
+    name: str = "delta",
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the folder of the model that a delta and its base make, with the files that tuning changed, such as a chat template.
+
+    A lossless delta gives an ordinary checkpoint with the tuned tensors, to the bit. Another gives the base with terms `adapter:NAME`
+    or, `dense`, an ordinary checkpoint; norms and biases have their values. Configuration: the base's, but of a lossless one its own.
+    Errors: those of `patch`, `load` and `save`.
+    """
+    place = models.resolve(base, progress)
+    deltas.restore(place, delta, out, dense=dense, name=name, replace=replace, progress=progress)
 
 
 def apply(

@@ -82,7 +82,7 @@ def test_importing_weft_imports_nothing() -> None:
 def test_help_lists_every_command_and_rewrite() -> None:
     said = weft_("--help").output
     core = ["fit", "show", "methods", "eval", "generate", "train", "merge", "export", "report", "prove"]
-    core += ["verify", "cache", "attach", "adapters", "run", "realism"]
+    core += ["verify", "cache", "attach", "adapters", "diff", "patch", "run", "realism"]
     for name in [
         *core,
         *(e.name for e in entries() if e.kind in ("rewrite", "branch", "cut", "recipe", "merge", "probe")),

@@ -10,7 +10,7 @@ import typer
 
 from weft import __version__
 from weft.catalog import Entry, entries
-from weft.cli import commands, files, methods, realism, train
+from weft.cli import commands, deltas, files, methods, realism, train
 from weft.cli.guard import State, guarded
 
 
@@ -25,7 +25,7 @@ def build(argv: Sequence[str] = ()) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_start)
-    for fn in (*commands.ALL, *files.ALL, *realism.ALL):
+    for fn in (*commands.ALL, *files.ALL, *deltas.ALL, *realism.ALL):
         text = inspect.cleandoc(fn.__doc__ or "")
         app.command(fn.__name__.rstrip("_"), help=text, short_help=text.splitlines()[0])(guarded(fn))
     asked = next((a for a in argv if not a.startswith("-")), "")

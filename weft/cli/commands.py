@@ -132,10 +132,16 @@ def report(
 
 
 def show(model: ModelName, as_json: AsJson = False) -> None:
-    """List a model's weights: expression, bytes, bits per weight."""
+    """List the weights of a model or a delta: expression, bytes, bits per weight."""
     import weft
-    from weft.store import nbytes
+    from weft.store import delta, nbytes
+    from weft.store.patch import rows as added
 
+    if delta.is_delta(model):
+        held = delta.opened(model)
+        foot = f"a delta of {held.manifest['bytes']:,} bytes, base {held.base['path']}"
+        emit(added(held), as_json=as_json, foot=foot)
+        return
     woven = load(model)
     rows = [asdict(r) for r in weft.show(woven)]
     emit(rows, as_json=as_json, foot=f"{len(rows)} weights, {nbytes(woven)} bytes with norms and biases")

@@ -1,4 +1,4 @@
-"""What keeps models from being merged: other classes, configurations, weights, shapes, ties and buffers, and what is no weight."""
+"""What keeps models from being merged or compared: other classes, configurations, weights, shapes, ties, buffers; what is no weight."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from weft.model import Place, branches, expressions, places, plain_tensors, taps
 from weft.store.library import config_of
 
 
-def refusals(models: Mapping[str, nn.Module]) -> list[WeftError]:
-    """Every reason why these models, by what errors call them, cannot be merged; the others are compared with the first.
+def refusals(models: Mapping[str, nn.Module], act: str = "merged") -> list[WeftError]:
+    """Every reason why these models, by what errors call them, cannot be merged, or what `act` says; all are compared with the first.
 
     ConflictError for another class or configuration, for weights without a value, taps, branches, and what is tied otherwise; ShapeError
     for weights that another model lacks or has in another shape, and for buffers that differ.
     """
     (first, lead), *others = models.items()
-    problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m)]
+    problems = [p for label, m in ((first, lead), *others) for p in _unmergeable(label, m, act)]
     for label, model in others:
         problems += _strange(label, model, first, lead) or [
             *_differing(_sites(lead), _sites(model), first, label),
             *_differing(_plain(lead), _plain(model), first, label),
-            *_unequal(lead, model, first, label),
+            *_unequal(lead, model, first, label, act),
         ]
     return problems
 
 
-def _unmergeable(label: str, model: nn.Module) -> Iterator[WeftError]:
+def _unmergeable(label: str, model: nn.Module, act: str) -> Iterator[WeftError]:
     yield from valueless({f"{label}: {n}": e for n, e in expressions(model).items()})
     for name, tap in taps(model).items():
         want, fix = "weights of the plain inputs", "weft.untap(model) first"
-        what = "a weight behind a tap is not merged"
+        what = f"a weight behind a tap is not {act}"
         yield ConflictError(what, where=f"{label}: {name}", got=tap.describe(), want=want, fix=fix)
     for branch in branches(model):
         want, fix = "weights alone", "weft.unbranch(model) first"
-        what = "a branch is not merged"
+        what = f"a branch is not {act}"
         yield ConflictError(what, where=f"{label}: {branch.key}", got=branch.describe(), want=want, fix=fix)
 
 
@@ -47,7 +47,7 @@ def _strange(label: str, model: nn.Module, first: str, lead: nn.Module) -> list[
     """Another class, or other entries of the configuration than those that say nothing of the weights."""
     if type(model).__name__ != type(lead).__name__:
         got, want = f"{label} is {type(model).__name__}", f"{type(lead).__name__}, as {first}"
-        what, fix = "these models are not of one family", "merge models that were tuned from one"
+        what, fix = "these models are not of one family", "take models that were tuned from one"
         return [ConflictError(what, where="class", got=got, want=want, fix=fix)]
     mine, theirs = _entries(model), _entries(lead)
     return [
@@ -56,7 +56,7 @@ def _strange(label: str, model: nn.Module, first: str, lead: nn.Module) -> list[
             where=f"config: {key}",
             got=f"{label}: {mine.get(key, 'nothing')}",
             want=f"{theirs.get(key, 'nothing')}, as {first}",
-            fix="merge models that were tuned from one",
+            fix="take models that were tuned from one",
         )
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
@@ -108,7 +108,7 @@ def _is_free(t: Tensor) -> bool:
 
 
 def _differing(ours: Mapping[str, str], theirs: Mapping[str, str], first: str, label: str) -> list[WeftError]:
-    what, fix = "these models have other weights", "merge models that were tuned from one"
+    what, fix = "these models have other weights", "take models that were tuned from one"
     return [
         ShapeError(
             what,
@@ -122,14 +122,14 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str], first: str, l
     ]
 
 
-def _unequal(lead: nn.Module, model: nn.Module, first: str, label: str) -> list[WeftError]:
+def _unequal(lead: nn.Module, model: nn.Module, first: str, label: str, act: str) -> list[WeftError]:
     """Buffers, and what is not of floating point, that are not the same."""
     ours, theirs = plain_tensors(lead), plain_tensors(model)
     both = [n for n, t in ours.items() if not _is_free(t) and n in theirs and theirs[n].shape == t.shape]
     fix = "give both models the same"
     return [
         ShapeError(
-            "a buffer cannot be merged", where=n, got=f"other values in {label}", want=f"those of {first}", fix=fix
+            f"a buffer cannot be {act}", where=n, got=f"other values in {label}", want=f"those of {first}", fix=fix
         )
         for n in both
         if not torch.equal(ours[n].cpu(), theirs[n].cpu())

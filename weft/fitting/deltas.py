@@ -49,6 +49,7 @@ def families(delta: Float[Tensor, "m n"], group: Group | None) -> list[list[Form
             return truncate(delta, ranks[-1], torch.float32)
         return whitened(delta, *group.roots(), ranks[-1], torch.float32)
 
+    @functools.cache
     def low(rank: int, kind: str) -> Expr:
         b, a = factors().b[:, :rank], factors().a[:rank]
         if kind == "bf16":
@@ -68,9 +69,10 @@ def families(delta: Float[Tensor, "m n"], group: Group | None) -> list[list[Form
 
 
 def _on(name: str, width: int, value: Float[Tensor, "m n"], weight: Float[Tensor, "1 n"] | None = None) -> Expr:
-    """A value on a grid whose scales are searched."""
+    """A value on a grid, with searched scales where that gains: signs have their best one, and at 8 bits nothing is cut off."""
     ones = torch.ones_like(value[:1]) if weight is None else weight
-    fit = minmax(value, name, width, True) if name == "sign" else search(value, ones, name, width, True)
+    simple = name in ("sign", "int8")
+    fit = minmax(value, name, width, True) if simple else search(value, ones, name, width, True, steps=5)
     return fit.encode(nearest(value, fit))
 
 

@@ -27,7 +27,7 @@ from weft.progress import Progress, Silent
 from weft.stats import Stats, collect
 from weft.store import lossless as exact
 from weft.store.cache import default
-from weft.store.delta import differing
+from weft.store.delta import differing, must_lie_apart
 from weft.store.load import find, load
 from weft.store.patch import write
 from weft.store.swap import MANIFEST, may_replace, read_manifest
@@ -95,9 +95,12 @@ def diff(
         size, whole = exact.write(old, find(resolve(str(tuned), progress)), place, replace=replace, progress=bars)
         return Diff(size, size / max(1, whole))
     _must_be_plain(old)
+    must_lie_apart(place, old)
     first = load(old, progress=progress)
     after = tuned if isinstance(tuned, nn.Module) else load(resolve(tuned, progress), progress=progress)
-    raise_all(refusals({"base": first, "tuned": after}))
+    source = after.__dict__.get("_weft_source")
+    must_lie_apart(place, *([source] if source is not None else []))
+    raise_all(refusals({"base": first, "tuned": after}, "compared"))
     limit, stats = budgets.parse(budget, budgets.size(first), "budget"), None
     if data is not None:
         texts = calibration(after, data, tokenizer(after), tokens=tokens, seed=seed)
@@ -109,8 +112,7 @@ def diff(
         got, want = f"{limit} bytes", f"at least {limit - room}, which norms and biases take"
         raise ConflictError("no choice fits the budget", where="budget", got=got, want=want, fix="raise the budget")
     added = {**work.choose(room, bars), **loose}
-    source = after.__dict__.get("_weft_source")
-    files = differing(old, Path(source), config=False) if source is not None else {}
+    files = differing(old, source, config=False) if source is not None else {}
     size = write(first, added, place, about={"budget": limit}, files=files, replace=replace, progress=bars)
     return Diff(size, budgets.share(size, budgets.size(first)), work.error, work.kept)
 
@@ -128,7 +130,7 @@ class _Work:
     def loose(self) -> dict[str, Expr]:
         """What changed in vectors, as rows."""
         was, now = vectors(self.base), vectors(self.tuned)
-        gaps = {n: _gap(now[n].detach().view(1, -1), p.detach().view(1, -1), n) for n, p in was.items()}
+        gaps = {n: _gap(now[n].detach().reshape(1, -1), p.detach().reshape(1, -1), n) for n, p in was.items()}
         return {n: Dense(gap.to(torch.bfloat16)) for n, gap in gaps.items() if gap.any()}
 
     def choose(self, room: int, bars: Progress) -> dict[str, Expr]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.error import ChangedError, FormatError, WeftError, raise_all
+from weft.error import ChangedError, ConflictError, FormatError, WeftError, raise_all
 from weft.store.files import must_be_text
 from weft.store.load import find, names_a_base
 from weft.store.save import FORMAT, travelling
@@ -62,6 +62,15 @@ def is_delta(where: str | Path) -> bool:
     """Whether a folder says that it is a delta."""
     must_be_text(Path(where))
     return (Path(where) / MANIFEST).is_file() and read_manifest(Path(where)).get("kind") == KIND
+
+
+def must_lie_apart(out: Path, *read: Path) -> None:
+    """Refuse to write where what is read lies: a delta is worth nothing without its base. Errors: ConflictError."""
+    place = out.resolve()
+    for path in (p.resolve() for p in read):
+        if place.is_relative_to(path) or path.is_relative_to(place):
+            what, want = "the output and what it is made from lie in one another", "a folder of its own"
+            raise ConflictError(what, where=str(place), got=str(path), want=want, fix="choose another folder")
 
 
 def beside(delta: Delta) -> dict[str, Path]:

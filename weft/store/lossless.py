@@ -14,7 +14,7 @@ from weft.error import ChangedError, ConflictError, FormatError, ShapeError, Wef
 from weft.progress import Progress
 from weft.store.audit import DTYPES
 from weft.store.checkpoint import checkpoint, read_object
-from weft.store.delta import COPY, KIND, Delta, beside, card, differing
+from weft.store.delta import COPY, KIND, Delta, beside, card, differing, must_lie_apart
 from weft.store.exact import packed, unpacked
 from weft.store.files import told
 from weft.store.library import stem_in
@@ -29,6 +29,7 @@ def write(old: Path, new: Path, out: Path, *, replace: bool, progress: Progress)
     Errors: ConflictError for folders that are no plain checkpoints; ShapeError for tensors that one of them lacks or has in another
     shape or kind of dtype, all at once; those of `staged`.
     """
+    must_lie_apart(out, old, new)
     may_replace(out.resolve(), replace)
     was, now = _plain(old), _plain(new)
     same = _twins(now, now.keys() - was.keys())
@@ -68,6 +69,7 @@ def write(old: Path, new: Path, out: Path, *, replace: bool, progress: Progress)
 
 def restore(old: Path, delta: Delta, out: Path, *, replace: bool, progress: Progress) -> None:
     """Write the checkpoint that a delta was made of, from the base's. Errors: ChangedError for another base; those of `staged`."""
+    must_lie_apart(out, old)
     was = _plain(old)
     delta.must_be_of({"path": str(old), "seal": seal(was)})
     said = _entries(delta.manifest)

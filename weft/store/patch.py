@@ -16,9 +16,10 @@ from weft.progress import Progress, Silent
 from weft.store import lossless
 from weft.store.adapter import must_be_free, refuse_overflow
 from weft.store.checkpoint import checkpoint
-from weft.store.delta import COPY, KIND, Delta, beside, card, opened
+from weft.store.delta import COPY, KIND, Delta, beside, card, must_lie_apart, opened
 from weft.store.load import changed, find, load
-from weft.store.save import FORMAT, base, save, write_shards
+from weft.store.save import FORMAT, save, write_shards
+from weft.store.save import base as base_of
 from weft.store.swap import may_replace, room, staged
 from weft.store.tensors import examine, size_of
 from weft.store.trees import broken, expressions_of
@@ -48,22 +49,20 @@ def terms(delta: Delta) -> dict[str, Expr]:
 
 
 def patch(model: nn.Module, delta: str | Path, *, name: str = "delta", replace: bool = False) -> list[str]:
-    """Put a delta onto a model of its base, in place and frozen, as the adapter `name`; returns its weights and branches.
-
-    What it adds to weights are terms `adapter:NAME`, to norms and biases branches `Shift`: `weft.activate` switches between several.
-    The base may be quantized, pruned or tuned since. `replace`: an adapter of this name goes first, where there is one.
-    Errors, the model being as it was: ChangedError for another base; ConflictError for a lossless delta, a turned input and a name
-    that is taken; FormatError, NumericError with every problem.
-    """
+    """See `weft.patch`."""
     held = opened(delta)
-    if not (replace and name in adapters(model)):
+    there = name in adapters(model)
+    if not there or not replace:
         must_be_free(model, name)
+    if there and not replace:
+        want, fix = "a free name", "give another name, or replace it"
+        raise ConflictError("the model has a branch of this name", where="name", got=name, want=want, fix=fix)
     weights, loose = _fitting(model, held)
     added = shifts(model, {n: e.dense() for n, e in loose.items()}, name)
     role = f"adapter:{name}"
     before = {n: {r: t for r, t in terms_of(expressions(model)[n]).items() if r != role} for n in weights}
     refuse_overflow(model, {n: total({**before[n], role: e}) for n, e in weights.items()})
-    if name in adapters(model):
+    if there:
         delete_adapter(model, name)
     add_branch(model, *added)
     set_expressions(model, {n: total({**terms_of(expressions(model)[n]), role: e}) for n, e in weights.items()})
@@ -71,7 +70,7 @@ def patch(model: nn.Module, delta: str | Path, *, name: str = "delta", replace: 
 
 
 def restore(
-    model: str | Path,
+    base: str | Path,
     delta: str | Path,
     out: str | Path,
     *,
@@ -80,31 +79,28 @@ def restore(
     replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write the folder of the model that a delta and its base make, with the files that tuning changed, such as a chat template.
-
-    A lossless delta gives an ordinary checkpoint with the tuned tensors, to the bit. Another gives the base with terms `adapter:NAME`
-    or, `dense`, an ordinary checkpoint; norms and biases have their values. Configuration: the base's, but of a lossless one its own.
-    Errors: those of `patch`, `weft.load` and `weft.save`.
-    """
+    """See `weft.restore`."""
     held = opened(delta)
+    must_lie_apart(Path(out), held.folder)
     may_replace(Path(out).resolve(), replace)
     if held.lossless:
-        lossless.restore(find(model), held, Path(out), replace=replace, progress=progress or Silent())
+        lossless.restore(find(base), held, Path(out), replace=replace, progress=progress or Silent())
         return
-    made = load(model, progress=progress)
+    must_lie_apart(Path(out), find(base))
+    made = load(base, progress=progress)
     must_be_free(made, name)
     weights, loose = _fitting(made, held)
     exprs = {n: total({**terms_of(expressions(made)[n]), f"adapter:{name}": e}) for n, e in weights.items()}
     refuse_overflow(made, exprs)
     known = vectors(made)
-    set_vectors(made, {n: Dense((known[n].view(1, -1) + e.dense()).to(known[n].dtype)) for n, e in loose.items()})
+    set_vectors(made, {n: Dense((known[n].reshape(1, -1) + e.dense()).to(known[n].dtype)) for n, e in loose.items()})
     set_expressions(made, exprs)
     save(made, out, dense=dense, replace=replace, files=beside(held), progress=progress)
 
 
 def _fitting(model: nn.Module, delta: Delta) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """What a delta adds to weights, and to vectors, of this model. Errors: those of `patch`."""
-    delta.must_be_of(base(model) or {})
+    delta.must_be_of(base_of(model) or {})
     exprs, sites, loose = terms(delta), expressions(model), vectors(model)
     problems: list[WeftError] = []
     for name, expr in exprs.items():
@@ -141,7 +137,7 @@ def write(
         "class": type(model).__name__,
         "sites": {n: spec(e) for n, e in exprs.items()},
         "bytes": size,
-        "base": base(model),
+        "base": base_of(model),
         **about,
     }
     room(out, size)

@@ -48,6 +48,9 @@ _NOT_HERE = {
     "modules": "models or slices: weft merges models of one stack",
     "chat_template": "none: the template is the tokenizer's",
     "residual_weight": "none",
+    "base_model": "one base_model, for the whole file",
+    "tokens": "none: all models have the same words",
+    "pad_to_multiple_of": "none: embeddings keep their rows",
 }
 """What mergekit knows and weft does not, and what there may be instead."""
 
@@ -58,7 +61,7 @@ class _Reader:
     def __init__(self, where: str) -> None:
         self.where, self.problems, self.notes = where, list[WeftError](), list[str]()
         self.rule: Rule | None = None
-        self.name, self.base = "", None
+        self.name = ""
 
     def plan(self, value: Any) -> Plan:
         """The plan. Errors: FormatError, OptionError with every problem found."""
@@ -147,8 +150,9 @@ class _Reader:
         for i, item in enumerate(self.items(value, "slices"), 1):
             place = f"slices, slice {i}"
             held = self.table(item, f"{self.where}: {place}", ("sources", "parameters"))
-            models = self.models(held.get("sources"), f"{place}: sources", "layer_range")
-            ranges = [s.get("layer_range") for s in held.get("sources") or () if isinstance(s, dict)]
+            sources = held.get("sources")
+            models = self.models(sources, f"{place}: sources", "layer_range")
+            ranges = [s.get("layer_range") for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
             layers = self.layers(ranges, place)
             if made and made[0].models.keys() != models.keys():
                 self.refuse(

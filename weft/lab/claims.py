@@ -184,13 +184,16 @@ class Lab:
         count: int | None = None,
         tuned: Steps = (),
         search: Literal["greedy", "cma"] | None = None,
+        smoothing: float = 0.0,
+        noisy: bool = False,
     ) -> Claim:
         """Holds if merge `ours` gains, on the members' tasks, at least `share` of what `baseline` gains, and more than nothing.
 
         Members are tuned from the lab model, all linear layers of it or what `tuned` makes trainable: on different tasks, on mixtures
         of all but one, on names and on texts (views), or on one with different seeds or rates; `count` of them. The baseline is another
         merge, the mean member, or the best one, which other examples choose; they also choose the weights of ours where there is a
-        `search`. Tasks count alike.
+        `search`. Tasks count alike. `smoothing`: that of the labels on which members of ours alone are tuned. `noisy`: merges are tested on
+        prompts with stray characters.
         Errors: ConflictError if no lab model has tasks for such members.
         """
         lab = self._with({n for n in self.trials if merging.able(n, members, count)}, "tasks to merge members of")
@@ -203,18 +206,19 @@ class Lab:
         def on(run: Callable[[Trial, Sequence[merging.Of]], Arm]) -> Run:
             return lambda trial: run(trial, merging.members(trial, members, count))
 
-        way = _chain(tuned)
+        way, apart = _chain(tuned), {"search": search, "smoothing": smoothing}
         runs = {
-            arm: on(partial(merging.gained, step, way=way, search=search if arm == "ours" else None))
+            arm: on(partial(merging.gained, step, way=way, noisy=noisy, **(apart if arm == "ours" else {})))
             for arm, step in steps.items()
         }
         if not isinstance(baseline, tuple):
             runs["baseline"] = on(partial(merging.mean if baseline == "mean" else merging.best, way=way))
-        runs["floor"] = on(merging.nothing)
+        runs["floor"] = on(lambda trial, of: merging.nothing(trial, merging.disturbed(of) if noisy else of))
         arms = {"ours": "", "baseline": f"the {baseline} member", "floor": "untuned"}
         arms |= {arm: f"{step.describe()} of members with other {members}" for arm, step in steps.items()}
         arms |= {arm: f"{said}, tuned by {_describe(way)}" for arm, said in arms.items() if way and arm != "floor"}
         arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
+        arms |= {"ours": f"{arms['ours']}, labels smoothed by {smoothing:g}"} if smoothing else {}
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
     def patch(self, *, ours: Merge, baseline: Merge, blocks: float, share: float) -> Claim:

@@ -15,6 +15,7 @@ from weft.lab import merging, models, multitask
 from weft.lab.decoding import changed
 from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
+from weft.lab.recalling import forgotten, recalled
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
@@ -169,6 +170,17 @@ class Lab:
         }
         arms = {"ours": f"{_describe(chain)}, learning", "baseline": "the window alone"}
         return lab._judge(runs, arms, [s.method for s in chain], 1.0, "less")
+
+    def recall(self, *, ours: Steps, baseline: Steps) -> Claim:
+        """Holds if what `ours` makes trainable gains more than `baseline` on tokens behind the window, and more than nothing.
+
+        A model reads texts a segment at a time; only a branch may carry something from one to the next. Both arms take the same steps on
+        the same tokens and choose from the same learning rates. On lab models that write text. Errors: ConflictError if there is none.
+        """
+        lab, chains = self._writers(), {"ours": _chain(ours), "baseline": _chain(baseline)}
+        runs: dict[str, Run] = {arm: partial(recalled, chain=c) for arm, c in chains.items()} | {"floor": forgotten}
+        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
+        return lab._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "more")
 
     def _writers(self) -> Lab:
         """The same lab with the models that write text."""

@@ -13,6 +13,7 @@ from weft.model.experts import take_apart
 from weft.model.heads import Heads
 from weft.model.invertible import Invertible
 from weft.model.modes import Resident, mode
+from weft.model.recall import Recall
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.side import Side
@@ -42,7 +43,7 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
-    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select",
+    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Recall", "Resident", "Rotate", "Rounding", "Scale", "Select",
     "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
     "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork",
     "gathered", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places",

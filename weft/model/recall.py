@@ -28,7 +28,7 @@ class Recall(Branch):
     """Cuts a text into segments, each of which the model reads alone, beside what the segments before it have generated.
 
     Of every part l, x its inputs in the frozen model: S_l = Σ (K_l x)(V_l x)ᵀ over the tokens of all earlier segments, of which only
-    O(S_l), about U Wᵀ of S = U D Wᵀ, is used. The part gives s B_l O(S_l) A_l x more. `window`: tokens of a segment; 0: half of the text.
+    O(S_l), about U Wᵀ of S = U D Wᵀ, is used. The part gives s B_l O(S_l) A_l x more. `window`: tokens of a segment.
     `parts`: the paths of the parts from the host.
     """
 
@@ -44,8 +44,9 @@ class Recall(Branch):
         table_of(model, self.key, self.at, "generated adapters")
         known = [p for position in ("attention", "ffn") for p in recall_hosts(model, position)]
         mine = [f"{self.at}.{p}" if self.at else p for p in self.parts.split()]
-        if len(mine) != len(self.up) or not set(mine) <= set(known) or self.up.shape[1] != width_of(model):
-            got, want = self.describe(), f"parts such as {known[0]}, {width_of(model)} features"
+        fits = len(mine) == len(self.up) and set(mine) <= set(known) and self.up.shape[1] == width_of(model)
+        if not fits or self.window < 1:
+            got, want = self.describe(), f"parts such as {known[0]}, {width_of(model)} features, windows of tokens"
             raise ShapeError(
                 "generated adapters do not fit", where=self.key, got=got, want=want, fix="make them for it"
             )
@@ -57,11 +58,10 @@ class Recall(Branch):
         self._may_run(host, given, of)
         first: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, length = first.shape[:2]
-        size = self.window or -(-length // 2)
-        count = -(-length // size)
+        count = -(-length // self.window)
         if count < 2:
             return call(given)
-        cut, mask = self._cut(given, rows, count, size, first)
+        cut, mask = self._cut(given, count, first)
         places = {(b, i): host.get_submodule(p) for b in of for i, p in enumerate(b.parts.split())}
         with torch.no_grad(), _seen(set(places.values())) as read:
             call({**cut, "use_cache": False})
@@ -73,18 +73,16 @@ class Recall(Branch):
             out.pooler_output = out.pooler_output[::count]
         return out
 
-    def _cut(
-        self, given: dict[str, Any], rows: int, count: int, size: int, first: Tensor
-    ) -> tuple[dict[str, Any], Bool[Tensor, "c t"]]:
+    def _cut(self, given: dict[str, Any], count: int, first: Tensor) -> tuple[dict[str, Any], Bool[Tensor, "c t"]]:
         """The arguments with every segment a row, and which of its tokens are no padding."""
         mask = given.get("attention_mask")
         mask = torch.ones(first.shape[:2], dtype=torch.long, device=first.device) if mask is None else mask
-        spare = count * size - first.shape[1]
+        spare = count * self.window - first.shape[1]
         made = dict(given)
         for name, value in {**given, "attention_mask": mask}.items():
             if isinstance(value, Tensor) and value.shape[:2] == first.shape[:2]:
                 wide = f.pad(value, (*[0] * (2 * (value.dim() - 2)), 0, spare))
-                made[name] = wide.unflatten(1, (count, size)).flatten(0, 1)
+                made[name] = wide.unflatten(1, (count, self.window)).flatten(0, 1)
         there = cast(Tensor, made["attention_mask"]).bool()
         empty = ~there.any(1, keepdim=True)
         made["attention_mask"] = torch.where(empty, torch.ones_like(made["attention_mask"]), made["attention_mask"])
@@ -117,6 +115,8 @@ class Recall(Branch):
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             self._refuse("segments do not go with this mask", "no row of numbers a text", "a mask of tokens")
+        if mask is not None and bool((mask.diff(dim=1) > 0).any()):
+            self._refuse("segments begin with the text", "padding before it", "padding behind it")
         config = cast(Any, host).config
         for name in ("output_hidden_states", "output_attentions"):
             if given.get(name) if given.get(name) is not None else getattr(config, name, False):
@@ -129,7 +129,7 @@ class Recall(Branch):
         raise ConflictError(what, where=self.key, got=got, want=want, fix=fix)
 
     def describe(self) -> str:
-        return f"Recall({self.up.shape[2]}, {len(self.up)} parts, window {self.window or 'half'})"
+        return f"Recall({self.up.shape[2]}, {len(self.up)} parts, window {self.window})"
 
 
 def recall_hosts(model: nn.Module, position: Position) -> list[str]:

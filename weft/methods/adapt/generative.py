@@ -22,9 +22,7 @@ def generative(
     model: Trunk,
     *,
     rank: Annotated[int, Field(ge=1, le=1024, description="rank of what is generated")] = 16,
-    window: Annotated[
-        int, Field(ge=0, le=65536, description="tokens that the model reads at once; 0: half of the text")
-    ] = 0,
+    window: Annotated[int, Field(ge=1, le=65536, description="tokens that the model reads at once")] = 128,
     position: Annotated[Position, Field(description="the parts that are updated")] = "both",
     scale: Annotated[float, Field(gt=0, le=1e3, description="what an update is multiplied by")] = 1.0,
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="its name")] = "default",

@@ -156,3 +156,21 @@ def test_a_member_depends_on_its_data_its_rate_and_what_tunes_it(lab: Lab, monke
         if "proj" in n:
             assert torch.equal(terms_of(e)["base"].dense(), expressions(trial.subject.model)[n].dense())
             assert bool(terms_of(e)["adapter:default"].dense().any())
+
+
+def test_noisy_prompts_ask_the_same(lab: Lab) -> None:
+    """Stray characters and nothing else, the same for another seed in what is tested; members tuned on them, or smoothly, are others."""
+    trial = lab.trials["tiny"][0]
+    plain, noisy = (merging.short_task(trial, name) for name in ("verbs", "verbs~"))
+    assert noisy.test == merging.short_task(lab.trials["tiny"][1], "verbs~").test != plain.test
+    for asked, disturbed in ((plain.train, noisy.train), (plain.test, noisy.test)):
+        pairs = [
+            (a, b) for a, b in zip(asked, disturbed, strict=True) if isinstance(a, Response) and isinstance(b, Response)
+        ]
+        assert len(pairs) == len(asked) and all(a.response == b.response for a, b in pairs)
+        assert [a.prompt for a, _ in pairs] == ["".join(c for c in b.prompt if c not in "~^|`") for _, b in pairs]
+        added, size = sum(len(b.prompt) - len(a.prompt) for a, b in pairs), sum(len(a.prompt) for a, _ in pairs)
+        assert added / size == pytest.approx(merging.NOISE, abs=0.06)
+    members = [merging.member(trial, ("verbs", 0)), merging.member(trial, ("verbs~", 0))]
+    members.append(merging.member(trial, ("verbs", 0), smoothing=0.3))
+    assert len({fingerprint(m) for m in members}) == 3

@@ -123,9 +123,7 @@ def plan(
     how, wrong = asked(per or (lambda _: (step, given)), [*sites, *vectors])
     raise_all([*wrong, *(p for name, (one, each) in how.items() for p in misfit(name, step, one, each, len(models)))])
     seen = {label: look(i) for i, label in enumerate(named(models))} if look is not None else dict[str, Seen]()
-    return Plan(
-        lead, named(models, bases), sites, vectors, _Merge(step, how, tuple(named(models)), seed, seen, dtype)
-    )
+    return Plan(lead, named(models, bases), sites, vectors, _Merge(step, how, tuple(named(models)), seed, seen, dtype))
 
 
 def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:

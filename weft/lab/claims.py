@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
-from weft.error import ConflictError, OptionError, ResourceError
-from weft.lab import merging, models, multitask, rewording
+from weft.error import ConflictError, OptionError
+from weft.lab import merging, multitask, rewording
 from weft.lab.decoding import changed
 from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
+from weft.lab.recalling import forgotten, recalled
 from weft.lab.restoring import restored
+from weft.lab.subjects import installed
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
@@ -192,6 +193,17 @@ class Lab:
         methods = [s.method for c in chains.values() for s in c]
         return self.only(multitask.MODEL)._judge({**runs, "floor": rewording.nothing}, arms, methods, 1.0, "more")
 
+    def recall(self, *, ours: Steps, baseline: Steps) -> Claim:
+        """Holds if what `ours` makes trainable gains more than `baseline` on tokens behind the window, and more than nothing.
+
+        A model reads texts a segment at a time; only a branch may carry something from one to the next. Both arms take the same steps on
+        the same tokens and choose from the same learning rates. On lab models that write text. Errors: ConflictError if there is none.
+        """
+        lab, chains = self._writers(), {"ours": _chain(ours), "baseline": _chain(baseline)}
+        runs: dict[str, Run] = {arm: partial(recalled, chain=c) for arm, c in chains.items()} | {"floor": forgotten}
+        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
+        return lab._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "more")
+
     def _writers(self) -> Lab:
         """The same lab with the models that write text."""
         return self._with({n for n, trials in self.trials.items() if not trials[0].subject.embeds}, "a decoder")
@@ -206,13 +218,16 @@ class Lab:
         count: int | None = None,
         tuned: Steps = (),
         search: Literal["greedy", "cma"] | None = None,
+        smoothing: float = 0.0,
+        noisy: bool = False,
     ) -> Claim:
         """Holds if merge `ours` gains, on the members' tasks, at least `share` of what `baseline` gains, and more than nothing.
 
         Members are tuned from the lab model, all linear layers of it or what `tuned` makes trainable: on different tasks, on mixtures
         of all but one, on names and on texts (views), or on one with different seeds or rates; `count` of them. The baseline is another
         merge, the mean member, or the best one, which other examples choose; they also choose the weights of ours where there is a
-        `search`. Tasks count alike.
+        `search`. Tasks count alike. `smoothing`: that of the labels on which members of ours alone are tuned. `noisy`: merges are tested on
+        prompts with stray characters.
         Errors: ConflictError if no lab model has tasks for such members.
         """
         lab = self._with({n for n in self.trials if merging.able(n, members, count)}, "tasks to merge members of")
@@ -225,18 +240,19 @@ class Lab:
         def on(run: Callable[[Trial, Sequence[merging.Of]], Arm]) -> Run:
             return lambda trial: run(trial, merging.members(trial, members, count))
 
-        way = _chain(tuned)
+        way, apart = _chain(tuned), {"search": search, "smoothing": smoothing}
         runs = {
-            arm: on(partial(merging.gained, step, way=way, search=search if arm == "ours" else None))
+            arm: on(partial(merging.gained, step, way=way, noisy=noisy, **(apart if arm == "ours" else {})))
             for arm, step in steps.items()
         }
         if not isinstance(baseline, tuple):
             runs["baseline"] = on(partial(merging.mean if baseline == "mean" else merging.best, way=way))
-        runs["floor"] = on(merging.nothing)
+        runs["floor"] = on(lambda trial, of: merging.nothing(trial, merging.disturbed(of) if noisy else of))
         arms = {"ours": "", "baseline": f"the {baseline} member", "floor": "untuned"}
         arms |= {arm: f"{step.describe()} of members with other {members}" for arm, step in steps.items()}
         arms |= {arm: f"{said}, tuned by {_describe(way)}" for arm, said in arms.items() if way and arm != "floor"}
         arms |= {"ours": f"{arms['ours']}, their weights by {search}"} if search else {}
+        arms |= {"ours": f"{arms['ours']}, labels smoothed by {smoothing:g}"} if smoothing else {}
         return lab._judge(runs, arms, [s.method for s in steps.values()], share, "more")
 
     def patch(self, *, ours: Merge, baseline: Merge, blocks: float, share: float) -> Claim:
@@ -300,32 +316,6 @@ class Lab:
         used = {n: get(n).fingerprint() for n in methods}
         seeds = len(next(iter(self.trials.values())))
         return Claim(overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
-
-
-_TASKS = {"minilm": ("docstrings", "naming"), "ref-lm": ("python", "cpp")}
-"""The lab models, the leading one first, with the tasks of distances and of tuning."""
-
-
-def installed(names: Sequence[str] | None = None) -> list[Subject]:
-    """These lab models; if not given all that are here, which is ref-lm alone without minilm's package.
-
-    Errors: OptionError for a model that is not the lab's; ResourceError for one that was asked for and is not here.
-    """
-    if unknown := [n for n in names or () if n not in _TASKS]:
-        want = ", ".join(_TASKS)
-        raise OptionError(
-            "this is no lab model", where="models", got=", ".join(unknown), want=want, fix="choose of these"
-        )
-    here: list[Subject] = []
-    for name in (n for n in _TASKS if names is None or n in names):
-        try:
-            folder = models.resolve(name)
-        except ResourceError:
-            if names is not None:
-                raise
-            continue
-        here.append(Subject.load(name, Path(folder), *_TASKS[name]))
-    return here
 
 
 def _chain(steps: Steps) -> Chain:

@@ -78,15 +78,24 @@ def members(trial: Trial, kind: Members, count: int | None) -> Sequence[Of]:
     return [(name, trial.seed) for name in known[:count]]
 
 
-def gained(step: Step, trial: Trial, of: Sequence[Of], way: Chain = (), search: coefficients.Way | None = None) -> Arm:
+def gained(
+    step: Step,
+    trial: Trial,
+    of: Sequence[Of],
+    way: Chain = (),
+    search: coefficients.Way | None = None,
+    smoothing: float = 0.0,
+    noisy: bool = False,
+) -> Arm:
     """How much lower the test scores of the members' tasks are after they were merged, tasks counting alike.
 
     `way` makes what is tuned trainable, all of every linear layer if it is empty. `search` finds the members' weights on the examples
-    to choose by.
+    to choose by. `smoothing`: of the labels that members are tuned on. `noisy`: what is tested are noisy prompts.
     """
+    tested = disturbed(of) if noisy else of
 
     def make() -> metrics.Scores:
-        models = [member(trial, m, way) for m in of]
+        models = [member(trial, m, way, smoothing) for m in of]
 
         @functools.cache
         def look(i: int) -> combine.Seen:
@@ -102,9 +111,10 @@ def gained(step: Step, trial: Trial, of: Sequence[Of], way: Chain = (), search: 
                 search, len(of), lambda w: _choice(trial, merged(w), of), trials=TRIALS.get(search), seed=trial.seed
             )
             found = coefficients.best(tried).weights
-        return _gain(trial, merged(found), of)
+        return _gain(trial, merged(found), tested)
 
-    about = [chain_key((step,)), chain_key(way), search, TRIALS.get(search or ""), *_recipe(trial, of)]
+    about = [chain_key((step,)), chain_key(way), search, TRIALS.get(search or ""), smoothing, *_recipe(trial, of)]
+    about += _tests(trial, tested)
     return trial.arm("merged", about, make, metric(trial))
 
 
@@ -152,7 +162,12 @@ def _choice(trial: Trial, model: nn.Module, of: Sequence[Of]) -> float:
     return float((values * weights).sum() / weights.sum())
 
 
-def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
+def disturbed(of: Sequence[Of]) -> list[Of]:
+    """The same tasks with noisy prompts."""
+    return [(f"{name}~", seed) for name, seed, *_ in of]
+
+
+def member(trial: Trial, of: Of, way: Chain = (), smoothing: float = 0.0) -> nn.Module:
     """The lab model with all its linear layers tuned on a task, in float32, or what `way` makes trainable; kept for all claims."""
     name, seed, *times = of
     task, base = short_task(trial, name, seed), trial.subject.model
@@ -170,6 +185,7 @@ def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
     def make() -> dict[str, Tensor]:
         model = start()
         how: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": TOKENS, "lr": rate, "seed": seed}
+        how["label_smoothing"] = smoothing
         train(model, task.train, tokenizer=trial.subject.tokenizer, **how)
         return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -182,6 +198,7 @@ def member(trial: Trial, of: Of, way: Chain = ()) -> nn.Module:
         TOKENS,
         rate,
         seed,
+        smoothing,
         fingerprint(task.train),
     ]
     held, model = trial.store.tensors("lab-members", key(*about), make), start()
@@ -275,7 +292,7 @@ def patched(trial: Trial, step: Step, share: float) -> Arm:
     The merge is given the clean member of the first task as the noisy one's base, and the first share of the blocks.
     """
     first, second = TASKS[trial.subject.name][:2]
-    about: Sequence[Of] = [(f"{second}~", trial.seed)]
+    about = disturbed([(second, trial.seed)])
 
     def make() -> metrics.Scores:
         noisy, clean, before = (member(trial, (name, trial.seed)) for name in (f"{first}~", first, second))
@@ -291,7 +308,7 @@ def patched(trial: Trial, step: Step, share: float) -> Arm:
 
 def unpatched(trial: Trial) -> Arm:
     """The gain of no patch."""
-    return nothing(trial, [(f"{TASKS[trial.subject.name][1]}~", trial.seed)])
+    return nothing(trial, disturbed([(TASKS[trial.subject.name][1], trial.seed)]))
 
 
 def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:

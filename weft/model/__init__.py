@@ -14,6 +14,7 @@ from weft.model.heads import Heads
 from weft.model.invertible import Invertible
 from weft.model.modes import Resident, mode
 from weft.model.pretrained import pretrained
+from weft.model.recall import Recall
 from weft.model.rounding import Rounding
 from weft.model.sharded import gathered, must_be_whole
 from weft.model.shift import Shift, shifts
@@ -45,8 +46,8 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
-    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Resident", "Rotate", "Rounding", "Scale", "Select", "Shift",
-    "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
+    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Recall", "Resident", "Rotate", "Rounding", "Scale", "Select",
+    "Shift", "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
     "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered",
     "harden", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places", "plain_tensors",
     "pretrained", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "shifts", "site", "stack_of", "table_of",

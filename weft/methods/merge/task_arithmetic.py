@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", paper="2212.04089", needs={"base"}, signed=True)
+@method(kind="merge", rows="P011", paper="2212.04089", needs={"base"}, signed=True)
 def task_arithmetic(
     s: Sources,
     *,
@@ -31,3 +31,13 @@ def task_arithmetic(
 )
 def claim(lab: Lab) -> Claim:
     return lab.merge(ours=("task_arithmetic", {}), baseline="mean", members="tasks")
+
+
+@task_arithmetic.claim(
+    "half way from the base to a member, prompts that are noisier than those it was tuned on gain more if its labels were smoothed",
+    of="bang",
+    paper="2309.17230",
+)
+def bang(lab: Lab) -> Claim:
+    half = ("task_arithmetic", {"scale": 0.5})
+    return lab.merge(ours=half, baseline=half, members="tasks", count=1, smoothing=0.1, noisy=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from weft.engine import method
 from weft.linalg.moments import adam
+from weft.linalg.orthogonal import orthogonal
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -53,17 +53,6 @@ class _Muon(torch.optim.Optimizer):
         held.mul_(group["momentum"]).add_(grad)
         turned = orthogonal(grad.add(held, alpha=group["momentum"]).float())
         p.add_(turned.to(p.dtype), alpha=-0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"])
-
-
-def orthogonal(x: Float[Tensor, "*e m n"]) -> Float[Tensor, "*e m n"]:
-    """About U Vᵀ of x = U S Vᵀ: singular values between 0.7 and 1.2; zero for zero."""
-    tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if tall else x
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    for _ in range(5):
-        gram = y @ y.mT
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return y.mT if tall else y
 
 
 @muon.claim("all weights trained so gain more than by AdamW after the same steps, at the best of the same rates")

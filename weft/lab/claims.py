@@ -25,7 +25,7 @@ from weft.store.cache import Cache, default
 Steps = Sequence[tuple[str, Mapping[str, Any]]]
 """Methods with their options, one after another."""
 Merge = tuple[str, Mapping[str, Any]]
-"""A merge with its options."""
+"""A merge, or a probe, with its options."""
 Run = Callable[[Trial], Arm]
 SEEDS = 3
 """A claim is tried on at least this many."""
@@ -120,17 +120,19 @@ class Lab:
         methods = [s.method for c in chains.values() for s in c]
         return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
 
-    def probe(self, *, ours: Steps, baseline: Steps, probe: tuple[str, Mapping[str, Any]], number: str) -> Claim:
+    def probe(self, *, ours: Steps, baseline: Steps, probe: Merge, number: str, against: Merge | None = None) -> Claim:
         """Holds if a probe's number, over weights, is larger after tuning `ours` than after `baseline`, which gains no less.
 
-        The arm that gains more at its best rate takes fewer steps, until it gains what the other does.
+        The arm that gains more at its best rate takes fewer steps, until it gains what the other does. `against`: another probe for it.
         """
-        ours_, theirs, look = _chain(ours), _chain(baseline), Step.of(probe[0], **probe[1])
+        ours_, theirs = _chain(ours), _chain(baseline)
+        look, other = (Step.of(p[0], **p[1]) for p in (probe, against or probe))
         runs: dict[str, Run] = {
             "ours": partial(probed, chain=ours_, other=theirs, below=True, probe=look, number=number),
-            "baseline": partial(probed, chain=theirs, other=ours_, below=False, probe=look, number=number),
+            "baseline": partial(probed, chain=theirs, other=ours_, below=False, probe=other, number=number),
         }
         arms = {"ours": _describe(ours_), "baseline": _describe(theirs), "probe": f"{number}, by {look.describe()}"}
+        arms |= {"probe of the baseline": other.describe()} if against else {}
         methods = [s.method for s in (*ours_, *theirs, look)]
         return self._judge(runs, arms, methods, 1.0, "more")
 

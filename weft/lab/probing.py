@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from weft.engine import Findings, combine, get
 from weft.engine.run import Chain, Step, chain_key
@@ -28,7 +29,9 @@ def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step
 
     def make() -> metrics.Scores:
         model = tuned(trial, chain, rate(trial, chain), steps_of(trial, chain, other, below))
-        found: Findings = get(probe.method)(model, **dict(probe.options))
+        look = get(probe.method)
+        given = (_read(trial),) if "data" in look.needs else ()
+        found: Findings = look(model, *given, **dict(probe.options))
         values = np.array([float(at[number]) for at in found.sites.values()])
         return values, np.ones_like(values)
 
@@ -49,8 +52,7 @@ def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
         model = tuned(trial, full, rate(trial, full))
         half, _ = combine.run(combine.plan([model], Step.of("task_arithmetic", scale=0.5), base=base))
         if probe is not None:
-            seen = windows(texts(trained(trial)), trial.subject.tokenizer, length=TOKENS, tokens=SEEN)
-            sites = get(probe.method)(model, seen, **dict(probe.options)).sites
+            sites = get(probe.method)(model, _read(trial), **dict(probe.options)).sites
             sharp = sorted(sites, key=lambda n: -sites[n][number])[: max(1, round(SHARE * len(sites)))]
             few = combine.plan([model], Step.of("ties", density=SHARE, scale=0.5), base=base, at=sharp)
             trimmed, _ = combine.run(few)
@@ -59,6 +61,11 @@ def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
 
     what = [chain_key((probe,)) if probe else "", number, SHARE, SEEN, held, *recipe(trial)]
     return trial.arm("half way", what, make, ("bits per byte of another domain", "bits/byte"))
+
+
+def _read(trial: Trial) -> list[dict[str, Tensor]]:
+    """What a probe reads: texts that are tuned on."""
+    return windows(texts(trained(trial)), trial.subject.tokenizer, length=TOKENS, tokens=SEEN)
 
 
 def steps_of(trial: Trial, chain: Chain, other: Chain, below: bool) -> int:

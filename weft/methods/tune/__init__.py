@@ -1,1 +1,1 @@
-"""Methods that choose how trained tensors move: optimizers, and schedules, which rewrite terms while they train."""
+"""Methods that choose how trained tensors move: optimizers, objectives, which they lower, and schedules, which rewrite terms meanwhile."""

@@ -376,7 +376,7 @@ def test_nothing_that_is_read_is_written_over(lossless: bool, pair: Pair) -> Non
     weft.export(load(pair.base), base)
     weft.export(load(pair.tuned), tuned)
     weft.diff(base, tuned, pair.delta, **how)
-    for place in (base, tuned, base / "in", pair.out):
+    for place in (base, tuned, base / "in"):
         with pytest.raises(ConflictError, match="lie in one another"):
             weft.diff(base, tuned, place, replace=True, **how)
     for place in (base, pair.delta):

@@ -53,11 +53,16 @@ def test_a_shift_is_what_other_values_are(family: str, tmp_path: Path) -> None:
     weft.activate(model, ())
     assert torch.equal(output(model, family), plain)
     weft.activate(model, "task")
-    *_, last = model.get_submodule(branches(model)[0].at).modules()
-    hook = last.register_forward_hook(stopped)
+    before = output(model, family)
+    block = next(b.at for b in branches(model) if b.at[-1].isdigit())
+    *_, norm = (m for m in model.get_submodule(block).modules() if "Norm" in type(m).__name__)
+    hook = norm.register_forward_hook(stopped)
     with pytest.raises(InterruptedError):
         output(model, family)
     hook.remove()
+    assert torch.equal(output(model, family), before)
+    weft.activate(model, ())
+    assert torch.equal(output(model, family), plain)
     unbranch(model, "task")
     assert fingerprint(model) == mark and torch.equal(output(model, family), plain)
 

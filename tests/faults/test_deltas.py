@@ -108,6 +108,7 @@ TERMS: dict[str, Edit] = {
     "no tree": site(7),
     "deep": site({"node": "Gated", "kept": {"node": "Gated", "kept": {}}}),
     "a giant": site({"node": "Basis", "kind": "random", "seed": 0, "m": 1 << 40, "n": 1 << 40, "scale": 1.0}),
+    "sites gone": table("weft.json", lambda m: m.pop("sites")),
     "no sites": table("weft.json", lambda m: m.update(sites=[1])),
     "a weight of another model": table("weft.json", lambda m: m["sites"].update(other=m["sites"].pop(SITE))),
 }

@@ -37,12 +37,10 @@ class Delta:
     def must_be_of(self, known: Mapping[str, str]) -> None:
         """Refuse another base than this one, of which `path` and `seal` are known. Errors: ChangedError."""
         if known.get("seal") != self.base["seal"]:
-            got = f"{known['seal']} ({known['path']})" if known else "a model whose pretrained weights are in no file"
+            nothing = "a model whose pretrained weights are in no file"
+            got = f"{known.get('seal', 'no seal')} ({known['path']})" if known else nothing
             want = f"{self.base['seal']} ({Path(self.base['path']).name})"
-            what, fix = (
-                "the delta was made for another base",
-                "take the base that it was made for, or what was made of that",
-            )
+            what, fix = "the delta was made for another base", "take its own base, or what was made of that"
             raise ChangedError(what, where=str(self.folder), got=got, want=want, fix=fix)
 
 

@@ -35,7 +35,7 @@ def packed(old: Shaped[Tensor, "*s"], new: Shaped[Tensor, "*s"]) -> tuple[bytes,
         z = (d << 1) ^ (d >> (8 * size - 1))
         return [_deflated(plane) for plane in z.view(np.uint8).reshape(-1, size).T]
 
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
         planes = [p for made in workers.map(block, range(0, new.numel(), BLOCK)) for p in made]
     return b"".join(planes), [len(p) for p in planes]
 
@@ -62,7 +62,7 @@ def unpacked(
         d = (z >> 1) ^ (0 - (z & 1))
         _bits(made, here)[:] = _bits(old.to(dtype), here) + d.view(f"<i{width}")
 
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
         list(workers.map(block, range(len(starts))))
     return made.view(old.shape)
 

@@ -34,7 +34,7 @@ def terms(delta: Delta) -> dict[str, Expr]:
         got, fix = "a lossless delta", "weft patch BASE DELTA --out OUT makes the model, to the bit"
         raise ConflictError("this delta has no terms", where=str(delta.folder), got=got, want="terms", fix=fix)
     name, manifest = delta.folder.name, delta.manifest
-    if not manifest.get("sites"):
+    if manifest.get("sites") == {}:
         return {}
     found = checkpoint(delta.folder, "weft")
     content = found.read()

@@ -31,8 +31,9 @@ def paired(
     rounds: int = 10,
     warm: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    between: Callable[[], object] | None = None,
 ) -> Times:
-    """Run both once a round, each first in every other one, after `warm` rounds that do not count.
+    """Run both once a round, each first in every other one, after `warm` rounds that do not count; `between` is done before each.
 
     What slows the machine for a while slows both, and cancels. Errors: OptionError for fewer than two rounds.
     """
@@ -43,6 +44,8 @@ def paired(
     seconds = np.zeros((rounds, 2))
     for r in range(-warm, rounds):
         for side in (0, 1) if r % 2 == 0 else (1, 0):
+            if between is not None:
+                between()
             begun = clock()
             (ours, baseline)[side]()
             if r >= 0:

@@ -91,8 +91,8 @@ def test_what_is_lost_is_said(pair: list[nn.Module]) -> None:
     """By name, of whom, and whose tokens stand in."""
     said = weft.combined(pair, "soup", align="tokens").fallbacks
     assert said == [
-        ("member 2", f"3 tokens that the result's tokenizer has not are lost: {', '.join(map(repr, LOST))}"),
-        ("member 2", f"1 tokens that it has not are as in the first model: {LACKING[0]!r}"),
+        ("member 2", f"3 of its tokens are lost, which the result's tokenizer has not: {', '.join(map(repr, LOST))}"),
+        ("member 2", f"1 of the result's tokens it has not: they are the first model's: {LACKING[0]!r}"),
     ]
     with pytest.warns(UserWarning, match="are lost"):
         weft.combine(pair, "soup", align="tokens")
@@ -170,7 +170,7 @@ def test_the_command_aligns(tmp_path: Path) -> None:
     assert CliRunner().invoke(build(argv), argv).exit_code == 4
     argv += ["--align", "tokens"]
     done = CliRunner().invoke(build(argv), argv)
-    assert done.exit_code == 3 and "3 tokens that the result's tokenizer has not are lost" in done.stderr
+    assert done.exit_code == 3 and "3 of its tokens are lost" in done.stderr
     back = weft.load(tmp_path / "out")
     assert weft.tokenizer(back).get_vocab() == {t: i for i, t in enumerate(FIRST)} and back.config.vocab_size == 10
     assert json.loads((tmp_path / "out" / "weft.json").read_text())["merged"]["align"] == "tokens"

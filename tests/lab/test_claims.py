@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+import weft
 from weft.engine import get, names
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, NumericError, OptionError, WeftError
-from weft.lab import claims, known, probing, prove, realism, specimens, trial, tuning, verdicts
+from weft.lab import claims, known, probing, prove, realism, recalling, specimens, trial, tuning, verdicts
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -274,6 +275,44 @@ def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert made.findings[0].units == 14 and made.arms["probe"] == "change, by intruder_dimensions(k=4)"
     assert set(made.methods) == {"lora", "full", "intruder_dimensions"} and made.findings[0].ours > 0
+
+
+def test_half_way_a_probe_chooses_what_is_trimmed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model that writes text: bits a byte of both arms, which differ, and all methods' fingerprints."""
+    monkeypatch.setattr(probing, "task_of", small)
+    made = lab.halfway(probe=("path_sharpness", {"points": 2}), number="most")
+    (found,) = made.findings
+    assert made.models == ["tiny"] and found.floor is None and 0 < found.ours != found.baseline > 0
+    assert set(made.methods) == {"path_sharpness", "full", "task_arithmetic", "ties"}
+
+
+def test_recall_counts_tokens_behind_the_window(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both arms read segments; a branch is given whole texts, and as it begins gains nothing."""
+    for name, value in {
+        "SEGMENT": 4,
+        "SEGMENTS": 3,
+        "STEPS": 2,
+        "BATCH": 2,
+        "CHOICE": 4,
+        "TESTED": 6,
+        "RATES": (1e-2,),
+    }.items():
+        monkeypatch.setattr(recalling, name, value)
+    monkeypatch.setattr(recalling, "task_of", small)
+    t = lab.only("tiny").trials["tiny"][0]
+    rows = recalling._rows(t, "test", 6)
+    assert rows.shape == (6, 12)
+    values, size = recalling._behind(t, t.subject.model, rows)
+    logits = t.subject.model(input_ids=rows.view(-1, 4)).logits.detach().reshape(6, 12, -1).log_softmax(-1)
+    nats = [-sum(float(logits[k, i - 1, rows[k, i]]) for i in range(5, 12)) for k in range(6)]
+    np.testing.assert_allclose(values * size, np.array(nats) / np.log(2), rtol=1e-5)
+    model = fork(t.subject.model)
+    weft.apply(model, "generative", window=4)
+    np.testing.assert_allclose(recalling._behind(t, model, rows)[0], values, rtol=1e-5)
+    made = lab.recall(ours=[("generative", {"window": 4})], baseline=lora(2))
+    (found,) = made.findings
+    assert found.units == 6 and found.floor == 0 and np.isfinite([found.ours, found.baseline]).all()
+    assert made.arms["ours"] == "generative(window=4)" and set(made.methods) == {"generative", "lora"}
 
 
 def test_answers_are_pairs_to_a_model_of_embeddings() -> None:

@@ -159,12 +159,23 @@ def test_two_read_one_text() -> None:
         logits(made, ids())
 
 
+def test_it_generates_without_a_cache() -> None:
+    """The likeliest token each time of what stands there, over the end of a segment."""
+    made, x = beside("llama"), ids(1, 6)
+    torch.testing.assert_close(logits(made, x, position_ids=torch.arange(6)[None]), logits(made, x))
+    written: Any = made
+    got = written.generate(x, max_new_tokens=7, do_sample=False, use_cache=False, eos_token_id=None, pad_token_id=1)
+    for _ in range(7):
+        x = torch.cat([x, logits(made, x)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, x)
+
+
 def test_what_is_no_text_of_segments_is_refused() -> None:
     """Caches, positions, other masks, states, recomputed blocks; encoders whose parts add the stream; another model's."""
     made, x = beside("llama"), ids()
     refused: list[tuple[dict[str, Any], str]] = [
         ({"past_key_values": DynamicCache()}, "without a cache"),
-        ({"position_ids": torch.arange(11)[None]}, "positions of their own"),
+        ({"position_ids": torch.arange(11)[None] % 6}, "positions of their own"),
         ({"attention_mask": torch.ones(2, 1, 11, 11)}, "this mask"),
         ({"output_hidden_states": True}, "the last state alone"),
     ]

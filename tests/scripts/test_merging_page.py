@@ -21,6 +21,6 @@ def test_three_fine_tunes_become_one_small_file(tmp_path: Path, monkeypatch: pyt
     model = weft.load(models.resolve("ref-lm"))
     values, weights = metrics.response_bits(model, weft.tokenizer(model), tasks.task("dates").test[:8], batch=8)
     start = float((values * weights).sum() / weights.sum())
-    assert merged < start - 0.5 and patched < merged + 0.5 * (start - merged)
+    assert merged < start - 0.5 and patched < start - 0.2
     of = {n: sum(p.stat().st_size for p in (tmp_path / n).glob("*.safetensors")) for n in ("merged", "delta", "small")}
     assert of["delta"] < 0.06 * of["merged"] and of["small"] < 0.33 * of["merged"]

@@ -27,10 +27,10 @@ def by_tokens(
 ) -> tuple[list[nn.Module], list[tuple[str, str]]]:
     """The others as sources of a merge, with the first one's tokens in its order; and what was lost or filled in, by label.
 
-    Row i of embeddings, head and the head's bias is that of the token with the first one's id i; of tokens that a model has not, and rows
-    without a token, the first one's. Such a row may be learnt no better than at random: it differs from the first one's in nothing.
-    One that has the same tokens is itself. Errors: PathError for models without a tokenizer; ConflictError for tokenizers that cut
-    texts in other ways, for vocabularies with nothing in common, and for weights that go by tokens elsewhere.
+    Row i of embeddings, head and the head's bias is that of the token with the first one's id i; of tokens that a model has not, and
+    rows without a token, the first one's, from which it differs there in nothing. A model that has the same tokens is itself.
+    Errors: PathError for models without a tokenizer; ConflictError for tokenizers that cut texts in other ways, for vocabularies with
+    nothing in common, and for weights that go by tokens elsewhere.
     """
     words, made, notes = _words(lead), list[nn.Module](), list[tuple[str, str]]()
     for label, model in zip(labels, others, strict=True):
@@ -47,13 +47,13 @@ def by_tokens(
             continue
         made.append(_moved(model, lead, mine["tokens"], words["tokens"], label))
         for tokens, what in (
-            (mine["tokens"].keys() - words["tokens"], "that the result's tokenizer has not are lost"),
-            (words["tokens"].keys() - mine["tokens"], "that it has not are as in the first model"),
+            (mine["tokens"].keys() - words["tokens"], "of its tokens are lost, which the result's tokenizer has not"),
+            (words["tokens"].keys() - mine["tokens"], "of the result's tokens it has not: they are the first model's"),
         ):
             first = sorted(tokens)[:SAID]
             if tokens:
                 more = ", ..." if len(tokens) > SAID else ""
-                notes.append((label, f"{len(tokens)} tokens {what}: {', '.join(map(repr, first))}{more}"))
+                notes.append((label, f"{len(tokens)} {what}: {', '.join(map(repr, first))}{more}"))
     return made, notes
 
 

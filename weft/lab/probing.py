@@ -18,7 +18,7 @@ LADDER = (1, 2, 3, 4, 6, STEPS)
 """Steps that an arm which gains more than the other is trained for instead."""
 SHARE = 0.1
 """Of the weights, those that a probe chooses; and of their entries, those whose change is kept."""
-SEEN = 2048
+SEEN = 512
 """Tokens of the tuning texts that a probe reads."""
 TEXTS = 24
 """Texts of the other domain."""

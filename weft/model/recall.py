@@ -78,8 +78,8 @@ class Recall(Branch):
         mask = given.get("attention_mask")
         mask = torch.ones(first.shape[:2], dtype=torch.long, device=first.device) if mask is None else mask
         spare = count * self.window - first.shape[1]
-        made = dict(given)
-        for name, value in {**given, "attention_mask": mask}.items():
+        made = {n: v for n, v in given.items() if n != "position_ids"}
+        for name, value in {**made, "attention_mask": mask}.items():
             if isinstance(value, Tensor) and value.shape[:2] == first.shape[:2]:
                 wide = f.pad(value, (*[0] * (2 * (value.dim() - 2)), 0, spare))
                 made[name] = wide.unflatten(1, (count, self.window)).flatten(0, 1)
@@ -110,8 +110,9 @@ class Recall(Branch):
             self._refuse("a text is cut in one way", f"windows of {sorted(windows)}", "one window")
         if given.get("past_key_values") is not None:
             self._refuse("segments are read without a cache", "past_key_values", "use_cache=False")
-        if given.get("position_ids") is not None:
-            self._refuse("segments have positions of their own", "position_ids", "one text a row, and no positions")
+        positions = given.get("position_ids")
+        if positions is not None and bool((positions != torch.arange(positions.shape[-1]).to(positions)).any()):
+            self._refuse("segments have positions of their own", "other positions than 0, 1, ...", "one text a row")
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             self._refuse("segments do not go with this mask", "no row of numbers a text", "a mask of tokens")

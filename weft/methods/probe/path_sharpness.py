@@ -41,7 +41,7 @@ def path_sharpness(
 
     sharpness = L(W_a + radius ||W_a||_F g / ||g||_F) - L(W_a), g the gradient at W_a, L nats a token; all other weights, norms and
     biases are at a too. most is the largest of the way, where its a; a straggler is sharpest between the ends. Departure from the paper,
-    which climbs in many steps: one step.
+    which climbs in many steps: one step. It takes `points` backward passes over the data, and as many forward passes for every weight.
     """
     names, ways, made = match(model, at), _ways(model, base), fork(model).eval()
     losses, found = list[float](), {n: dict[str, float]() for n in names}

@@ -16,7 +16,7 @@ from torch import nn
 from weft.engine import get, names
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, NumericError, OptionError, WeftError
-from weft.lab import claims, known, probing, prove, realism, specimens, trial, tuning, verdicts
+from weft.lab import claims, known, probing, prove, realism, specimens, subjects, trial, tuning, verdicts
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -449,7 +449,7 @@ def test_random_models_are_not_realistic(lab: Lab) -> None:
 
 def test_lab_models_are_there() -> None:
     """ref-lm always; minilm leads where it is installed. Others are refused by name."""
-    assert [s.name for s in claims.installed(["ref-lm"])] == ["ref-lm"]
+    assert [s.name for s in subjects.installed(["ref-lm"])] == ["ref-lm"]
     with pytest.raises(OptionError, match="no lab model"):
-        claims.installed(["ref-lm", "gpt"])
-    assert [s.name for s in claims.installed()][-1] == "ref-lm"
+        subjects.installed(["ref-lm", "gpt"])
+    assert [s.name for s in subjects.installed()][-1] == "ref-lm"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from weft.engine import get
 from weft.engine.run import Chain, Step, code_version
-from weft.error import ConflictError, OptionError, ResourceError
-from weft.lab import merging, models, multitask, rewording
+from weft.error import ConflictError, OptionError
+from weft.lab import merging, multitask, rewording
 from weft.lab.decoding import changed
 from weft.lab.probing import halfway, probed
 from weft.lab.reading import read
 from weft.lab.restoring import restored
+from weft.lab.subjects import installed
 from weft.lab.trial import Among, Arm, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
@@ -113,11 +113,8 @@ class Lab:
         steps and choose from the same learning rates. Rewrites of weights go to every Linear but the output head, other
         methods to all that they are for.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(gained, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
-        methods = [s.method for c in chains.values() for s in c]
-        return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
+        runs, arms, methods = _both(gained, ours, baseline)
+        return self._judge({**runs, "floor": untouched}, arms | {"floor": "untuned"}, methods, share, "more")
 
     def probe(self, *, ours: Steps, baseline: Steps, probe: Merge, number: str, against: Merge | None = None) -> Claim:
         """Holds if a probe's number, over weights, is larger after tuning `ours` than after `baseline`, which gains no less.
@@ -178,21 +175,16 @@ class Lab:
 
         Both arms choose from the same learning rates by distances; one in which nothing trains is as it is.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(restored, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()}
-        return self._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "less")
+        return self._judge(*_both(restored, ours, baseline), 1.0, "less")
 
     def reword(self, *, ours: Steps, baseline: Steps) -> Claim:
         """Holds if what `ours` makes trainable gains, on wordings of prompts that it never saw, at least what `baseline` gains.
 
         The model has learnt the task in reference words before; the arms train on other wordings, at the best of the same rates.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(rewording.gained, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "no adapter"}
-        methods = [s.method for c in chains.values() for s in c]
-        return self.only(multitask.MODEL)._judge({**runs, "floor": rewording.nothing}, arms, methods, 1.0, "more")
+        lab, (runs, arms, methods) = self.only(multitask.MODEL), _both(rewording.gained, ours, baseline)
+        runs, arms = {**runs, "floor": rewording.nothing}, arms | {"floor": "no adapter"}
+        return lab._judge(runs, arms, methods, 1.0, "more")
 
     def _writers(self) -> Lab:
         """The same lab with the models that write text."""
@@ -286,30 +278,11 @@ class Lab:
         return Claim(overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
 
 
-_TASKS = {"minilm": ("docstrings", "naming"), "ref-lm": ("python", "cpp")}
-"""The lab models, the leading one first, with the tasks of distances and of tuning."""
-
-
-def installed(names: Sequence[str] | None = None) -> list[Subject]:
-    """These lab models; if not given all that are here, which is ref-lm alone without minilm's package.
-
-    Errors: OptionError for a model that is not the lab's; ResourceError for one that was asked for and is not here.
-    """
-    if unknown := [n for n in names or () if n not in _TASKS]:
-        want = ", ".join(_TASKS)
-        raise OptionError(
-            "this is no lab model", where="models", got=", ".join(unknown), want=want, fix="choose of these"
-        )
-    here: list[Subject] = []
-    for name in (n for n in _TASKS if names is None or n in names):
-        try:
-            folder = models.resolve(name)
-        except ResourceError:
-            if names is not None:
-                raise
-            continue
-        here.append(Subject.load(name, Path(folder), *_TASKS[name]))
-    return here
+def _both(run: Callable[..., Arm], ours: Steps, baseline: Steps) -> tuple[dict[str, Run], dict[str, str], list[str]]:
+    """Of two chains, what runs each, what is said of it, and their methods."""
+    chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
+    runs: dict[str, Run] = {arm: partial(run, chain=c) for arm, c in chains.items()}
+    return runs, {arm: _describe(c) for arm, c in chains.items()}, [s.method for c in chains.values() for s in c]
 
 
 def _chain(steps: Steps) -> Chain:

@@ -18,9 +18,10 @@ from weft.engine import names as method_names
 from weft.engine.run import code_version
 from weft.error import OptionError, WeftError, raise_all
 from weft.lab import known
-from weft.lab.claims import SEEDS, Claim, Lab, installed
+from weft.lab.claims import SEEDS, Claim, Lab
 from weft.lab.realism import Specimen, card
 from weft.lab.specimens import of, specimens
+from weft.lab.subjects import installed
 from weft.lab.trial import Subject
 from weft.model import fingerprint
 from weft.progress import Progress, Silent

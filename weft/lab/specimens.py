@@ -9,8 +9,8 @@ from torch import nn
 
 from weft.error import ResourceError
 from weft.lab import made, metrics, models
-from weft.lab.claims import installed
 from weft.lab.realism import Specimen
+from weft.lab.subjects import installed
 from weft.lab.trial import Trial, task_of
 from weft.learn.data import Pair
 from weft.progress import Progress

@@ -17,7 +17,24 @@ import weft
 from weft.engine import get, names
 from weft.engine.run import Step, apply
 from weft.error import ConflictError, NumericError, OptionError, WeftError
-from weft.lab import claims, known, probing, prove, realism, recalling, specimens, trial, tuning, verdicts
+from weft.expr import Quantized
+from weft.lab import (
+    claims,
+    known,
+    merging,
+    multitask,
+    probing,
+    prove,
+    realism,
+    recalling,
+    restoring,
+    rewording,
+    specimens,
+    subjects,
+    trial,
+    tuning,
+    verdicts,
+)
 from weft.lab.bootstrap import Interval
 from weft.lab.claims import Lab
 from weft.lab.tasks import Task
@@ -258,6 +275,58 @@ def test_the_best_rate_is_looked_for_downhill(scores: tuple[float, ...]) -> None
     assert len(asked) == len(set(asked))
 
 
+def test_a_compressed_model_is_restored(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned towards the original it is nearer than as it was; what trains through rounding ends packed; no rate that diverges is taken."""
+    for name, value in (
+        ("task_of", small),
+        ("STEPS", 6),
+        ("RATES", (1e-6, 1e-2, 1e30)),
+        ("TOKENS", 16),
+        ("CHOICE", 64),
+    ):
+        monkeypatch.setattr(restoring, name, value)
+    made = lab.restore(ours=[*COARSE, *lora(2), ("distill", {})], baseline=COARSE)
+    assert made.verdict == "reproduced" and made.arms["ours"].endswith("then distill()")
+    assert set(made.methods) == {"rtn", "lora", "distill"}
+    chain = claims._chain([("lsq", {"bits": 2, "group": 0}), ("distill", {})])
+    for t, finding in zip([t[0] for t in lab.trials.values()], made.findings, strict=True):
+        alone = lab.trials[t.subject.name][0].rewritten(tuple(claims._chain(COARSE)))
+        assert (
+            np.array_equal(restoring.restored(t, chain=claims._chain(COARSE)).values, alone.values) and finding.ours > 0
+        )
+        assert restoring._rate(t, chain) < 1
+        model = restoring._tuned(t, chain, 1e-2)
+        found = [e for n, e in expressions(model).items() if n in t.sites]
+        assert all(isinstance(e, Quantized) and e.grid == "int2" for e in found)
+
+
+def reworded(name: str, seed: int, pairs: bool = False) -> Task:
+    """A task with wordings: a noun after its own, in words that each set has alone."""
+    said = {"train": "please {}", "select": "now {}", "test": "the {} ?", "calibration": "{}"}
+    words = {k: [Response(f.format(n), "cat sat", reference=n) for n in NOUNS] for k, f in said.items()}
+    return Task(name, "response", *(list[Example](words[k]) for k in ("calibration", "train", "select", "test")))
+
+
+def test_wordings_are_adapted_to_what_was_learnt(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model learns the references and nothing else; the arms train on other words, towards it, and are tested on yet others."""
+    for name, value in (("LEARNT", 12), ("STEPS", 4), ("RATES", (1e-2,)), ("BATCH", 4), ("RATE", 1e-2)):
+        monkeypatch.setattr(rewording, name, value)
+    monkeypatch.setattr(merging, "task_of", reworded)
+    monkeypatch.setattr(multitask, "MODEL", "tiny")
+    made = lab.reword(ours=[*lora(2), ("align", {})], baseline=lora(2))
+    (finding,) = made.findings
+    assert (
+        set(made.methods) == {"lora", "align"}
+        and made.arms["floor"] == "no adapter"
+        and finding.ours != finding.baseline
+    )
+    t = lab.trials["tiny"][0]
+    learnt, fresh = rewording._learnt(t), t.subject.model
+    held = [Response(n, "cat sat") for n in NOUNS]
+    (after, _), (before, _) = (merging.score(t, m, held) for m in (learnt, fresh))
+    assert after.mean() < 0.5 * before.mean() and not any(p.requires_grad for p in learnt.parameters())
+
+
 def test_probed_arms_gain_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The better one takes the steps next to the other's gain, on the side that does not help the claim."""
     monkeypatch.setattr(probing, "LADDER", (1, 2, 4))
@@ -488,7 +557,7 @@ def test_random_models_are_not_realistic(lab: Lab) -> None:
 
 def test_lab_models_are_there() -> None:
     """ref-lm always; minilm leads where it is installed. Others are refused by name."""
-    assert [s.name for s in claims.installed(["ref-lm"])] == ["ref-lm"]
+    assert [s.name for s in subjects.installed(["ref-lm"])] == ["ref-lm"]
     with pytest.raises(OptionError, match="no lab model"):
-        claims.installed(["ref-lm", "gpt"])
-    assert [s.name for s in claims.installed()][-1] == "ref-lm"
+        subjects.installed(["ref-lm", "gpt"])
+    assert [s.name for s in subjects.installed()][-1] == "ref-lm"

@@ -17,7 +17,7 @@ import weft
 from weft.cli.app import build
 from weft.error import ConflictError, OptionError
 from weft.expr import Dense
-from weft.lab import claims, made, models, prove, realism, specimens, stress
+from weft.lab import made, models, prove, realism, specimens, stress, subjects
 from weft.lab.inputs import Inputs, Tails, kurtosis, powers
 from weft.lab.made import ctr
 from weft.lab.realism import Specimen
@@ -210,9 +210,9 @@ def test_stress_needs_a_norm_before_its_readers(model: nn.Module) -> None:
 def test_no_claim_is_tried_on_a_stress_variant() -> None:
     """They are made and loaded by name, have a card that says so, and the lab refuses them."""
     names = [f"{n}-stress" for n in models.STRESSED]
-    assert set(names) <= set(models.names()) and not set(names) & set(claims._TASKS)
+    assert set(names) <= set(models.names()) and not set(names) & set(subjects.TASKS)
     with pytest.raises(OptionError, match="no lab model"):
-        claims.installed(["ref-lm-stress"])
+        subjects.installed(["ref-lm-stress"])
     one = Path(models.resolve("ref-lm-stress"))
     assert "For stress only" in (one / "README.md").read_text() and models.resolve("ref-lm-stress") == str(one)
     of = specimens.specimen("ref-lm-stress")

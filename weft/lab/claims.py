@@ -114,11 +114,8 @@ class Lab:
         steps and choose from the same learning rates. Rewrites of weights go to every Linear but the output head, other
         methods to all that they are for.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(gained, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
-        methods = [s.method for c in chains.values() for s in c]
-        return self._judge({**runs, "floor": untouched}, arms, methods, share, "more")
+        runs, arms, methods = _both(gained, ours, baseline)
+        return self._judge({**runs, "floor": untouched}, arms | {"floor": "untuned"}, methods, share, "more")
 
     def probe(self, *, ours: Steps, baseline: Steps, probe: Merge, number: str, against: Merge | None = None) -> Claim:
         """Holds if a probe's number, over weights, is larger after tuning `ours` than after `baseline`, which gains no less.
@@ -179,21 +176,16 @@ class Lab:
 
         Both arms choose from the same learning rates by distances; one in which nothing trains is as it is.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(restored, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()}
-        return self._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "less")
+        return self._judge(*_both(restored, ours, baseline), 1.0, "less")
 
     def reword(self, *, ours: Steps, baseline: Steps) -> Claim:
         """Holds if what `ours` makes trainable gains, on wordings of prompts that it never saw, at least what `baseline` gains.
 
         The model has learnt the task in reference words before; the arms train on other wordings, at the best of the same rates.
         """
-        chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(rewording.gained, chain=c) for arm, c in chains.items()}
-        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "no adapter"}
-        methods = [s.method for c in chains.values() for s in c]
-        return self.only(multitask.MODEL)._judge({**runs, "floor": rewording.nothing}, arms, methods, 1.0, "more")
+        lab, (runs, arms, methods) = self.only(multitask.MODEL), _both(rewording.gained, ours, baseline)
+        runs, arms = {**runs, "floor": rewording.nothing}, arms | {"floor": "no adapter"}
+        return lab._judge(runs, arms, methods, 1.0, "more")
 
     def recall(self, *, ours: Steps, baseline: Steps) -> Claim:
         """Holds if what `ours` makes trainable gains more than `baseline` on tokens behind the window, and more than nothing.
@@ -201,10 +193,9 @@ class Lab:
         A model reads texts a segment at a time; only a branch may carry something from one to the next. Both arms take the same steps on
         the same tokens and choose from the same learning rates. On lab models that write text. Errors: ConflictError if there is none.
         """
-        lab, chains = self._writers(), {"ours": _chain(ours), "baseline": _chain(baseline)}
-        runs: dict[str, Run] = {arm: partial(recalled, chain=c) for arm, c in chains.items()} | {"floor": forgotten}
-        arms = {arm: _describe(c) for arm, c in chains.items()} | {"floor": "untuned"}
-        return lab._judge(runs, arms, [s.method for c in chains.values() for s in c], 1.0, "more")
+        lab, (runs, arms, methods) = self._writers(), _both(recalled, ours, baseline)
+        runs, arms = {**runs, "floor": forgotten}, arms | {"floor": "untuned"}
+        return lab._judge(runs, arms, methods, 1.0, "more")
 
     def _writers(self) -> Lab:
         """The same lab with the models that write text."""
@@ -318,6 +309,13 @@ class Lab:
         used = {n: get(n).fingerprint() for n in methods}
         seeds = len(next(iter(self.trials.values())))
         return Claim(overall([f.verdict for f in found]), rule, arms, used, seeds, tuple(found))
+
+
+def _both(run: Callable[..., Arm], ours: Steps, baseline: Steps) -> tuple[dict[str, Run], dict[str, str], list[str]]:
+    """Of two chains, what runs each, what is said of it, and their methods."""
+    chains = {"ours": _chain(ours), "baseline": _chain(baseline)}
+    runs: dict[str, Run] = {arm: partial(run, chain=c) for arm, c in chains.items()}
+    return runs, {arm: _describe(c) for arm, c in chains.items()}, [s.method for c in chains.values() for s in c]
 
 
 def _chain(steps: Steps) -> Chain:

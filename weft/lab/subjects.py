@@ -1,4 +1,4 @@
-"""The lab models that are here, with the tasks that they are tried on."""
+"""The lab models that claims are tried on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weft.error import OptionError, ResourceError
 from weft.lab import models
 from weft.lab.trial import Subject
 
-_TASKS = {"minilm": ("docstrings", "naming"), "ref-lm": ("python", "cpp")}
+TASKS = {"minilm": ("docstrings", "naming"), "ref-lm": ("python", "cpp")}
 """The lab models, the leading one first, with the tasks of distances and of tuning."""
 
 
@@ -18,18 +18,18 @@ def installed(names: Sequence[str] | None = None) -> list[Subject]:
 
     Errors: OptionError for a model that is not the lab's; ResourceError for one that was asked for and is not here.
     """
-    if unknown := [n for n in names or () if n not in _TASKS]:
-        want = ", ".join(_TASKS)
+    if unknown := [n for n in names or () if n not in TASKS]:
+        want = ", ".join(TASKS)
         raise OptionError(
             "this is no lab model", where="models", got=", ".join(unknown), want=want, fix="choose of these"
         )
     here: list[Subject] = []
-    for name in (n for n in _TASKS if names is None or n in names):
+    for name in (n for n in TASKS if names is None or n in names):
         try:
             folder = models.resolve(name)
         except ResourceError:
             if names is not None:
                 raise
             continue
-        here.append(Subject.load(name, Path(folder), *_TASKS[name]))
+        here.append(Subject.load(name, Path(folder), *TASKS[name]))
     return here

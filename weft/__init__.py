@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from weft.learn.tokenizer import tokenizer
     from weft.learn.trainer import Trainer
     from weft.mergekit import merge_config
-    from weft.merging import blend_adapters, combine, combined
+    from weft.merging import blend_adapters, combine, combine_to, combined
     from weft.model import (
         activate,
         adapters,
@@ -76,7 +76,7 @@ _HOME = {
     "weft.learn.tokenizer": ("tokenizer",),
     "weft.learn.trainer": ("Trainer",),
     "weft.mergekit": ("merge_config",),
-    "weft.merging": ("blend_adapters", "combine", "combined"),
+    "weft.merging": ("blend_adapters", "combine", "combine_to", "combined"),
     "weft.model": (
         "activate", "adapters", "axes", "begin_step", "delete_adapter", "expressions", "fork", "gathered", "mode", "per_row",
         "rename_adapter", "transport", "unbranch", "untap", "unweave", "weave",
@@ -90,10 +90,10 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "Bars", "Changes", "Settings", "Silent", "TaskScore", "Trainer", "WeftError", "activate", "adapters", "apply", "attach", "axes",
-    "begin_step", "blend_adapters", "combine", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export", "expressions", "fit",
-    "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "merge_config", "methods", "mode", "per_row", "plan", "probe",
-    "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport", "unbranch", "untap", "unweave",
-    "verify", "weave",
+    "begin_step", "blend_adapters", "combine", "combine_to", "combined", "delete_adapter", "evaluate", "evaluate_tasks", "export",
+    "expressions", "fit", "fork", "gathered", "generate", "import_", "load", "may_write", "merge", "merge_config", "methods", "mode",
+    "per_row", "plan", "probe", "prove", "reader", "rename_adapter", "run", "save", "show", "stale", "tokenizer", "train", "transport",
+    "unbranch", "untap", "unweave", "verify", "weave",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from weft.engine import blend as engine_blend
@@ -23,36 +24,88 @@ from weft.learn.tokenizer import source, tokenizer
 from weft.progress import Progress, Silent
 from weft.stats import Batch, collect, fishers
 from weft.store.cache import Cache, default
+from weft.store.save import save
 
 Data = str | Sequence[Batch]
 """Texts by the name of a file, a folder or a lab task; or batches of a model's inputs."""
 
 
 @dataclass(frozen=True)
-class Combined:
-    """A merged model, what became of each site, the declared fallbacks (where, what), and what a search of weights tried."""
+class Outcome:
+    """What became of each site, the declared fallbacks (where, what), and what a search of weights tried."""
 
-    model: nn.Module
     changes: list[Change]
     fallbacks: list[tuple[str, str]]
     tried: list[Tried]
 
 
+@dataclass(frozen=True)
+class Combined(Outcome):
+    """That, and the merged model."""
+
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A merge that can be done: models were compared, and weights were searched."""
+
+    plan: engine.Plan
+    tried: list[Tried]
+    progress: Progress
+
+    def run(self) -> Combined:
+        """The merged model. Errors: NumericError naming weight and model."""
+        model, changes = _run(self.plan, self.progress)
+        return Combined(changes, self.plan.merge.notes, self.tried, model)
+
+    def write(self, out: str | Path, **how: Any) -> Outcome:
+        """The folder that `save` writes of the merged model; `how` is what it may be told: `replace`, `manifest`, ...
+
+        Of members that are plain matrices, each weight is made when it is written: in memory are one, and slices of the members'.
+        A run that was killed goes on when it is called again. Errors: as `run` and `save`.
+        """
+        changes = list[Change]()
+        model, values = engine.begin(self.plan, changes)
+        save(model, out, values=values, progress=self.progress, **how)
+        return Outcome(changes, self.plan.merge.notes, self.tried)
+
+
 def combine(models: Sequence[nn.Module], method: str, **how: Any) -> nn.Module:
-    """The model that `combined` makes, which says what `how` may be. A declared fallback is a warning. Errors: as there."""
+    """The new woven model, frozen, that a merge makes of these; fallbacks are warnings. `how` and errors: as `planned`."""
     made = combined(models, method, **how)
-    for where, what in made.fallbacks:
-        warnings.warn(f"{where}: {what}", stacklevel=2)
+    _warn(made)
     return made.model
 
 
-def combined(
+def combined(models: Sequence[nn.Module], method: str, **how: Any) -> Combined:
+    """That model, and what became of each site; `planned` says what `how` may be. Errors: as there."""
+    return planned(models, method, **how).run()
+
+
+def combine_to(
+    out: str | Path, models: Sequence[nn.Module], method: str, *, replace: bool = False, **how: Any
+) -> Outcome:
+    """That model as a folder, written weight by weight, with little memory (`Planned.write`). Fallbacks are warnings. Errors: as there."""
+    made = planned(models, method, **how).write(out, replace=replace)
+    _warn(made)
+    return made
+
+
+def _warn(made: Outcome) -> None:
+    for where, what in made.fallbacks:
+        warnings.warn(f"{where}: {what}", stacklevel=3)
+
+
+def planned(
     models: Sequence[nn.Module],
     method: str,
     *,
     base: engine.Base = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
+    per: engine.Per | None = None,
+    dtype: torch.dtype | None = None,
     data: Data | Sequence[Data] | None = None,
     tokens: int = 16384,
     search: Way | None = None,
@@ -62,14 +115,15 @@ def combined(
     cache: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> Combined:
-    """A new woven model, frozen, that a merge (`soup`, `ties`, ...) makes of these, which are not changed.
+) -> Planned:
+    """A merge (`soup`, `ties`, ...) of these models, which are not changed, into a new one.
 
     `weights`: one a model, 1 each if not given. `base`: the model that they were tuned from, for merges that need it, or one for each,
     the first of which is what they are added to. Norms, biases and the like are merged as weights are. What `at` does not match, the
     configuration and the tokenizer are those of the base, or of the first model. A merge that has to know the members' inputs
     (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's own texts without; what it
-    finds out stays in `cache`.
+    finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options` and `weights`. `dtype` is
+    what dense results are stored in, rather than in the base's.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
@@ -83,16 +137,20 @@ def combined(
     look = _look(models, step, data, tokens, seed, Cache(cache or default()), bars)
     score = _score(search, held_out, trials, weights, len(models))
 
-    def merged(given: Sequence[float] | None) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
-        with bars.bar(method, engine.reach(models, at, base)) as done:
-            return engine.run(
-                models, step, base=base, weights=given, at=at, seed=seed, strange=strange, look=look, done=done
-            )
+    def plan(given: Sequence[float] | None) -> engine.Plan:
+        return engine.plan(
+            models, step, base=base, weights=given, at=at, per=per, dtype=dtype, seed=seed, strange=strange, look=look
+        )
 
     if search is None or score is None:
-        return Combined(*merged(weights), [])
-    tried = coefficients.search(search, len(models), lambda w: score(merged(w)[0]), trials=trials, seed=seed)
-    return Combined(*merged(coefficients.best(tried).weights), tried)
+        return Planned(plan(weights), [], bars)
+    tried = coefficients.search(search, len(models), lambda w: score(_run(plan(w), bars)[0]), trials=trials, seed=seed)
+    return Planned(plan(coefficients.best(tried).weights), tried, bars)
+
+
+def _run(plan: engine.Plan, bars: Progress) -> tuple[nn.Module, list[Change]]:
+    with bars.bar(plan.merge.step.method, len(plan.sites)) as done:
+        return engine.run(plan, done)
 
 
 def _score(

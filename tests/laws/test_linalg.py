@@ -222,3 +222,23 @@ def test_patterns_must_fit() -> None:
     """N:M on columns that M does not divide names the site."""
     with pytest.raises(OptionError, match="up_proj"):
         best(torch.ones(2, 10), "2:4", 0.5, "up_proj")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "tiny", "wide"])
+def test_a_limit_is_what_sorting_finds(kind: str, dtype: torch.dtype) -> None:
+    """At every rank, of parts of any sizes, of either sign."""
+    from weft.linalg.votes import limit
+
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(37, 11, generator=g, dtype=dtype)
+    x = {
+        "random": x,
+        "ties": x.round(decimals=0),
+        "zeros": x * (x > 1),
+        "tiny": x * 1e-40,
+        "wide": x * 10.0 ** torch.randint(-30, 30, x.shape, generator=g),
+    }[kind]
+    sizes = x.abs().flatten().sort(descending=True).values
+    for rank in (1, 2, 17, 200, x.numel() - 1, x.numel()):
+        assert limit(lambda: x.split(10), rank) == float(sizes[rank - 1])

@@ -20,7 +20,8 @@ from weft.error import OptionError
 
 if TYPE_CHECKING:
     from weft.api import Changes
-    from weft.merging import Combined
+    from weft.engine.coefficients import Tried
+    from weft.merging import Outcome
 
 
 def command(name: str) -> Callable[..., None]:
@@ -164,8 +165,7 @@ def merge(
     from weft.api import Changes
     from weft.engine.coefficients import best
     from weft.engine.run import Step
-    from weft.merging import combined
-    from weft.store import save
+    from weft.merging import planned
 
     step = Step.of(name, **options)  # bad options show before the models are loaded
     members, bases = [load(m, quiet) for m in models], [load(b, quiet) for b in base or ()]
@@ -181,24 +181,26 @@ def merge(
     }
     how |= {"data": _one(data), "tokens": tokens, "cache": cache}
     how |= {"search": plain(search), "held_out": held_out, "trials": trials}
-    made = combined(members, name, **how, **options)
-    if made.tried:
-        weight = list(best(made.tried).weights)
-    for t in made.tried:
+    plan = planned(members, name, **how, **options)
+    if plan.tried:
+        weight = list(best(plan.tried).weights)
+    for t in plan.tried:
         say(f"weights {', '.join(f'{w:.4g}' for w in t.weights)}: {t.score:.6g}, {t.seconds:.1f} s")
-    if out is not None:
+    if out is None:
+        made: Outcome = plan.run()
+    else:
         said = {"models": models, "base": _one(base), "weights": weight, "method": name, "options": dict(step.options)}
         said |= {"data": data} if data else {}
-        said |= _searched(made, search, held_out)
-        save(made.model, out, replace=replace, manifest={"merged": {**said, "seed": seed}}, progress=bars(quiet))
+        said |= _searched(plan.tried, search, held_out)
+        made = plan.write(out, replace=replace, manifest={"merged": {**said, "seed": seed}})
     return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)
 
 
-def _searched(made: Combined, search: Search | None, held_out: str | None) -> dict[str, Any]:
+def _searched(tried: Sequence[Tried], search: Search | None, held_out: str | None) -> dict[str, Any]:
     """What the manifest says of a search of weights."""
     if search is None:
         return {}
-    return {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in made.tried]}
+    return {"search": plain(search), "held_out": held_out, "tried": [[*t.weights, t.score] for t in tried]}
 
 
 def _one(given: Sequence[Any] | None) -> Any:

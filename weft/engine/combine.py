@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.engine.method import Method
 from weft.engine.registry import get
-from weft.engine.run import Change, Step
+from weft.engine.run import Change, Step, chain_key, code_version
 from weft.engine.unlike import refusals
 from weft.error import OptionError, WeftError, raise_all
 from weft.expr import Dense, Expr, spec, tensors
@@ -32,63 +33,144 @@ from weft.model import (
 )
 from weft.model.weave import Original
 from weft.stats import Stats
-from weft.store.tensors import word_sum
+from weft.store.save import shared
+from weft.store.tensors import Later, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each."""
+
 Per = Callable[[str], tuple[Step, Sequence[float]]]
-"""What a weight, norm or bias of this name is merged by: a step, and a weight for each model."""
+"""What a site, or a vector, is merged by, where they differ: options of the step, and weights."""
 
 
-def run(
+@dataclass(frozen=True)
+class Plan:
+    """A merge of models that were compared: what a weight becomes is found when it is asked for."""
+
+    lead: nn.Module
+    """Whose configuration, tokenizer and other tensors the result has: the base, or the first model."""
+    named: Mapping[str, nn.Module]
+    sites: list[str]
+    vectors: list[str]
+    """Norms, biases and the like."""
+    merge: _Merge
+
+    def sources(self, name: str) -> Sources:
+        """What is merged at a site."""
+        held = {label: site(m, name).now for label, m in self.named.items()}
+        dtypes = {label: places(m)[name].dtype for label, m in self.named.items()}
+        return self.merge.sources(name, held, dtypes, places(self.lead)[name].kind != "embedding")
+
+    def weight(self, name: str) -> Expr:
+        """What a site becomes. Errors: the method's."""
+        return self.merge(self.sources(name))
+
+    def vector(self, name: str) -> Tensor:
+        """What a vector becomes, in its own dtype and shape. Errors: the method's."""
+        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in self._loose.items()}
+        made = self.merge(self.merge.sources(name, rows, {label: e.w.dtype for label, e in rows.items()}))
+        like = next(iter(self._loose.values()))[name]
+        return made.dense().detach().to(like.dtype, copy=True).view(like.shape)
+
+    @functools.cached_property
+    def _loose(self) -> dict[str, dict[str, Tensor]]:
+        return {label: plain_tensors(m) for label, m in self.named.items()}
+
+    def later(self, name: str, done: Callable[[Change], None]) -> Later | None:
+        """The plain matrix that a site becomes, made when it is written; None where that is not known before."""
+        method = get(self.merge.step.method)
+        if method.adds or not all(isinstance(site(m, name).now, Dense) for m in self.named.values()):
+            return None
+        found = functools.cache(lambda: self.sources(name))
+
+        def make() -> Tensor:
+            expr = self.merge(found())
+            done(self.change(name, expr))
+            return tensors(expr)["w"].detach()
+
+        return Later(found().dtype, found().shape, make, lambda: self.merge.about(found()))
+
+    def change(self, name: str, after: Expr) -> Change:
+        """What became of a site."""
+        before = ", ".join(dict.fromkeys(site(m, name).now.describe() for m in self.named.values()))
+        return Change(name, before, after.describe(), after.nbytes(), None)
+
+
+def plan(
     models: Sequence[nn.Module],
     step: Step,
     *,
     base: Base = None,
     weights: Sequence[float] | None = None,
     at: str | Sequence[str] = "*",
+    per: Per | None = None,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     strange: Sequence[WeftError] = (),
     look: Look | None = None,
-    per: Per | None = None,
-    dtype: torch.dtype | None = None,
-    done: Callable[[int], None] | None = None,
-) -> tuple[nn.Module, list[Change], list[tuple[str, str]]]:
-    """A new woven model, frozen, from these; what became of each site; and the declared fallbacks. The models are not changed.
+) -> Plan:
+    """Compare everything, before anything runs.
 
     Weights, norms and biases that `at` does not match, and everything else, are those of the base, or of the first model. Of several
-    bases, what each member was tuned from, the first is what task vectors are added to.
-    `look` finds what data says of a member, for a merge that needs it. `per`: other options of the step's method and other weights, by
-    site. `dtype`: what dense results are stored in, rather than in the base's.
-    Errors, all at once and before anything runs: OptionError for a wrong call, those of `refusals`, and `strange`; then the method's.
+    bases, what each member was tuned from, the first is what task vectors are added to. `per` says options and weights of each site,
+    `dtype` what dense results are stored in, rather than in the base's.
+    `look` finds what data says of a member, for a merge that needs it.
+    Errors, all at once: OptionError for a wrong call, those of `refusals`, and `strange`.
     """
     method, given = get(step.method), tuple(weights) if weights is not None else (1.0,) * len(models)
     bases = bases_of(base)
-    wrong = _misused(method, models, given, bases, blind=look is None and bool(step.needs - {"base"}))
-    raise_all([*wrong, *(refusals(_named(models, bases_of(base))) if models else ()), *strange])
-    named, lead = _named(models, bases), [*bases, *models][0]
-    sites, plain = _chosen(lead, at)
-    how, wrong = _asked(per or (lambda _: (step, given)), [*sites, *plain])
-    raise_all([*wrong, *(p for name, (one, each) in how.items() for p in _misfit(name, step, one, each, len(models)))])
+    wrong = _misused(method, models, bases, blind=look is None and bool(step.needs - {"base"}))
+    wrong += _unfit(step, len(models), given)
+    raise_all([*wrong, *(refusals(_named(models, bases)) if models else ()), *strange])
+    lead = [*bases, *models][0]
+    sites, vectors = _chosen(lead, at)
+    if per is not None:
+        per = _asked(per, step, [*sites, *vectors], len(models)).__getitem__
     seen = {label: look(i) for i, label in enumerate(_named(models))} if look is not None else dict[str, Seen]()
-    merge = _Merge(how, tuple(_named(models)), seed, seen, dtype)
-    made, changes = fork(lead), list[Change]()
-    for name in sites:
-        held = {label: site(m, name).now for label, m in named.items()}
-        linear = places(lead)[name].kind != "embedding"
-        expr = merge(name, held, {label: places(m)[name].dtype for label, m in named.items()}, linear)
-        set_expressions(made, {name: expr})
-        before = ", ".join(dict.fromkeys(e.describe() for e in held.values()))
-        changes.append(Change(name, before, expr.describe(), expr.nbytes(), None))
+    return Plan(
+        lead, _named(models, bases), sites, vectors, _Merge(step, given, list(_named(models)), seed, seen, per, dtype)
+    )
+
+
+def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:
+    """A new woven model, frozen, by a plan, and what became of each site. The models are not changed. Errors: the method's."""
+    model, changes = fork(made.lead), list[Change]()
+    for name in made.sites:
+        expr = made.weight(name)
+        set_expressions(model, {name: expr})
+        changes.append(made.change(name, expr))
         if done:
             done(1)
-    loose, free = {label: plain_tensors(m) for label, m in named.items()}, plain_tensors(made)
-    for name in plain:
-        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in loose.items()}
-        value, there = merge(name, rows, {label: e.w.dtype for label, e in rows.items()}).dense(), free[name]
-        there.data = value.detach().to(there.dtype, copy=True).view(there.shape).to(there.device)
-    _settle(made, list(named.values()), sites)
-    return made.requires_grad_(False), changes, merge.notes
+    _complete(model, made)
+    return model.requires_grad_(False), changes
+
+
+def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later]]:
+    """The merged model but for sites whose plain values are made when they are asked for, and these; `changes` are told as they come.
+
+    Errors: the method's.
+    """
+    model, later, alone = fork(made.lead), dict[str, Later](), not shared(made.lead)
+    for name in made.sites:
+        value = made.later(name, changes.append) if alone else None
+        if value is not None:
+            later[name] = value
+            continue
+        expr = made.weight(name)
+        set_expressions(model, {name: expr})
+        changes.append(made.change(name, expr))
+    _complete(model, made)
+    return model.requires_grad_(False), later
+
+
+def _complete(model: nn.Module, made: Plan) -> None:
+    """Put in what is no site's, and say of the model what it is now."""
+    free = plain_tensors(model)
+    for name in made.vectors:
+        free[name].data = made.vector(name).to(free[name].device)
+    _settle(model, list(made.named.values()), made.sites)
+    if made.merge.dtype is not None and hasattr(model, "config"):
+        cast(Any, model).config.dtype = made.merge.dtype
 
 
 @dataclass(frozen=True)
@@ -110,28 +192,29 @@ Look = Callable[[int], Seen]
 
 @dataclass(frozen=True)
 class _Merge:
-    """Every site's step with the weights of its members, what errors call them, and what data says of them."""
+    """One step with the weights of its members, what errors call them, and what data says of them."""
 
-    how: Mapping[str, tuple[Step, Sequence[float]]]
-    labels: tuple[str, ...]
+    step: Step
+    weights: Sequence[float]
+    labels: Sequence[str]
     seed: int
     seen: Mapping[str, Seen]
+    per: Per | None = None
     dtype: torch.dtype | None = None
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def __call__(
+    def sources(
         self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
-    ) -> Expr:
+    ) -> Sources:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
-        step, given = self.how[name]
-        weights = dict(zip(self.labels, map(float, given), strict=True))
-        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), weights[label]))
+        given = dict(zip(self.labels, map(float, self.per(name)[1] if self.per else self.weights), strict=True))
+        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), given[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
-        sources = Sources(
+        return Sources(
             name=name,
             members=tuple(held[label] for label in labels),
-            weights=tuple(weights[label] for label in labels),
+            weights=tuple(given[label] for label in labels),
             dtype=self.dtype or dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
             base=held.get("base"),
             own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
@@ -142,7 +225,21 @@ class _Merge:
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
             order=tuple(self.labels.index(label) for label in labels),
         )
-        return get(step.method)(sources, **dict(step.options))
+
+    def __call__(self, s: Sources) -> Expr:
+        """What these sources become."""
+        return get(self.step.method)(s, **dict(self._step(s.name).options))
+
+    def about(self, s: Sources) -> str:
+        """A hash of all that the result for these sources depends on."""
+        exprs = [_mark(e) for e in (*s.members, *s.own, *([s.base] if s.base is not None else []))]
+        data = [word_sum(t) if t is not None else "" for t in (*s.grams, *s.fishers)]
+        code = [chain_key((self._step(s.name),)), code_version("expr", "linalg", "model", "engine")]
+        said = [code, s.name, s.weights, s.order, str(s.dtype), s.seed, exprs, data]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+    def _step(self, name: str) -> Step:
+        return self.per(name)[0] if self.per else self.step
 
 
 def _mark(expr: Expr) -> str:
@@ -171,16 +268,22 @@ def _value(expr: Expr) -> Tensor:
     return expr.dense().detach()
 
 
-def _asked(per: Per, names: Sequence[str]) -> tuple[dict[str, tuple[Step, Sequence[float]]], list[WeftError]]:
-    """What each of these is merged by, and the errors of those that cannot be."""
+def _asked(per: Per, step: Step, names: Sequence[str], count: int) -> dict[str, tuple[Step, Sequence[float]]]:
+    """What each of these is merged by. Errors, all at once: those of `per`; OptionError for what does not fit, and for another method."""
     made: dict[str, tuple[Step, Sequence[float]]] = {}
     wrong: list[WeftError] = []
     for name in names:
         try:
-            made[name] = per(name)
+            one, weights = made[name] = per(name)
         except WeftError as e:
             wrong.append(e)
-    return made, wrong
+            continue
+        wrong += _unfit(one, count, weights, f" of {name}")
+        if one.method != step.method:
+            want, fix = f"{step.method}, as everywhere", "merge twice, each with its own at"
+            wrong.append(_wrong(get(step.method), f"method of {name}", one.method, want, fix))
+    raise_all(wrong)
+    return made
 
 
 def bases_of(base: Base) -> list[nn.Module]:
@@ -194,12 +297,6 @@ def _named(models: Sequence[nn.Module], bases: Sequence[nn.Module] = ()) -> dict
     return first | {f"member {i}": m for i, m in enumerate(models, 1)}
 
 
-def reach(models: Sequence[nn.Module], at: str | Sequence[str], base: Base = None) -> int:
-    """How many sites `run` would merge. Errors: OptionError for a pattern that matches nothing."""
-    lead = next(iter([*bases_of(base), *models]), None)
-    return len(_chosen(lead, at)[0]) if lead is not None else 0
-
-
 def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[str]]:
     """The sites, and the norms, biases and the like, that these globs match."""
     globs = [at] if isinstance(at, str) else list(at)
@@ -210,7 +307,7 @@ def _chosen(model: nn.Module, at: str | Sequence[str]) -> tuple[list[str], list[
 
 
 def _misused(
-    method: Method, models: Sequence[nn.Module], weights: Sequence[float], bases: Sequence[nn.Module], *, blind: bool
+    method: Method, models: Sequence[nn.Module], bases: Sequence[nn.Module], *, blind: bool
 ) -> list[WeftError]:
     """What is wrong with the call, whatever the models hold."""
     wrong: list[tuple[str, object, str, str]] = []
@@ -220,7 +317,6 @@ def _misused(
     if not models or (count is not None and len(models) != count):
         want = f"{count} models" if count is not None else "one or more models"
         wrong.append(("models", len(models), want, "give as many"))
-    wrong += _unfit(method, weights, len(models))
     if "base" in method.needs and not bases:
         wrong.append(("base", "no base", "the model that the members were tuned from", "give base"))
     if len(bases) > 1 and ("base" not in method.needs or len(bases) != len(models)):
@@ -228,20 +324,27 @@ def _misused(
         wrong.append(("base", f"{len(bases)} for {len(models)} models", want, "give one, or as many"))
     if blind:
         wrong.append(("data", "no data", "texts that the members' inputs are known from", "give data"))
-    what = f"{method.name} cannot be done so"
-    return [OptionError(what, where=where, got=got, want=want, fix=fix) for where, got, want, fix in wrong]
+    return [_wrong(method, *what) for what in wrong]
 
 
-def _misfit(name: str, step: Step, one: Step, weights: Sequence[float], count: int) -> list[WeftError]:
-    """What is wrong with what a site is merged by."""
-    wrong = _unfit(get(step.method), weights, count)
-    if one.method != step.method:
-        wrong.append(("method", one.method, f"{step.method}, as everywhere", "merge twice, each with its own at"))
-    wrong += uneven(one, count)
-    what = f"{step.method} cannot be done so"
-    return [
-        OptionError(what, where=f"{where} of {name}", got=got, want=want, fix=fix) for where, got, want, fix in wrong
-    ]
+def _unfit(step: Step, count: int, weights: Sequence[float], of: str = "") -> list[WeftError]:
+    """What is wrong with the weights, and the options, of so many members."""
+    method = get(step.method)
+    wrong = [_wrong(method, f"{where}{of}", got, want, fix) for where, got, want, fix in uneven(step, count)]
+    where = f"weights{of}"
+    if len(weights) != count:
+        return [
+            *wrong,
+            _wrong(method, where, f"{len(weights)} for {count} models", "one a model", "give as many, or none"),
+        ]
+    if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+        return [*wrong, _wrong(method, where, weights, "finite numbers", "give others")]
+    if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
+        return [
+            *wrong,
+            _wrong(method, where, weights, "0 or more, and not all 0", "task_arithmetic takes negative ones"),
+        ]
+    return wrong
 
 
 def uneven(step: Step, count: int) -> list[tuple[str, object, str, str]]:
@@ -251,12 +354,5 @@ def uneven(step: Step, count: int) -> list[tuple[str, object, str, str]]:
     return [(k, f"{n} for {count} models", want, fix) for k, n in held.items() if n != count]
 
 
-def _unfit(method: Method, weights: Sequence[float], count: int) -> list[tuple[str, object, str, str]]:
-    """What is wrong with the weights of so many models: where, got, want, fix."""
-    if len(weights) != count:
-        return [("weights", f"{len(weights)} for {count} models", "one a model", "give as many, or none")]
-    if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-        return [("weights", weights, "finite numbers", "give others")]
-    if not method.signed and count and (min(weights) < 0 or math.fsum(weights) <= 0):
-        return [("weights", weights, "0 or more, and not all 0", "task_arithmetic takes negative ones")]
-    return []
+def _wrong(method: Method, where: str, got: object, want: str, fix: str) -> WeftError:
+    return OptionError(f"{method.name} cannot be done so", where=where, got=got, want=want, fix=fix)

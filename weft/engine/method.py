@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from weft.error import NumericError, OptionError
 from weft.expr import Expr, Quantized, tensors
 from weft.model import MATRIX, TAGS, Group, Sources
+from weft.store.tensors import finite
 
 Kind = Literal[
     "rewrite", "transport", "relax", "schedule", "recipe", "merge", "search", "objective", "optimizer",
@@ -93,6 +94,8 @@ class Method:
     """How many models a merge takes; None: any number."""
     signed: bool = False
     """Whether weights of members may be negative."""
+    adds: bool = False
+    """Whether a merge leaves the base's expression and adds terms to it, even where all are plain matrices."""
     uses: tuple[str, ...] = ()
     """The methods that a recipe's steps may be."""
     proofs: dict[str, Proof] = field(default_factory=dict[str, "Proof"])
@@ -222,7 +225,7 @@ def _finite(where: str, made: Expr, before: Expr | None = None) -> None:
     fresh = [(path, t) for path, t in tensors(made).items() if id(t) not in held and t.is_floating_point()]
     fresh += [("a scale", node.scales()) for node in made.modules() if isinstance(node, Quantized)]
     for path, t in fresh:
-        if not bool(torch.isfinite(t).all()):
+        if not finite(t):
             problem = _broken(where, f"NaN or infinity in {path} of {made.describe()}")
             raise problem
 
@@ -255,6 +258,7 @@ def method(
     on: tuple[str, ...] = (),
     members: int | None = None,
     signed: bool = False,
+    adds: bool = False,
     uses: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. Keyword-only parameters, `Annotated[type, Field(...)]`, are its options.
@@ -284,7 +288,7 @@ def method(
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         options = create_model(f"{fn.__name__}_options", __config__=config, **given)
         moves = str(hints["return"].kind) if kind == "transport" else ""
-        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed, uses)
+        held = (per, whole, rowwise, taps, drops, beats, on, moves, options, members, signed, adds, uses)
         made = Method(fn, kind, tuple(rows.split()), paper, frozenset(needs), *held)
         METHODS[made.name] = made
         return made

@@ -18,6 +18,7 @@ from weft.expr.base import Expr, Promises
 from weft.expr.derived import Derived
 from weft.expr.generated import hadamard
 from weft.expr.nodes import Dense
+from weft.expr.spectra import cosine, fourier
 
 _WORK = 1 << 22
 """Generated entries at a time."""
@@ -63,7 +64,12 @@ class Basis(Expr):
             raise ShapeError("Basis.c does not fit", where="Basis.c", got=got, want=want, fix="use fewer")
 
     def dense(self) -> Float[Tensor, "m n"]:
-        return self._rows(slice(None))
+        whole = _WHOLE.get(self.kind)
+        if whole is None or torch.compiler.is_compiling() or not self.m * self.n:
+            return self._rows(slice(None))
+        p, q, c = *self.frequencies(), self.c.to(torch.promote_types(self.c.dtype, torch.float32))
+        transform, times = whole
+        return transform(c, p, q, self.m, self.n) * (times * self.scale)
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         return Dense(self._rows(rows))
@@ -120,9 +126,16 @@ class Basis(Expr):
         return (made() if entries > _KEPT else self.derive(f"tables {dtype} {device}", shared)).value
 
     def frequencies(self) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
-        """The p and q of kinds cosine and fourier."""
-        p, q = _frequencies(self.seed, self.m, self.n, len(self.c))
-        return p.int().to(self.c.device), q.int().to(self.c.device)
+        """The p and q of a basis of waves."""
+        what = (self.kind, self.seed, self.m, self.n, len(self.c), "places", self.c.device)
+
+        def shared() -> Derived:
+            at = _PLACES[self.kind](self.seed, self.m, self.n, len(self.c))
+            held = _SHARED[what] = _SHARED.get(what) or Derived((), tuple(t.int().to(self.c.device) for t in at))
+            return held
+
+        p, q = self.derive(f"places {self.c.device}", shared).value
+        return p, q
 
     def promises(self) -> Promises:
         waves = 2 * len(self.c)
@@ -180,7 +193,12 @@ def _fouriers(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "2 m
 
 
 def _drawn_fouriers(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "2 m k"], Float[Tensor, "2 n k"]]:
-    """The B_k of kind fourier_mt19937: their places are the first of a shuffle, each exchanged with one that a word chooses."""
+    """The B_k of kind fourier_mt19937."""
+    return _waves(_drawn(seed, m, n, count), m, n)
+
+
+def _drawn(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor, "k"], Float[Tensor, "k"]]:
+    """The first places of a shuffle of an [m n] table, each exchanged with one that a word chooses."""
     words = np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32)
     moved, chosen = dict[int, int](), list[int]()
     for i, word in enumerate(cast("list[int]", words.tolist())):
@@ -188,7 +206,7 @@ def _drawn_fouriers(seed: int, m: int, n: int, count: int) -> tuple[Float[Tensor
         chosen.append(moved.get(j, j))
         moved[j] = moved.get(i, i)
     at = torch.tensor(chosen, dtype=torch.int64)
-    return _waves(((at // max(1, n)).double(), (at % max(1, n)).double()), m, n)
+    return (at // max(1, n)).double(), (at % max(1, n)).double()
 
 
 def _waves(
@@ -243,3 +261,7 @@ _TABLES: dict[str, Callable[[int, int, int, int], tuple[Tensor, ...]]] = {
     "fastfood": _mixing,
 }
 """What every kind of basis is generated as, from seed, m, n and the number of coefficients."""
+_PLACES = {"cosine": _frequencies, "fourier": _frequencies, "fourier_mt19937": _drawn}
+"""The places of the waves."""
+_WHOLE = {"cosine": (cosine, 2.0), "fourier": (fourier, 2**0.5), "fourier_mt19937": (fourier, 2**0.5)}
+"""How a whole matrix of waves is made, and what it is multiplied by."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,12 +51,25 @@ class Gated(Expr):
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         if self._off():
             return x.new_zeros(*x.shape[:-1], self.shape[0])
-        y = self.kept(x)
-        return y * self._strength(y.shape).to(y.dtype)
+        return self._times(self.kept, x, wide=False)
 
     def rows(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
-        y = self.kept.rows(ids)
-        return y * self._strength(y.shape).to(torch.promote_types(y.dtype, torch.float32))
+        return self._times(self.kept.rows, ids, wide=True)
+
+    def _times(self, run: Callable[[Tensor], Tensor], given: Tensor, *, wide: bool) -> Tensor:
+        """What `run` makes of an input, times the strength, at least in float32 if `wide`; rows of a batch that have none are not run."""
+
+        def times(y: Tensor, by: Tensor) -> Tensor:
+            return y * by.to(torch.promote_types(y.dtype, torch.float32) if wide else y.dtype)
+
+        each = self._strengths
+        if each is None or len(each) != len(given) or given.dim() < 2 or torch.compiler.is_compiling():
+            y = run(given)
+            return times(y, self._strength(y.shape))
+        on = each.nonzero().flatten().to(given.device)
+        y = run(given[on])
+        y = times(y, each.to(y.device)[on].view(-1, *[1] * (y.dim() - 1)))
+        return y.new_zeros(len(each), *y.shape[1:]).index_copy(0, on, y)
 
     @property
     def _strengths(self) -> Tensor | None:

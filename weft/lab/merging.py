@@ -90,7 +90,7 @@ def gained(step: Step, trial: Trial, of: Sequence[Of], way: Chain = (), search: 
 
         def merged(weights: Sequence[float] | None) -> nn.Module:
             how: dict[str, Any] = {"base": trial.subject.model, "weights": weights, "seed": trial.seed, "look": look}
-            return combine.run(models, step, **how)[0]
+            return combine.run(combine.plan(models, step, **how))[0]
 
         found = None
         if search is not None:

@@ -17,7 +17,6 @@ from weft.lab.distance import windows
 from weft.lab.trial import Arm, Trial, task_of, texts
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
-from weft.learn.trainer import Optimizer
 from weft.model import fork
 from weft.store.cache import key
 

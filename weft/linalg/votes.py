@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def limit(parts: Callable[[], Iterable[Float[Tensor, "m n"]]], rank: int) -> float:
+    """The size |d_ij| that is the `rank`-th largest of all entries of these float32 or float64 parts, exactly; none is kept.
+
+    Sizes are in the order of their bits as integers: sixteen bits are found at a time, by counting, in a pass over the parts.
+    """
+    found, left, shift, kind = 0, rank, 0, torch.float32
+    for turn in itertools.count():
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for part in parts():
+            kind, width = part.dtype, 8 * part.element_size()
+            bits, shift = part.abs().view(_BITS[kind]).flatten(), width - 16 * (turn + 1)
+            if turn:
+                bits = bits[bits >> (shift + 16) == found]
+            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
+        above = counts.flip(0).cumsum(0)
+        place = int((above < left).sum())
+        left -= int(above[place - 1]) if place else 0
+        found = found << 16 | (0xFFFF - place)
+        if not shift:
+            break
+    return float(torch.tensor(found, dtype=_BITS[kind]).view(kind))
+
 
 def trimmed(delta: Float[Tensor, "m n"], density: float) -> Float[Tensor, "m n"]:
     """The share `density` of entries with the largest |d_ij|, at least one, and their equals in size; the rest is zero."""
-    size = delta.abs()
-    keep = max(1, round(density * size.numel()))
-    return delta * (size >= size.flatten().kthvalue(size.numel() - keep + 1).values)
+    return delta * (delta.abs() >= limit(lambda: [delta], kept(density, delta.numel())))
 
 
-def inliers(delta: Float[Tensor, "m n"], outliers: float) -> Float[Tensor, "m n"]:
-    """Zero in place of the largest entries, at most the share `outliers` of all: none of those that are as large as what stays."""
-    size = delta.abs()
-    return delta * (size <= size.flatten().kthvalue(size.numel() - int(outliers * size.numel())).values)
+def kept(density: float, count: int) -> int:
+    """How many of so many entries a share is: one at least."""
+    return max(1, round(density * count))
 
 
 def odds(delta: Float[Tensor, "m n"], density: float, spread: float) -> Float[Tensor, "m n"]:
@@ -34,12 +57,6 @@ def odds(delta: Float[Tensor, "m n"], density: float, spread: float) -> Float[Te
 def drawn(delta: Float[Tensor, "m n"], p: Float[Tensor, "m n"], rng: torch.Generator) -> Float[Tensor, "m n"]:
     """d_ij with probability p_ij, else zero."""
     return torch.where(torch.rand(delta.shape, generator=rng) < p, delta, 0.0)
-
-
-def as_large(kept: Float[Tensor, "m n"], delta: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """What is kept of a delta, times the factor that makes its entries add up to as much in absolute value; zero stays."""
-    left = kept.abs().sum()
-    return kept * torch.where(left > 0, delta.abs().sum() / left, 1.0)
 
 
 def summed(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:

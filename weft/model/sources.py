@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
@@ -17,6 +17,8 @@ from weft.expr import Dense, Expr, LowRank, Signs, SparseDelta, fork, identity, 
 from weft.expr.gated import settled
 from weft.expr.mixed import added_low_rank
 
+SLICE = 1 << 20
+"""Entries of a slice: what a merge does with it fits into a processor's cache."""
 Part = tuple[float, Expr]
 Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
 T = TypeVar("T")
@@ -48,6 +50,13 @@ class Sources:
     """The diagonal of every member's Fisher information, on its data."""
     order: tuple[int, ...] = ()
     """The place that each member had in the call; none where they stand as they were given."""
+    _drawing: dict[str, torch.Generator] | None = None
+    """Generators that slices draw from in turn."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[m n]."""
+        return self.members[0].shape
 
     def shares(self) -> list[float]:
         """The weights, divided by their sum."""
@@ -83,6 +92,26 @@ class Sources:
         pairs = zip(self.values(), self.own, self._labels(), strict=True)
         return (value - self._value(e, f"the base of {label}") for value, e, label in pairs)
 
+    def deltas_of(self, k: int) -> Iterator[Float[Tensor, "s n"]]:
+        """The task vector of the member at this place, in slices of rows. Errors: NumericError; OptionError without a base."""
+        one = slice(k, k + 1)
+        alone = replace(
+            self,
+            members=self.members[one],
+            weights=self.weights[one],
+            own=self.own[one],
+            labels=tuple(self._labels()[one]),
+        )
+        return (next(part.deltas()) for part in alone.slices())
+
+    def growth(self, k: int, left: Callable[[Sources, Float[Tensor, "s n"]], Float[Tensor, "s n"]]) -> float:
+        """Σ|d_k| / Σ|what is left of d_k|, in slices of rows; one where nothing is left. Errors: as `deltas_of`."""
+        whole = size = 0.0
+        for part, d in zip(self.slices(), self.deltas_of(k), strict=True):
+            whole += float(d.abs().sum(dtype=torch.float64))
+            size += float(left(part, d).abs().sum(dtype=torch.float64))
+        return whole / size if size else 1.0
+
     @property
     def origin(self) -> Expr:
         """The base. Errors: OptionError where there is none."""
@@ -117,15 +146,15 @@ class Sources:
         whole = total(terms) if (terms := _by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
-        labels = [self._label(e) for _, e in parts]
-        made: list[Tensor] = []
-        for slices in zip(*(e.slices() for _, e in parts), strict=True):
+        labels, exprs = [self._label(e) for _, e in parts], [e for _, e in parts]
+        value, at = torch.empty(self.shape, dtype=self.dtype), 0
+        for slices in zip(*(e.slices(SLICE) for e in exprs), strict=True):
             *others, start = (self._value(e, label) for e, label in zip(slices, labels, strict=True))
-            value = start.clone()
+            made = start.clone()
             for (c, _), other in zip(parts, others, strict=False):
-                value += c * (other - start)
-            made.append(value.to(self.dtype))
-        return Dense(torch.cat(made))
+                made += c * (other - start)
+            value[at : (at := at + len(made))] = made
+        return Dense(value)
 
     def low_rank(self) -> tuple[dict[str, Expr], list[Factors]] | None:
         """What the base and all members share, and what each member has beside it as factors [m r] and [r n] in float64.
@@ -141,12 +170,31 @@ class Sources:
         return {r: fork(t) for r, t in same.items()}, [_factors(held, self.origin.shape) for held in rest]
 
     def slices(self) -> Iterator[Sources]:
-        """The members in slices of rows, none larger than `CHUNK` entries, without the base."""
-        for parts in zip(*(e.slices() for e in self.members), strict=True):
-            yield replace(self, members=parts, base=None)
+        """The same in slices of rows of at most `SLICE` entries, without what data says. What is drawn goes on from slice to slice."""
+        exprs, drawing = (*self.members, *self.own, *([self.base] if self.base is not None else [])), {}
+        count, own = len(self.members), len(self.own)
+        for parts in zip(*(e.slices(SLICE) for e in exprs), strict=True):
+            yield replace(
+                self,
+                members=parts[:count],
+                own=parts[count : count + own],
+                base=parts[-1] if self.base is not None else None,
+                grams=(),
+                fishers=(),
+                _drawing=drawing,
+            )
+
+    def by_slices(self, make: Callable[[Sources], Float[Tensor, "k n"]]) -> Dense:
+        """A result as a plain matrix, made of slices of rows one after another."""
+        value, at = torch.empty(self.shape, dtype=self.dtype), 0
+        for part in self.slices():
+            value[at : (at := at + part.shape[0])] = make(part)
+        return Dense(value)
 
     def rng(self, salt: str) -> torch.Generator:
-        """A generator that depends on the seed, the weight's name and `salt` only."""
+        """A generator that depends on the seed, the weight's name and `salt` only; in slices, where the one before left it."""
+        if self._drawing is not None:
+            return self._drawing.setdefault(salt, replace(self, _drawing=None).rng(salt))
         word = hashlib.blake2b(f"{self.seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(word, "little"))
 
@@ -165,7 +213,8 @@ class Sources:
     def _value(self, e: Expr, label: str) -> Tensor:
         value = e.dense().detach()
         value = value.to(torch.promote_types(value.dtype, torch.float32))
-        if bad := value.numel() - int(torch.isfinite(value).sum()):
+        sound = bool(torch.isfinite(value.sum()))  # of finite values too, if it does not overflow
+        if not sound and (bad := value.numel() - int(torch.isfinite(value).sum())):
             got = f"{bad} of {value.numel()} entries NaN or infinite"
             fix = "leave that model, or this weight, out"
             raise NumericError(

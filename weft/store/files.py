@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -111,6 +112,11 @@ def beside(path: Path) -> Generator[Path]:
 def unique() -> str:
     """A name that no other process or thread has: `.weft-HOST-PROCESS-CHANCE`."""
     return f"{MARK}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def beside_of(out: Path, what: str) -> Path:
+    """The one hidden file or folder of a kind (a lock, a part) that belongs to `out`, beside it."""
+    return out.with_name(f"{MARK}{what}-{hashlib.blake2b(out.name.encode(), digest_size=6).hexdigest()}")
 
 
 def owner(name: str) -> tuple[str, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from weft.error import ConflictError, WeftError
-from weft.store.files import MARK, owner, read_json, told
+from weft.store.files import MARK, beside_of, owner, read_json, told
 
 
 @contextmanager
 def claimed(out: Path) -> Generator[None]:
     """Hold `out` while something is made for it; in one process, holds nest. Errors: ConflictError if another process holds it."""
-    path = out.with_name(f"{MARK}lock-{hashlib.blake2b(out.name.encode(), digest_size=6).hexdigest()}")
+    path = beside_of(out, "lock")
     mine = {"folder": out.name, "host": socket.gethostname(), "pid": os.getpid(), "since": _since(os.getpid())}
     with told(out):
         out.parent.mkdir(parents=True, exist_ok=True)

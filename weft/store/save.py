@@ -41,6 +41,7 @@ def save(
     dense: bool = False,
     manifest: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    values: Mapping[str, Later] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a model folder, whole or not at all, with one tensor in memory at a time.
@@ -49,7 +50,8 @@ def save(
     library.
     Otherwise `weft-*.safetensors` hold the terms and `weft.json` their expressions, and transformers refuses the folder rather than
     misread it. The tokenizer, chat template and generation config of the source travel along. `files`: further texts by name.
-    `keep`: what else a replaced folder holds stays. Errors: ConflictError if `out` exists and is not to be replaced or,
+    `keep`: what else a replaced folder holds stays. `values`: sites whose plain values [m n] are made when they are written, and are not
+    what the model says; a run that is killed is gone on with. Errors: ConflictError if `out` exists and is not to be replaced or,
     `dense`, for a weight whose value depends on the input or whose input is rounded, and for branches; NumericError for one that is not
     finite; ResourceError for a full disk; PathError.
     """
@@ -57,7 +59,9 @@ def save(
         refuse_roundings(taps(model), "a plain checkpoint")
         refuse_branches(model, "a plain checkpoint")
     plain = dense or _plain(model)
-    content: Content = _dense(model) if dense else stored(model)
+    content: dict[str, Tensor | Later] = dict(_dense(model) if dense else stored(model))
+    for name, value in (values or {}).items():
+        content[name if plain else f"{name}:w"] = _laid(value, places(model)[name]) if plain else value
     if plain:
         known = names_on_disk(model, content)
         content = {known[n]: t for n, t in content.items()}
@@ -76,7 +80,7 @@ def save(
     may_write(model, out, replace=replace, keep=keep, nbytes=total)
     with (
         (progress or Silent()).bar("save", total) as step,
-        staged(Path(out), replace=replace, manifest=body, keep=keep, step=step) as stage,
+        staged(Path(out), replace=replace, manifest=body, keep=keep, step=step, resume=values is not None) as stage,
     ):
         travel(model, stage, tokenizer)
         for name, text in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
@@ -171,6 +175,11 @@ def later(expr: Expr, place: Place, tap: Tap | None = None) -> Later:
         return place.stored(torch.cat([back(p.dense().detach()).to(place.dtype) for p in expr.slices()]))
 
     return Later(place.dtype, place.shape, make)
+
+
+def _laid(value: Later, place: Place) -> Later:
+    """A matrix as its checkpoint holds it."""
+    return Later(value.dtype, place.shape, lambda: place.stored(value.make()), value.about)
 
 
 def nbytes(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from weft.error import ConflictError, FormatError, PathError, ResourceError, WeftError
 from weft.progress import Progress, Silent
-from weft.store.files import must_be_text, read_json, safe_name, sync, told, unique, write_json
+from weft.store.files import beside_of, must_be_text, read_json, safe_name, sync, told, unique, write_json
 from weft.store.lock import claimed, sweep
 from weft.store.tensors import Content, Step, read_tensors, stream, word_sum
 
@@ -25,14 +25,14 @@ MANIFEST = "weft.json"
 class Stage:
     """A folder that is being written."""
 
-    def __init__(self, path: Path, step: Step | None = None) -> None:
-        self.path, self.step = path, step
+    def __init__(self, path: Path, step: Step | None = None, resume: bool = False) -> None:
+        self.path, self.step, self.resume = path, step, resume
         self.files: dict[str, dict[str, Any]] = {}
         """What is written and known: `size`, `blake2b`, and the sums of `tensors`."""
 
     def tensors(self, name: str, content: Content, loose: Collection[str] = ()) -> None:
         """Write a safetensors file. Errors: NumericError naming a tensor that is neither finite nor `loose`."""
-        self.files[name] = stream(self.path / name, content, loose=loose, step=self.step)
+        self.files[name] = stream(self.path / name, content, loose=loose, step=self.step, resume=self.resume)
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -51,11 +51,18 @@ class Stage:
 
 @contextmanager
 def staged(
-    out: Path, *, replace: bool, manifest: Mapping[str, Any], keep: bool = False, step: Step | None = None
+    out: Path,
+    *,
+    replace: bool,
+    manifest: Mapping[str, Any],
+    keep: bool = False,
+    step: Step | None = None,
+    resume: bool = False,
 ) -> Generator[Stage]:
     """A folder to write into that becomes `out` at the end, with `manifest` and every file's size and hash as weft.json.
 
     Whatever happens, `out` is the old folder or the new one. `keep`: what else the old folder holds besides a model stays.
+    `resume`: what a killed process left of it, beside `out`, is gone on with; without, it is removed.
     Errors: ConflictError if `out` exists and is not to be replaced, holds what weft did not write, or is being written;
     ResourceError for a full disk; PathError for a place that cannot be written.
     """
@@ -64,10 +71,16 @@ def staged(
     with claimed(out), told(out):
         may_replace(out, replace, keep)
         sweep(out.parent)
-        stage = Stage(out.with_name(unique()), step)
-        stage.path.mkdir()
+        part = beside_of(out, "part")
+        if not resume:
+            shutil.rmtree(part, ignore_errors=True)
+        stage = Stage(part if resume else out.with_name(unique()), step, resume)
+        _resumed(stage.path)
+        stage.path.mkdir(exist_ok=resume)
+        stopped = False
         try:
             yield stage
+            _tidied(stage)
             if keep and out.is_dir():
                 _carry(out, stage.path)
             for path in sorted(p for p in stage.path.rglob("*") if p.is_file()):
@@ -80,8 +93,26 @@ def staged(
             may_replace(out, replace, keep)
             exchange(stage.path, out)
             sync(out.parent)
+        except KeyboardInterrupt:
+            stopped = resume
+            raise
         finally:
-            shutil.rmtree(stage.path, ignore_errors=True)
+            if not stopped:
+                shutil.rmtree(stage.path, ignore_errors=True)
+
+
+def _resumed(part: Path) -> None:
+    """Leave of what a killed process staged the tensors alone, and no links."""
+    for path in [part, *part.rglob("*")]:
+        if path.is_symlink() or (path.is_file() and path.suffix not in (".safetensors", ".made")):
+            path.unlink()
+
+
+def _tidied(stage: Stage) -> None:
+    """Remove tensors that this process did not write."""
+    for path in stage.path.glob("*"):
+        if path.suffix in (".safetensors", ".made") and path.name not in stage.files:
+            path.unlink()
 
 
 def amend(folder: Path, files: Mapping[str, str]) -> None:

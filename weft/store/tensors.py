@@ -7,12 +7,14 @@ is as fast as memory is and changes with any single damaged word: it finds bit r
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from weft.error import ChangedError, NumericError, ShapeError, WeftError
 from weft.store import disk
 from weft.store.audit import DTYPES, header
 from weft.store.files import beside, told
+from weft.store.part import Part
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20
@@ -39,6 +42,8 @@ class Later:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    about: Callable[[], str] | None = None
+    """A hash of all that it is made from, so that one which a killed process had written is not made again."""
 
 
 Content = Mapping[str, Tensor | Later]
@@ -89,35 +94,28 @@ def stream(
     hashed: bool = True,
     loose: Collection[str] = (),
     step: Step | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
     Every tensor goes to its place in the file as it is made, so that one is in memory at a time. Not `hashed`: neither
-    hash nor sums are computed, nor values checked.
+    hash nor sums are computed, nor values checked. `resume`: go on with what a killed process left at this path.
     Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
     """
     order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
-    end = 0
-    for name in order:
-        t, start = content[name], end
-        end = start + size_of(t)
-        table[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head, starts = _head(order, content, notes or {})
     word, sums = hashlib.blake2b(digest_size=16), dict[str, str]()
-    with told(path), path.open("xb") as f, ThreadPoolExecutor(1) as other:
-        for part in (struct.pack("<Q", len(head)), head):
-            f.write(part)
-            word.update(part)
+    with told(path), ExitStack() as held:
+        part = Part(path, head) if resume else None
+        f = held.enter_context(part.file if part else path.open("xb"))
+        other = held.enter_context(ThreadPoolExecutor(1))
+        f.write(head)
+        word.update(head)
         for name in order:
-            t = content[name]
-            value = t.make() if isinstance(t, Later) else t
-            if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
-                got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
-                raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
+            value, about = _value(name, content[name], part, starts[name])
             raw = octets(value)
             hashing = other.submit(word.update, raw) if hashed else None
+            f.seek(starts[name])
             for at in range(0, len(raw), _CHUNK):
                 begun = f.tell()
                 f.write(raw[at : at + _CHUNK])
@@ -130,9 +128,43 @@ def stream(
                     check_finite(value, name)
                 sums[name] = word_sum(value)
                 hashing.result()
+            if part and about:
+                part.note(name, about, sums.get(name) or word_sum(value))
         f.flush()
         os.fsync(f.fileno())
-    return {"size": 8 + len(head) + end, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
+        if part:
+            part.over()
+    size = len(head) + sum(size_of(t) for t in content.values())
+    return {"size": size, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
+
+
+def _head(order: Sequence[str], content: Content, notes: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """How a file with these tensors in this order begins, and where each of them does."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
+    ends = list(itertools.accumulate((size_of(content[n]) for n in order), initial=0))
+    for name, start, end in zip(order, ends, ends[1:], strict=False):
+        t = content[name]
+        table[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in zip(order, ends, strict=False)}
+
+
+def _value(name: str, t: Tensor | Later, part: Part | None, start: int) -> tuple[Tensor, str]:
+    """A tensor, of one that is made now, or was by a killed process, also what it is made from. Errors: ShapeError."""
+    if not isinstance(t, Later):
+        return t, ""
+    about = t.about() if part and t.about else ""
+    if part and about:
+        found = part.held(name, about, start, torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        if found is not None and word_sum(found[0]) == found[1]:
+            return found[0], about
+    value = t.make()
+    if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
+        got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
+        raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
+    return value, about
 
 
 def examine(
@@ -175,15 +207,23 @@ def word_sum(t: Tensor) -> str:
     return f"{(total + int.from_bytes(raw[whole:].tobytes(), 'little')) % (1 << 64):016x}"
 
 
+def finite(t: Tensor) -> bool:
+    """Whether a float tensor has neither NaN nor infinity, by its least and greatest value."""
+    if not t.numel():
+        return True
+    if t.dtype.itemsize == 1:
+        return all(bool(torch.isfinite(part.float()).all()) for part in t.detach().reshape(-1).split(1 << 24))
+    low, high = torch.aminmax(t.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def check_finite(t: Tensor, where: str) -> None:
     """Refuse NaN and infinity. Errors: NumericError with the count and the first place."""
     if not t.is_floating_point() or not t.numel():
         return
     flat = t.detach().reshape(-1)
-    if flat.dtype.itemsize > 1:
-        low, high = torch.aminmax(flat)
-        if bool(torch.isfinite(low) & torch.isfinite(high)):
-            return
+    if finite(flat):
+        return
     wrong = torch.cat([~torch.isfinite(part.float()) for part in flat.split(1 << 24)]).nonzero().flatten()
     if not len(wrong):
         return

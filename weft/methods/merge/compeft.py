@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", rows="P018", paper="2311.13171", needs={"base"}, signed=True)
+@method(kind="merge", rows="P018", paper="2311.13171", needs={"base"}, signed=True, adds=True)
 def compeft(
     s: Sources,
     *,

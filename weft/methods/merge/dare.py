@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from weft.engine import Asks, Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import agreed, as_large, elected, summed
+from weft.linalg.votes import agreed, elected, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -47,20 +48,40 @@ def dare(
     rescale=size: 1/q = Σ|d| / Σ|z d|.
     """
 
-    def kept() -> Iterator[tuple[float, Tensor]]:
-        for k, (w, d, p) in enumerate(zip(s.weights, s.deltas(), s.each(drop), strict=True)):
-            part = d * (torch.rand(d.shape, generator=s.rng(f"dare {k}")) >= p)
-            gram = s.grams[k] if rescale == "outputs" and s.grams else None
-            read = part @ gram.to(part.dtype) if gram is not None else torch.zeros(())
-            if rescale == "size":
-                part = as_large(part, d)
-            elif (size := float((read * part).sum())) > 0:
-                part = part * (float((read * d).sum()) / size)
-            elif rescale != "none":
-                part = part / (1 - p)
-            yield w, part
+    drops = s.each(drop)
 
-    return s.dense(s.start() + scale * {"add": summed, "ties": elected, "agree": agreed}[then](kept()))
+    def left(k: int, part: Sources, d: Tensor) -> Tensor:
+        return d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drops[k])
+
+    def factor(k: int) -> float:
+        if rescale == "size":
+            return s.growth(k, partial(left, k))
+        by_outputs = _factor(s, k, partial(left, k)) if rescale == "outputs" else None
+        return by_outputs or (1.0 if rescale == "none" else 1 / (1 - drops[k]))
+
+    times = [factor(k) for k in range(len(drops))]
+
+    def rows(part: Sources) -> Tensor:
+        votes = (
+            (w, c * left(k, part, d))
+            for k, (w, c, d) in enumerate(zip(part.weights, times, part.deltas(), strict=True))
+        )
+        return part.start() + scale * {"add": summed, "ties": elected, "agree": agreed}[then](votes)
+
+    return s.by_slices(rows)
+
+
+def _factor(s: Sources, k: int, left: Callable[[Sources, Tensor], Tensor]) -> float | None:
+    """1/q_k by what the weight reads; None where that is not known."""
+    gram = s.grams[k] if s.grams else None
+    if gram is None:
+        return None
+    whole, size = 0.0, 0.0
+    for part, d in zip(s.slices(), s.deltas_of(k), strict=True):
+        kept = left(part, d)
+        read = kept @ gram.to(kept.dtype)
+        whole, size = whole + float((read * d).sum()), size + float((read * kept).sum())
+    return whole / size if size > 0 else None
 
 
 @dare.claim("keeps at least 90 % of what adding whole task vectors gains after 90 % of their entries were dropped")

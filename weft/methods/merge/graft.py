@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="merge", rows="P154", paper="2302.06600", needs={"base", "fisher"}, signed=True)
+@method(kind="merge", rows="P154", paper="2302.06600", needs={"base", "fisher"}, signed=True, adds=True)
 def graft(
     s: Sources,
     *,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from weft.engine import Sources, method
 from weft.expr import Expr
@@ -21,9 +24,7 @@ def model_stock(
     *,
     opposed: Annotated[
         Literal["base", "away"],
-        Field(
-            description="task vectors that point away from each other: the base stays, or as far away as the formula says"
-        ),
+        Field(description="task vectors that point apart: the base stays, or as far away as the formula says"),
     ] = "base",
 ) -> Expr:
     """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
@@ -32,17 +33,21 @@ def model_stock(
     equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base,
     but with opposed=away.
     """
-    shares, units, seen = s.shares(), torch.zeros(()), 0.0
-    for a, d in zip(shares, s.deltas(), strict=True):
-        if size := float(d.double().norm()):
-            units, seen = units + a / size * d.double(), seen + a * a
+    shares = s.shares()
+    sizes = [math.sqrt(sum(float(d.double().square().sum()) for d in s.deltas_of(k))) for k in range(len(shares))]
+    units = [a / size if size else 0.0 for a, size in zip(shares, sizes, strict=True)]
+    together = sum(float(_sum(units, part).square().sum()) for part in s.slices())
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
-        c = (float(units.square().sum()) - seen) / (1 - alike)
+        c = (together - math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))) / (1 - alike)
         c = c if opposed == "away" else max(0.0, c)
         whole = alike + (1 - alike) * c
         t = c / whole if abs(whole) > 1e-6 else 0.0
     return s.added([t * a for a in shares])
+
+
+def _sum(units: Sequence[float], part: Sources) -> Float[Tensor, "m n"]:
+    return sum((u * d.double() for u, d in zip(units, part.deltas(), strict=True)), torch.zeros(()))
 
 
 @model_stock.claim("members tuned alike but for their seed merge better towards the base than in their mean")

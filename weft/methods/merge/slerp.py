@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
+from torch import Tensor
 
 from weft.engine import Sources, method
-from weft.expr import Dense, Expr
+from weft.expr import Expr
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -38,8 +38,12 @@ def slerp(
     if not arc and 0 < t < 1 and (angle > 1 or (not size and xx + yy)):
         s.fallback("there is no arc between opposite or zero weights: the straight line was taken")
     a, b = (math.sin(share * angle) / math.sin(angle) if arc else share for share in (1 - t, t))
-    made = [s.dense(a * x + b * y if arc else x + b * (y - x)).w for x, y in (part.values() for part in s.slices())]
-    return Dense(torch.cat(made))
+
+    def rows(part: Sources) -> Tensor:
+        x, y = part.values()
+        return a * x + b * y if arc else x + b * (y - x)
+
+    return s.by_slices(rows)
 
 
 @slerp.claim(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from weft.engine import Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import agreed, as_large, drawn, elected, inliers, odds, summed, trimmed
+from weft.linalg.votes import agreed, drawn, elected, kept, limit, odds, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -55,19 +56,37 @@ def ties(
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
     rescale=size: times the factor, one a member and weight, that makes Σ|d_k| what it was before.
     """
+    own = list(zip(s.each(density), s.each(outliers), s.each(spread), strict=True))
+    bounds = [_bounds(s, k, share, far, bool(wide)) for k, (share, far, wide) in enumerate(own)]
 
-    def kept() -> Iterator[tuple[float, Tensor]]:
-        each = zip(s.weights, s.deltas(), s.each(density), s.each(outliers), s.each(spread), strict=True)
-        for k, (w, d, keep, top, wide) in enumerate(each):
-            part = inliers(d, top)
-            if wide:
-                p = odds(part, keep, wide)
-                part = drawn(part / p if rescale == "odds" else part, p, s.rng(f"ties {k}"))
-            else:
-                part = trimmed(part, keep)
-            yield w, as_large(part, d) if rescale == "size" else part
+    def left(k: int, part: Sources, d: Tensor) -> Tensor:
+        (share, _, wide), (least, most) = own[k], bounds[k]
+        d = d * ((d.abs() >= least) & (d.abs() <= most))
+        if not wide:
+            return d
+        p = odds(d, share, wide)
+        return drawn(d / p if rescale == "odds" else d, p, part.rng(f"ties {k}"))
 
-    return s.dense(s.start() + scale * {"ties": elected, "agree": agreed, "add": summed}[then](kept()))
+    times = [s.growth(k, partial(left, k)) if rescale == "size" else 1.0 for k in range(len(own))]
+
+    def rows(part: Sources) -> Tensor:
+        votes = (
+            (w, c * left(k, part, d))
+            for k, (w, c, d) in enumerate(zip(part.weights, times, part.deltas(), strict=True))
+        )
+        return part.start() + scale * {"ties": elected, "agree": agreed, "add": summed}[then](votes)
+
+    return s.by_slices(rows)
+
+
+def _bounds(s: Sources, k: int, density: float, outliers: float, draws: bool) -> tuple[float, float]:
+    """The sizes from which, and up to which, entries of a task vector are kept; what draws them looks at all but outliers."""
+    count = s.shape[0] * s.shape[1]
+    far = int(outliers * count)
+    most = limit(lambda: s.deltas_of(k), far + 1) if far else math.inf
+    above = sum(int((d.abs() > most).sum()) for d in s.deltas_of(k)) if far else 0
+    rank = above + kept(density, count)
+    return (0.0 if draws or rank > count else limit(lambda: s.deltas_of(k), rank)), most
 
 
 @ties.claim("merges members tuned on different tasks better than averaging them does")

@@ -46,8 +46,9 @@ def merge_config(
     plan = read(Path(config))
     first = plan.base or plan.models[0]
     models = {name: _loaded(name, progress) for name in dict.fromkeys([first, *plan.slices[0].models])}
+    size = store.nbytes(models[first])
     for held in models.values():
-        store.may_write(held, out, replace=replace, nbytes=store.nbytes(models[first]))
+        store.may_write(held, out, replace=replace, nbytes=size)
     layers = Outline(models[first]).blocks if plan.deep else 0
     raise_all(plan.misfit(layers))
     merge = planned(

@@ -11,73 +11,60 @@ import torch
 from torch import nn
 
 from weft import store
-from weft.engine import Outline, combine
+from weft.engine import Outline
+from weft.engine.combine import Per
 from weft.engine.mergekit import Plan, read
-from weft.engine.run import Step
-from weft.error import raise_all, whole
+from weft.engine.run import Change
+from weft.error import raise_all
 from weft.lab.models import resolve
 from weft.learn.tokenizer import tokenizer
-from weft.merging import Outcome, Planned, other_words
+from weft.merging import planned
 from weft.model import expressions, places, plain_tensors
-from weft.progress import Progress, Silent
+from weft.progress import Progress
 from weft.store.assign import names_on_disk
 
 
 @dataclass(frozen=True)
-class Configured(Outcome):
-    """What came of a merge, what its file says that changes nothing, and the merged model, where it was not written to a folder."""
+class Configured:
+    """What became of each site, the declared fallbacks (where, what), and what the file says that changes nothing."""
 
+    changes: list[Change]
+    fallbacks: list[tuple[str, str]]
     notes: tuple[str, ...]
-    model: nn.Module | None
 
 
 def merge_config(
-    config: str | Path,
-    out: str | Path | None = None,
-    *,
-    replace: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
+    config: str | Path, out: str | Path, *, replace: bool = False, seed: int = 0, progress: Progress | None = None
 ) -> Configured:
-    """The merge that a configuration of mergekit asks for, saved in `out` if that is given.
+    """Write the model that a configuration of mergekit asks for, weight by weight, as `weft.combine_to` does.
 
     Models are folders, from the working folder on, or hub ids. `seed` is that of methods that draw; mergekit draws others. What weft
     does with each of mergekit's methods, and where the arithmetic differs, is in the documents: Coming from mergekit.
     Errors: PathError; FormatError and OptionError with every problem of the file, before a model is loaded; then those of
-    loading, of `weft.combined` and of `weft.save`.
+    loading, and of `weft.combine_to`.
     """
-    whole(0, seed=seed)
     plan = read(Path(config))
     first = plan.base or plan.models[0]
     models = {name: _loaded(name, progress) for name in dict.fromkeys([first, *plan.slices[0].models])}
-    if out is not None:
-        for held in models.values():
-            store.may_write(held, out, replace=replace, nbytes=store.nbytes(models[first]))
+    size = store.nbytes(models[first])
+    for held in models.values():
+        store.may_write(held, out, replace=replace, nbytes=size)
     layers = Outline(models[first]).blocks if plan.deep else 0
     raise_all(plan.misfit(layers))
-    members, base = [models[name] for name in plan.models], models[first] if plan.base is not None else None
-    dtype = plan.dtype or _widest(list(models.values()))
-    merged = Planned(
-        combine.plan(
-            members,
-            Step.of(plan.rule.method),
-            base=base,
-            seed=seed,
-            strange=other_words(list(models.values())),
-            per=_per(plan, models[first], layers),
-            dtype=dtype,
-        ),
-        [],
-        progress or Silent(),
+    merge = planned(
+        [models[name] for name in plan.models],
+        plan.rule.method,
+        base=models[first] if plan.base is not None else None,
+        per=_per(plan, models[first], layers),
+        dtype=plan.dtype or _widest(list(models.values())),
+        seed=seed,
+        progress=progress,
     )
-    if out is None:
-        made = merged.run()
-        return Configured(made.changes, made.fallbacks, made.tried, plan.notes, made.model)
     words = tokenizer(models[plan.tokenizer]) if plan.tokenizer not in (None, first) else None
     said = {"models": plan.models, "base": plan.base, "method": plan.name, "config": Path(config).name, "seed": seed}
     text = {"mergekit_config.yml": Path(config).read_text("utf8")}
-    done = merged.write(out, replace=replace, tokenizer=words, manifest={"merged": said}, files=text)
-    return Configured(done.changes, done.fallbacks, done.tried, plan.notes, None)
+    made = merge.write(out, replace=replace, manifest={"merged": said}, files=text, tokenizer=words)
+    return Configured(made.changes, made.fallbacks, plan.notes)
 
 
 def _loaded(name: str, progress: Progress | None) -> nn.Module:
@@ -91,7 +78,7 @@ def _widest(models: list[nn.Module]) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, held) if len(held) > 1 else None
 
 
-def _per(plan: Plan, lead: nn.Module, layers: int) -> combine.Per:
+def _per(plan: Plan, lead: nn.Module, layers: int) -> Per:
     """What each site is merged by, under the name that its tensor has in a checkpoint."""
     depths: Mapping[str, int] = Outline(lead).sites if plan.deep else {}
     shapes = {n: (1, t.numel()) for n, t in plain_tensors(lead).items()} | {

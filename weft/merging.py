@@ -10,6 +10,7 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from weft.engine import blend as engine_blend
@@ -108,6 +109,7 @@ def planned(
     at: str | Sequence[str] = "*",
     per: engine.Per | None = None,
     align: Align | None = None,
+    dtype: torch.dtype | None = None,
     data: Data | Sequence[Data] | None = None,
     tokens: int = 16384,
     search: Way | None = None,
@@ -126,7 +128,7 @@ def planned(
     has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's
     own texts without; what it finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options`
     and `weights`. Vocabularies that differ are refused, or with `align="tokens"` aligned by token to that of the base, or of the
-    first model, whose tokenizer the result has; what is lost is a fallback.
+    first model, whose tokenizer the result has; what is lost is a fallback. `dtype` is what dense results are stored in, rather than in the base's.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.
@@ -146,8 +148,8 @@ def planned(
     bases, members = given[: len(given) - len(models)], given[len(given) - len(models) :]
 
     def plan(shares: Sequence[float] | None) -> engine.Plan:
-        how: dict[str, Any] = {"weights": shares, "at": at, "per": per, "seed": seed, "strange": strange, "look": look}
-        made = engine.plan(members, step, base=bases or None, **how)
+        how: dict[str, Any] = {"weights": shares, "at": at, "per": per, "dtype": dtype, "seed": seed, "look": look}
+        made = engine.plan(members, step, base=bases or None, strange=strange, **how)
         made.merge.notes.extend(notes)
         return made
 

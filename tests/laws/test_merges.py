@@ -748,10 +748,10 @@ def test_options_of_members_go_with_them() -> None:
     assert len(marks) == 1
     heavy = Step.of("ties", density=(0.1, 0.5, 0.9)), (1.0, 2.0, 0.5)
     plain = Step.of("ties", density=0.3), (1.0, 1.0, 1.0)
-    mixed, *_ = engine.run(models, plain[0], base=base, per=lambda n: heavy if "q_proj" in n else plain)
+    mixed, _ = engine.run(engine.plan(models, plain[0], base=base, per=lambda n: heavy if "q_proj" in n else plain))
     for n, e in weft.expressions(mixed).items():
         one, weights = heavy if "q_proj" in n else plain
-        alone, *_ = engine.run(models, one, base=base, weights=weights, at=n)
+        alone, _ = engine.run(engine.plan(models, one, base=base, weights=weights, at=n))
         assert torch.equal(e.dense(), weft.expressions(alone)[n].dense())
     for bad, said in (
         ((plain[0], (1.0, 1.0)), "2 for 3"),
@@ -760,18 +760,19 @@ def test_options_of_members_go_with_them() -> None:
         ((Step.of("ties", density=(0.1, 0.2)), (1.0, 1.0, 1.0)), "2 for 3"),
     ):
         with pytest.raises(OptionError, match=said):
-            engine.run(models, plain[0], base=base, per=lambda n, bad=bad: bad if "proj" in n else plain)
+            engine.plan(models, plain[0], base=base, per=lambda n, bad=bad: bad if "proj" in n else plain)
 
 
 def test_results_are_stored_in_the_dtype_that_is_asked_for() -> None:
-    """Weights and vectors have one rounding, from sums in float32."""
+    """Weights and vectors have one rounding, from sums in float32; the configuration says so."""
     _, models = family("soup")
-    wide, *_ = engine.run(models, Step.of("soup"))
-    made_, *_ = engine.run(models, Step.of("soup"), dtype=torch.bfloat16)
+    wide, _ = engine.run(engine.plan(models, Step.of("soup")))
+    made_, _ = engine.run(engine.plan(models, Step.of("soup"), dtype=torch.bfloat16))
     for n, e in weft.expressions(made_).items():
         assert torch.equal(e.w, weft.expressions(wide)[n].w.bfloat16()) and e.w.dtype == torch.bfloat16
     for n, t in plain_tensors(made_).items():
         assert torch.equal(t, plain_tensors(wide)[n].bfloat16().to(t.dtype))
+    assert made_.config.dtype == torch.bfloat16 != models[0].config.dtype
 
 
 def test_a_negative_weight_takes_away() -> None:

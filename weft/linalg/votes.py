@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -58,13 +57,6 @@ def odds(delta: Float[Tensor, "m n"], density: float, spread: float) -> Float[Te
 def drawn(delta: Float[Tensor, "m n"], p: Float[Tensor, "m n"], rng: torch.Generator) -> Float[Tensor, "m n"]:
     """d_ij with probability p_ij, else zero."""
     return torch.where(torch.rand(delta.shape, generator=rng) < p, delta, 0.0)
-
-
-def growth(parts: Iterable[Iterable[tuple[Float[Tensor, "m n"], Float[Tensor, "m n"]]]]) -> list[float]:
-    """Σ|d_k| / Σ|kept of d_k| over parts, in each of which there are all deltas with what is kept of them; 1 where nothing is."""
-    sums = [[(float(d.abs().sum()), float(left.abs().sum())) for d, left in part] for part in parts]
-    whole = [[math.fsum(x) for x in zip(*each, strict=True)] for each in zip(*sums, strict=True)]
-    return [all_ / left if left > 0 else 1.0 for all_, left in whole]
 
 
 def summed(votes: Iterable[tuple[float, Float[Tensor, "m n"]]]) -> Float[Tensor, "m n"]:

@@ -108,6 +108,14 @@ class Sources:
         )
         return (next(part.deltas()) for part in alone.slices())
 
+    def growth(self, k: int, left: Callable[[Sources, Float[Tensor, "s n"]], Float[Tensor, "s n"]]) -> float:
+        """Σ|d_k| / Σ|what is left of d_k|, in slices of rows; one where nothing is left. Errors: as `deltas_of`."""
+        whole = size = 0.0
+        for part, d in zip(self.slices(), self.deltas_of(k), strict=True):
+            whole += float(d.abs().sum(dtype=torch.float64))
+            size += float(left(part, d).abs().sum(dtype=torch.float64))
+        return whole / size if size else 1.0
+
     @property
     def origin(self) -> Expr:
         """The base. Errors: OptionError where there is none."""

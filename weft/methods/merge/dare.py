@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from weft.engine import Asks, Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import agreed, elected, growth, summed
+from weft.linalg.votes import agreed, elected, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -50,34 +50,38 @@ def dare(
 
     drops = s.each(drop)
 
-    def thinned(part: Sources) -> Iterator[tuple[Tensor, Tensor]]:
-        for k, (d, p) in enumerate(zip(part.deltas(), drops, strict=True)):
-            yield d, d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= p)
+    def left(k: int, part: Sources, d: Tensor) -> Tensor:
+        return d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drops[k])
 
-    times = [1.0 if rescale == "none" else 1 / (1 - p) for p in drops]
-    if rescale == "size":
-        times = growth(map(thinned, s.slices()))
-    elif rescale == "outputs" and s.grams:
-        times = [
-            t if g is None else _factor(s, k, p, g)
-            for k, (t, p, g) in enumerate(zip(times, drops, s.grams, strict=True))
-        ]
+    def factor(k: int) -> float:
+        if rescale == "size":
+            return s.growth(k, partial(left, k))
+        by_outputs = _factor(s, k, partial(left, k)) if rescale == "outputs" else None
+        return by_outputs or (1.0 if rescale == "none" else 1 / (1 - drops[k]))
+
+    times = [factor(k) for k in range(len(drops))]
 
     def rows(part: Sources) -> Tensor:
-        votes = ((w, t * left) for w, t, (_, left) in zip(part.weights, times, thinned(part), strict=True))
+        votes = (
+            (w, c * left(k, part, d))
+            for k, (w, c, d) in enumerate(zip(part.weights, times, part.deltas(), strict=True))
+        )
         return part.start() + scale * {"add": summed, "ties": elected, "agree": agreed}[then](votes)
 
     return s.by_slices(rows)
 
 
-def _factor(s: Sources, k: int, drop: float, gram: Float[Tensor, "n n"]) -> float:
-    """1/q_k by what the weight reads."""
+def _factor(s: Sources, k: int, left: Callable[[Sources, Tensor], Tensor]) -> float | None:
+    """1/q_k by what the weight reads; None where that is not known."""
+    gram = s.grams[k] if s.grams else None
+    if gram is None:
+        return None
     whole, size = 0.0, 0.0
     for part, d in zip(s.slices(), s.deltas_of(k), strict=True):
-        left = d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drop)
-        read = left @ gram.to(left.dtype)
-        whole, size = whole + float((read * d).sum()), size + float((read * left).sum())
-    return whole / size if size > 0 else 1 / (1 - drop)
+        kept = left(part, d)
+        read = kept @ gram.to(kept.dtype)
+        whole, size = whole + float((read * d).sum()), size + float((read * kept).sum())
+    return whole / size if size > 0 else None
 
 
 @dare.claim("keeps at least 90 % of what adding whole task vectors gains after 90 % of their entries were dropped")

@@ -24,9 +24,7 @@ def model_stock(
     *,
     opposed: Annotated[
         Literal["base", "away"],
-        Field(
-            description="task vectors that point away from each other: the base stays, or as far away as the formula says"
-        ),
+        Field(description="task vectors that point apart: the base stays, or as far away as the formula says"),
     ] = "base",
 ) -> Expr:
     """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
@@ -41,8 +39,7 @@ def model_stock(
     together = sum(float(_sum(units, part).square().sum()) for part in s.slices())
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
-        alone = math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))
-        c = (together - alone) / (1 - alike)
+        c = (together - math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))) / (1 - alike)
         c = c if opposed == "away" else max(0.0, c)
         whole = alike + (1 - alike) * c
         t = c / whole if abs(whole) > 1e-6 else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.engine import Each, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import agreed, drawn, elected, growth, kept, limit, odds, summed
+from weft.linalg.votes import agreed, drawn, elected, kept, limit, odds, summed
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -56,23 +56,24 @@ def ties(
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
     rescale=size: times the factor, one a member and weight, that makes Σ|d_k| what it was before.
     """
+    own = list(zip(s.each(density), s.each(outliers), s.each(spread), strict=True))
+    bounds = [_bounds(s, k, share, far, bool(wide)) for k, (share, far, wide) in enumerate(own)]
 
-    each = list(zip(s.each(density), s.each(outliers), s.each(spread), strict=True))
-    bounds = [_bounds(s, k, keep, top, bool(wide)) for k, (keep, top, wide) in enumerate(each)]
+    def left(k: int, part: Sources, d: Tensor) -> Tensor:
+        (share, _, wide), (least, most) = own[k], bounds[k]
+        d = d * ((d.abs() >= least) & (d.abs() <= most))
+        if not wide:
+            return d
+        p = odds(d, share, wide)
+        return drawn(d / p if rescale == "odds" else d, p, part.rng(f"ties {k}"))
 
-    def chosen(part: Sources) -> Iterator[tuple[Tensor, Tensor]]:
-        for k, (d, (keep, _, wide), (least, most)) in enumerate(zip(part.deltas(), each, bounds, strict=True)):
-            size = d.abs()
-            left = d * ((size >= least) & (size <= most))
-            if wide:
-                p = odds(left, keep, wide)
-                left = drawn(left / p if rescale == "odds" else left, p, part.rng(f"ties {k}"))
-            yield d, left
-
-    times = growth(map(chosen, s.slices())) if rescale == "size" else [1.0] * len(each)
+    times = [s.growth(k, partial(left, k)) if rescale == "size" else 1.0 for k in range(len(own))]
 
     def rows(part: Sources) -> Tensor:
-        votes = ((w, t * left) for w, t, (_, left) in zip(part.weights, times, chosen(part), strict=True))
+        votes = (
+            (w, c * left(k, part, d))
+            for k, (w, c, d) in enumerate(zip(part.weights, times, part.deltas(), strict=True))
+        )
         return part.start() + scale * {"ties": elected, "agree": agreed, "add": summed}[then](votes)
 
     return s.by_slices(rows)

@@ -128,7 +128,8 @@ def planned(
     has to know the members' inputs (`regmean`, `fisher`, ...) reads `tokens` tokens of `data`, one for all or one for each, and of weft's
     own texts without; what it finds out stays in `cache`. `per` gives options and weights by the name of a weight, in place of `options`
     and `weights`. Vocabularies that differ are refused, or with `align="tokens"` aligned by token to that of the base, or of the
-    first model, whose tokenizer the result has; what is lost is a fallback. `dtype` is what dense results are stored in, rather than in the base's.
+    first model, whose tokenizer the result has; what is lost is a fallback. `dtype` is what dense results are stored in, rather than in
+    the base's.
     `search` finds weights by the score on `held_out`, a file, a folder, a lab task's name or examples: `grid` from the first of two
     models to the second, `greedy` from the best on, `cma` by evolution, of `trials` merges. A trial takes a merge and a pass over
     `held_out`; of adapters on one base, no weight is made dense. The model has the best weights of those tried.

@@ -148,16 +148,20 @@ def test_an_edited_method_has_another_fingerprint(tmp_path: Path, monkeypatch: A
 
 def test_words_and_claims_leave_a_fingerprint_as_it_is(tmp_path: Path, monkeypatch: Any) -> None:
     """Results do not depend on docstrings, on the papers that are named, or on what is claimed of them."""
-    copy, text = tmp_path / "rtn.py", files()["rtn"].read_text()
+    copy, text = tmp_path / "wanda.py", files()["wanda"].read_text()
     copy.write_text(text)
     monkeypatch.setattr("inspect.getfile", lambda _: str(copy))
-    first, doc = METHODS["rtn"].fingerprint(), get("rtn").doc.splitlines()[0]
-    assert text.count(doc) == 1 and "rows=" in text
-    claim = '\n\n@rtn.claim("Another.", paper="none")\ndef another(lab):\n    return lab.compare()\n'
-    for said in (text.replace(doc, "Other words."), re.sub(r'rows="[^"]*"', 'rows="P999"', text), text + claim):
+    first, doc = METHODS["wanda"].fingerprint(), get("wanda").doc.splitlines()[0]
+    assert text.count(doc) == 1 and 'paper="' in text
+    claim = '\n\n@wanda.claim("Another.", paper="none")\ndef another(lab):\n    return lab.compare()\n'
+    for said in (
+        text.replace(doc, "Other words."),
+        re.sub(r'paper="[^"]*"', 'paper="1706.03762"', text, count=1),
+        text + claim,
+    ):
         assert said != text
         copy.write_text(said)
-        assert METHODS["rtn"].fingerprint() == first
+        assert METHODS["wanda"].fingerprint() == first
 
 
 @pytest.mark.parametrize("name", names())

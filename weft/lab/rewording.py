@@ -68,7 +68,8 @@ def _rate(trial: Trial, chain: Chain) -> float:
 
 def _adapted(trial: Trial, chain: Chain, rate: float) -> nn.Module:
     """The model that learnt the references, after training what this chain adds on other wordings; its teacher is itself without."""
-    model, before = _learnt(trial), _learnt(trial)
+    model = _learnt(trial)
+    before = fork(model)
     moves = prepared(trial, model, chain)
     if moves["objective"] is not None:
         moves["objective"] = replace(moves["objective"], teacher=before)

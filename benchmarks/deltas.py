@@ -5,7 +5,8 @@
 Members are tuned on the lab's tasks with short answers, all linear layers in float32, one seed after another, and saved in bfloat16. Each
 is written as a delta within every budget, with and without texts of its task, and to the bit; restored; and scored on its task's test
 examples: gain is how much lower the bits per byte of answers are than the base's, kept the share of it that is left. Restoring is
-`weft.patch` onto a model in memory, of a lossless delta writing the folder. `--write` puts the table into docs/training.md.
+`weft.patch` onto a model in memory, of a lossless delta writing the folder. Beside them stands what is done otherwise: every weight's
+difference as two bfloat16 factors of one rank, by SVD. `--write` puts the table into docs/training.md.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import transformers
 from torch import nn
 
 import weft
-from weft.expr import unfrozen
+from weft.expr import total, unfrozen
 from weft.lab import generated, metrics, models, tasks
 from weft.learn.train import train
+from weft.linalg.lowrank import truncate
 from weft.model import expressions, match, set_expressions
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
@@ -49,6 +51,19 @@ def bits(model: nn.Module, tokenizer: Any, name: str) -> float:
     return float((values * weights).sum() / weights.sum())
 
 
+def truncated(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[nn.Module, int]:
+    """The base with every difference at one rank, and the bytes of the factors."""
+    made, size = weft.fork(base), 0
+    for name, expr in expressions(tuned).items():
+        was = expressions(base)[name]
+        gap = expr.dense().float() - was.dense().float()
+        if gap.any():
+            low = truncate(gap, rank)
+            set_expressions(made, {name: total({"base": was, "adapter:svd": low})})
+            size += low.nbytes()
+    return made, size
+
+
 def timed(act: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that something took, and what it gave."""
     begun = time.perf_counter()
@@ -63,6 +78,7 @@ def main() -> None:
     options.add_argument("--count", type=int, default=10)
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--budgets", nargs="*", default=["1%", "2%", "5%"])
+    options.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="of the truncated SVDs")
     options.add_argument("--no-data", action="store_true", help="leave out the deltas that are weighed by texts")
     options.add_argument("--write", action="store_true", help="put the table into docs/training.md")
     given = options.parse_args()
@@ -74,14 +90,15 @@ def main() -> None:
     ways: dict[str, dict[str, Any]] = {b: {"budget": b} for b in given.budgets}
     ways |= {} if given.no_data else {f"{b}, texts": {"budget": b, "data": ""} for b in given.budgets}
     ways["to the bit"] = {"lossless": True}
-    found: dict[str, list[tuple[int, float, float, float]]] = {way: [] for way in ways}
+    found: dict[str, list[tuple[float, ...]]] = {way: [] for way in [*ways, *(f"SVD, rank {r}" for r in given.ranks)]}
     sizes, names = list[int](), generated.names()
     with tempfile.TemporaryDirectory() as place:
         for i in range(given.count):
             name, folder = names[i % len(names)], Path(place) / f"tuned-{i}"
             tuned(given.model, tokenizer, name, i // len(names), given.steps, folder)
             sizes.append(sum(p.stat().st_size for p in folder.glob("*.safetensors")))
-            before, after = bits(base, tokenizer, name), bits(weft.load(folder), tokenizer, name)
+            whole = weft.load(folder)
+            before, after = bits(base, tokenizer, name), bits(whole, tokenizer, name)
             print(f"{name}: {before:.3f} to {after:.3f} bits a byte of answers", flush=True)
             for way, how in ways.items():
                 delta, out, model = Path(place) / "delta", Path(place) / "out", weft.load(given.model)
@@ -95,6 +112,11 @@ def main() -> None:
                 kept = (before - bits(model, tokenizer, name)) / (before - after)
                 found[way].append((made.bytes, making, seconds, kept))
                 print(f"  {way}: {made.bytes} bytes, {making:.0f} s, {seconds:.2f} s, {kept:.1%} kept", flush=True)
+            for rank in given.ranks:
+                making, (model, size) = timed(lambda: truncated(base, whole, rank))  # noqa: B023
+                kept = (before - bits(model, tokenizer, name)) / (before - after)
+                found[f"SVD, rank {rank}"].append((size, making, 0.0, kept))
+                print(f"  SVD, rank {rank}: {size} bytes, {kept:.1%} kept", flush=True)
     table = [
         f"{given.count} fine-tunes of {given.model} ({', '.join(names[: given.count])}; {given.steps} steps, all linear layers), "
         f"{statistics.mean(sizes):,.0f} bytes each as checkpoints. Means; kept is the share of the gain on the task, with the least of "

@@ -129,7 +129,9 @@ def main() -> None:
         size, making, seconds, kept = (statistics.mean(column) for column in zip(*rows, strict=True))
         least = min(k for *_, k in rows)
         share = size / statistics.mean(sizes)
-        table.append(f"| {way} | {size:,.0f} | {share:.1%} | {making:.0f} | {seconds:.2f} | {kept:.1%} ({least:.1%}) |")
+        table.append(
+            f"| {way} | {size:,.0f} | {share:.1%} | {making:.0f} | {f'{seconds:.2f}' if seconds else '-'} | {kept:.1%} ({least:.1%}) |"
+        )
     print("\n".join(table))
     if given.write:
         text = PAGE.read_text("utf8")

@@ -39,7 +39,7 @@ def terms(delta: Delta) -> dict[str, Expr]:
     found = checkpoint(delta.folder, "weft")
     content = found.read()
     sums, problems = examine(content)
-    exprs, left, wrong = expressions_of(manifest["sites"], content, name)
+    exprs, left, wrong = expressions_of(manifest.get("sites"), content, name)
     problems += [*changed(sums, found, manifest), *wrong, *broken(exprs), *valueless(exprs)]
     if left:
         got, want = sorted(left)[:5], "those of its expressions"

@@ -84,10 +84,7 @@ def save(
     ):
         travel(model, stage, tokenizer)
         for name, held in {"README.md": card(model, "plain" if plain else "weft"), **(files or {})}.items():
-            if isinstance(held, Path):
-                stage.copy(held, name)
-            else:
-                stage.text(name, held)
+            stage.put(name, held)
         config = config_of(model)
         if not plain:
             config["quantization_config"] = {"quant_method": "weft", "format": FORMAT}

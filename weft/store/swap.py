@@ -39,6 +39,13 @@ class Stage:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         (self.path / name).write_text(text, "utf8")
 
+    def put(self, name: str, held: str | Path) -> None:
+        """Write a text file, or copy one."""
+        if isinstance(held, Path):
+            self.copy(held, name)
+        else:
+            self.text(name, held)
+
     def json(self, name: str, value: Any) -> None:
         """Write a JSON file."""
         write_json(self.path / name, value)

@@ -5,12 +5,14 @@ With mergekit at hand (in this environment, or in that of the Python that MERGEK
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -497,6 +499,28 @@ def test_the_command(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bad.exit_code == 2 and "sce" in bad.stderr and not (tmp_path / "other").exists()
     (tmp_path / "c.yml").write_text(SLERP.replace("[0, 4]", "[0, 3]"))
     assert "0 to 4" in run(str(tmp_path / "c.yml"), str(tmp_path / "other")).stderr
+
+
+def test_the_tokenizer_is_the_one_that_is_named(folders: Path, tmp_path: Path, words: Any) -> None:
+    """Of models with one vocabulary; without a name the base's, or the first model's. Other vocabularies are refused."""
+    for name in ("one", "two"):
+        shutil.copytree(folders / "f" / name, tmp_path / name)
+        held = copy.deepcopy(words)
+        held.chat_template = f"{{{{ '{name}' }}}}"
+        held.save_pretrained(tmp_path / name)
+    models = str([{"model": str(tmp_path / name)} for name in ("one", "two")])
+    text = f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: {models}\n"
+    for more, name in (
+        ("", "one"),
+        (f"tokenizer_source: {tmp_path / 'two'}", "two"),
+        ("tokenizer: {source: union}", "one"),
+    ):
+        merged(text + more, tmp_path)
+        assert name in weft.tokenizer(weft.load(tmp_path / "out")).chat_template
+    held.add_tokens(["another"])
+    held.save_pretrained(tmp_path / "two")
+    with pytest.raises(WeftError, match="other tokenizers"):
+        merged(text, tmp_path)
 
 
 def test_models_of_other_dtypes_are_stored_in_the_wider_one(folders: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ CacheFolder = Annotated[Path | None, typer.Option(help="Where intermediate resul
 Mode = Annotated[
     str, typer.Option(help="memory: weights stay packed. speed: a dense copy of each.", metavar="memory|speed")
 ]
-DATA = "A file, a folder or a lab task: python, cpp, docstrings; or answers: arithmetic, sorting, dates, edits, naming, origin."
+DATA = "A file, a folder or a lab task: python, cpp, docstrings; or answers: arithmetic, sorting, dates, edits, naming, origin, wordings."
 DataName = Annotated[str | None, typer.Option(help=DATA)]
 
 

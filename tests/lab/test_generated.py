@@ -163,6 +163,21 @@ def _defined(pair: Any) -> list[str]:
     return re.findall(r"^\s*def (\w+)", pair.positive)
 
 
+def test_wordings_ask_for_one_thing_in_words_of_their_own() -> None:
+    """Every answer follows from the reference; no set has a wording of another, and the references are one wording."""
+    task, seen = tasks.task("wordings"), dict[str, set[str]]()
+    for part, examples_ in sets(task).items():
+        for e in examples_:
+            what, *given = e.reference.removesuffix(" =>").split()
+            want = {"sort": sorted(given), "reverse": given[::-1], "first": given[:1], "last": given[-1:]}[what]
+            assert e.response.split() == want and all(w in e.prompt for w in (what, *given))
+            plain = e.prompt.replace(" ".join(given), "{words}").replace(what, "{what}")
+            seen.setdefault(part, set()).add(plain)
+            assert part != "calibration" or e.prompt == e.reference
+    assert [len(seen[p]) for p in ("calibration", "train", "select", "test")] == [1, 8, 2, 4]
+    assert len(set().union(*seen.values())) == 15
+
+
 def test_another_seed_turns_the_order_of_what_is_learnt_from() -> None:
     """As for every task: the sets stay, and what is chosen by and tested on does not move."""
     zero, one = tasks.task("dates"), tasks.task("dates", seed=1)

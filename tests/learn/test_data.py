@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +384,24 @@ def test_completions_are_responses(tmp_path: Path) -> None:
     """As TRL calls them."""
     path = put(tmp_path, "a.jsonl", jsonl({"prompt": "a", "completion": "b"}))
     assert [bare(e) for e in read(path)] == [Response("a", "b")]
+
+
+def test_a_reference_has_the_same_targets(tmp_path: Path, words: Any) -> None:
+    """It is read with its record, encoded behind its own prompt, however long; an empty prompt beside one is refused."""
+    place = tmp_path / "said.jsonl"
+    rows = [
+        {"prompt": "a cat", "response": "sat on", "reference": "the old cat"},
+        {"prompt": "a dog", "response": "ran"},
+    ]
+    place.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    one, two = read(place)
+    assert one == Response("a cat", "sat on", "said.jsonl line 1", reference="the old cat")
+    assert fingerprint([one]) != fingerprint([replace(one, reference="")])
+    for length in (32, 4, 3):
+        (made,) = encode([one], words, length=length)
+        assert made.reference is not None and len(made.reference.input_ids) <= length
+        targets = [[t for t in e.labels[1:] if t >= 0] for e in (made, made.reference)]
+        assert targets[0] == targets[1]
+    assert encode([two], words, length=32)[0].reference is None
+    with pytest.raises(FormatError, match="a prompt is empty, or its reference"):
+        encode([replace(one, prompt="")], words, length=32)

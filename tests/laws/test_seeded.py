@@ -303,7 +303,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         lambda: M.test_the_formula_is_the_papers("ties", {}),
     ),
     "nothing trimmed": (
-        lambda: patch("weft.methods.merge.ties.trimmed", lambda delta, density: delta),
+        lambda: patch("weft.methods.merge.ties.limit", lambda parts, rank: 0.0),
         lambda: M.test_the_formula_is_the_papers("ties", {}),
     ),
     "dropped and not scaled up": (
@@ -325,7 +325,7 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         of(M.not_a_number_is_named, "ties"),
     ),
     "the dtype of a member": (
-        lambda: swap(Sources, "dense", lambda self, value: Dense(value)),
+        lambda: swap(Sources, "by_slices", lambda self, make: Dense(torch.cat([make(part) for part in self.slices()]))),
         of(M.copies_give_it_back, "slerp"),
     ),
 }

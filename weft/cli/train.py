@@ -12,7 +12,7 @@ import typer
 from weft.catalog import entries
 from weft.cli.commands import DATA, AsJson, CacheFolder, ModelName, Out, Quiet, Replace, bars, load
 from weft.cli.guard import guarded, say
-from weft.cli.methods import parameter, plain
+from weft.cli.options import parameter, plain
 from weft.cli.output import emit
 
 HELP = "Train an adapter on a model as it is, or its own parameters. Interrupted, the same command goes on."

@@ -236,6 +236,9 @@ def test_lsq_begins_at_the_nearest_codes_of_the_searched_grid() -> None:
         fit = search(w, torch.ones_like(w[:1]), "int3", 16, True)
         hard = soft.hard()
         assert isinstance(hard, Quantized) and torch.equal(hard.data, fit.encode(nearest(w, fit)).data)
+    for start in ("quantized", "sum"):  # which is on such a grid, and stays
+        for site, soft in zip(g := group(start), after(g, ("lsq", {"bits": 4, "group": 16})), strict=True):
+            assert torch.equal(soft.hard().dense(), site.now.dense())
     for soft in after(group("2:4"), "lsq"):
         assert isinstance(soft, NM) and isinstance(soft.hard(), NM)
 

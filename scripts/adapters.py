@@ -81,7 +81,17 @@ class Way:
 
 NAME = "default"
 """What adapters are called."""
-SMALL = {"rank": 3, "features": 5, "width": 4, "length": 3, "count": 40, "block": 4, "factor": 4, "share": 0.5}
+SMALL = {
+    "rank": 3,
+    "features": 5,
+    "width": 4,
+    "length": 3,
+    "count": 40,
+    "block": 4,
+    "factor": 4,
+    "share": 0.5,
+    "window": 4,
+}
 """What options are called by which an adapter is made small, and the values they have here."""
 SPECIAL: dict[str, list[dict[str, Any]]] = {
     "lora": [
@@ -186,7 +196,7 @@ def attaches(base: nn.Module, way: Way) -> bool:
     """The model gives what the oracle gives; an adapter that starts at nothing leaves the output and the bits of the base."""
     m = added(base, way)
     good = near(logits(m), oracle(m))
-    if way.options.get("init") in ("loftq", "lq") or way.method in ("prompt", "prefix", "cpt", "lofit"):
+    if way.options.get("init") in ("loftq", "lq") or way.method in ("prompt", "prefix", "cpt", "lofit", "generative"):
         return good
     return good and near(logits(m), logits(base))
 

@@ -82,6 +82,8 @@ def made(node: str, w: Tensor) -> Expr:
         case "Codebook":
             books = w.flatten().sort()[0][:: N * N // 16][:16].view(1, 16, 1)
             return Codebook.of((w.unsqueeze(-1) - books.view(1, 1, 16)).abs().argmin(-1).unsqueeze(-1), books, N)
+        case "SoftQuantized":
+            return NODES[node](w, w.abs().amax(1, keepdim=True) / 7, 4, 0)
         case "SparseDelta":
             return SparseDelta.of(w, w.abs() > w.abs().median())
         case "Signs":

@@ -92,8 +92,10 @@ class Recall(Branch):
         self, i: int, x: Float[Tensor, "c t d"], mask: Bool[Tensor, "c t"], count: int
     ) -> Float[Tensor, "c r r"]:
         """S of each segment: what all earlier ones of its text add up to."""
-        x = f.rms_norm(x.float().masked_fill(~mask[..., None], 0.0), x.shape[-1:])
-        k, v = f.linear(x, self.keys[i].float()), f.linear(x, self.values[i].float())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        there = x.to(wide).masked_fill(~mask[..., None], 0.0)
+        x = f.rms_norm(there, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
+        k, v = f.linear(x, self.keys[i].to(wide)), f.linear(x, self.values[i].to(wide))
         sums = (k.mT @ v).unflatten(0, (-1, count)).cumsum(1)
         return f.pad(sums[:, :-1], (0, 0, 0, 0, 1, 0)).flatten(0, 1)
 

@@ -207,7 +207,8 @@ class _Merge:
     ) -> Sources:
         """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
         weights = dict(zip(self.labels, map(float, self.how[name][1]), strict=True))
-        labels = sorted(self.labels, key=lambda label: (_mark(held[label]), weights[label]))
+        marks = {label: _mark(held[label]) for label in self.labels}
+        labels = sorted(self.labels, key=lambda label: (marks[label], weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
         return Sources(
@@ -223,6 +224,7 @@ class _Merge:
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
             order=tuple(self.labels.index(label) for label in labels),
+            marks=tuple(marks[label] for label in labels),
         )
 
     def __call__(self, s: Sources) -> Expr:
@@ -232,7 +234,7 @@ class _Merge:
 
     def about(self, s: Sources) -> str:
         """A hash of all that the result for these sources depends on."""
-        exprs = [_mark(e) for e in (*s.members, *s.own, *([s.base] if s.base is not None else []))]
+        exprs = [*s.marks, *(_mark(e) for e in (*s.own, *([s.base] if s.base is not None else [])))]
         data = [word_sum(t) if t is not None else "" for t in (*s.grams, *s.fishers)]
         code = [chain_key((self.how[s.name][0],)), code_version("expr", "linalg", "model", "engine")]
         said = [code, s.name, s.weights, s.order, str(s.dtype), s.seed, exprs, data]

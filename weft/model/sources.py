@@ -51,6 +51,8 @@ class Sources:
     """The diagonal of every member's Fisher information, on its data."""
     order: tuple[int, ...] = ()
     """The place that each member had in the call; none where they stand as they were given."""
+    marks: tuple[str, ...] = ()
+    """What tells every member's values from others, by which they were put in order."""
     _drawing: dict[str, torch.Generator] | None = None
     """Generators that slices draw from in turn."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from weft.error import ShapeError
 from weft.expr.base import Expr, Promises
 from weft.expr.nodes import Dense
-from weft.expr.products import FrozenProduct
+from weft.expr.products import FrozenProduct, product, product_transposed
 from weft.expr.sparse import Masked
 from weft.grid import pack, packed_bytes, unpack
 
@@ -85,6 +86,10 @@ def _code_bits(k: int) -> int:
     return max(1, (k - 1).bit_length())
 
 
+CROWDED = 2
+"""Inputs, times the share of the entries that are there, above which a product of a SparseDelta is faster dense."""
+
+
 class SparseDelta(Expr):
     """A few entries; the rest is zero. Row i holds the next counts[i] of `values`, at these `columns`, ascending."""
 
@@ -130,6 +135,8 @@ class SparseDelta(Expr):
         return value.new_zeros(self.shape).index_put((self._at(), self.columns.long()), value)
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        if x.numel() * len(self.columns) > CROWDED * self.n * self.shape[0] * self.n:
+            return super().forward(x)
         inner = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
         wide = torch.promote_types(x.dtype, torch.float32)
         starts = (self.counts.cumsum(0) - self.counts).int()
@@ -137,6 +144,9 @@ class SparseDelta(Expr):
             self.columns, inner.T.to(wide), starts, mode="sum", per_sample_weights=self.values.to(wide)
         )
         return y.T.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
+
+    def _plain_product(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        return super()._plain_product(x) if torch.compiler.is_compiling() else _Spread.apply(x, self.values, self)
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
         ends = self.counts.cumsum(0)
@@ -166,6 +176,23 @@ class SparseDelta(Expr):
 
     def describe(self) -> str:
         return f"SparseDelta({len(self.values) / max(1, self.shape[0] * self.n):.2%})"
+
+
+class _Spread(torch.autograd.Function):
+    """A dense product with sparse entries that train: the backward makes them dense again instead of keeping that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, term: SparseDelta) -> Tensor:
+        ctx.term = term
+        ctx.save_for_backward(x, values)
+        return product(x, term)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (x, values), term = ctx.saved_tensors, ctx.term
+        back = product_transposed(grads[0], term) if ctx.needs_input_grad[0] else None
+        whole = (grads[0].flatten(0, -2) if x.dim() > 1 else grads[0].unsqueeze(0)).T @ x.reshape(-1, x.shape[-1])
+        return back, whole.flatten()[term.entries()].to(values.dtype), None
 
 
 class Kronecker(Expr):

@@ -35,12 +35,12 @@ COUNT = 3
 """Members that differ by their seed."""
 RATES = (1.0, 0.25, 4.0, 16.0)
 """Those that differ by their rate are tuned at these multiples of it."""
-STEPS = 40
+STEPS = 24
 BATCH = 8
 TOKENS = 64
 READ = 4096
 """Tokens of its training texts that a member's evidence is of."""
-TRIALS = {"cma": 24}
+TRIALS = {"cma": 12}
 """Merges that a search tries, where it can be told."""
 RATE = 5e-4
 """Peak learning rate; for pairs a tenth of it."""

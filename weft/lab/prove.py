@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,8 @@ def prove(
 
 def _proved(name: str, held: dict[str, Any], models: Sequence[str] | None, seeds: int, cache: Cache | None) -> Claim:
     """A claim, tried in a process of its own."""
+    gc.collect()  # training collects garbage every time: what is here by now need not be looked through again
+    gc.freeze()
     m = get(name.partition(".")[0])
     lab = Lab(installed(models), cache=cache, seeds=seeds)
     return m.proofs[name].tried(lab.without(known.failed(held, m.verb), name))

@@ -271,6 +271,9 @@ def prove(
     folder: Annotated[Path, typer.Option(help="Where verdicts are kept.")] = Path("proofs"),
     seeds: Annotated[int, typer.Option(help="Seeds.", min=3)] = 3,
     jobs: Annotated[int, typer.Option(help="Processes that share the claims.", min=1)] = 1,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for all learning rates again, rather than take those of the proofs.")
+    ] = False,
     stale: Annotated[bool, typer.Option("--stale", help="List proofs that are out of date, and do nothing.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -287,7 +290,7 @@ def prove(
         want, fix = "methods, --all, --changed or --known", "weft methods lists them"
         raise OptionError("nothing to prove", where="prove", got="no method", want=want, fix=fix)
     asked = [e.name for e in weft.methods()] if all_ else [*(names or ()), *(weft.stale(folder) if changed else ())]
-    how: dict[str, Any] = {"folder": folder, "seeds": seeds, "jobs": jobs, "progress": bars(quiet)}
+    how: dict[str, Any] = {"folder": folder, "seeds": seeds, "jobs": jobs, "search": search, "progress": bars(quiet)}
     made = {f"known: {n}": c for n, c in answer(**how).items()} if known else {}
     made |= weft.prove(asked, models=model, **how) if asked else {}
     if as_json:

@@ -17,7 +17,7 @@ from weft.lab.reading import read
 from weft.lab.recalling import forgotten, recalled
 from weft.lab.restoring import restored
 from weft.lab.subjects import installed
-from weft.lab.trial import Among, Arm, Subject, Trial
+from weft.lab.trial import Among, Arm, Rates, Subject, Trial
 from weft.lab.tuning import gained, untouched
 from weft.lab.verdicts import Claim, Finding, finding, overall
 from weft.store.cache import Cache, default
@@ -35,15 +35,16 @@ class Lab:
     """Where claims are tried: lab models, their texts and a cache, so that what two claims share is computed once."""
 
     def __init__(
-        self, subjects: Sequence[Subject] | None = None, *, cache: Cache | None = None, seeds: int = SEEDS
-    ) -> None:
-        """`subjects`: the lab models, those that are installed if not given. Errors: OptionError for too few seeds."""
+        self, subjects: Sequence[Subject] | None = None, *, cache: Cache | None = None, seeds: int = SEEDS,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """`subjects`: the lab models, if not those installed. `rates`: what earlier proofs found. Errors: OptionError for too few seeds."""
         if seeds < SEEDS:
             raise OptionError("too few seeds", where="seeds", got=seeds, want=f"at least {SEEDS}", fix="use more seeds")
         held = cache or Cache(default())
         code = code_version("lab", "learn")
         here = subjects if subjects is not None else installed()
-        self.trials = {s.name: [Trial(s, seed, held, code) for seed in range(seeds)] for s in here}
+        self.trials = {s.name: Trial.seeds(s, seeds, held, code, Rates(rates or {})) for s in here}
 
     def only(self, model: str) -> Lab:
         """The same lab with one of its models. Errors: ConflictError if it is not in this lab."""
@@ -301,6 +302,7 @@ class Lab:
     ) -> Claim:
         found: list[Finding] = []
         for trials in self.trials.values():
+            trials[0].rates.used.clear()
             made = {arm: [run(t) for t in trials] for arm, run in runs.items()}
             found.append(finding(trials[0], made, factor, side))
         rule = f"ours {'<' if side == 'less' else '>='} {'' if factor == 1 else f'{factor:g} x '}baseline"

@@ -17,7 +17,6 @@ from weft.lab.tuning import lowest, prepared
 from weft.learn.data import Example, fingerprint
 from weft.learn.train import train
 from weft.model import activate, adapters, fork
-from weft.store.cache import key
 
 TASKS = ("sorting", "dates", "arithmetic")
 """What is trained at once."""
@@ -39,13 +38,13 @@ def gained(trial: Trial, chain: Chain, before: Chain) -> Arm:
 
     Tasks count alike.
     """
-    names = (NEW,) if before else TASKS
+    names, rate = (NEW,) if before else TASKS, _rate(trial, chain, before)
 
     def make() -> metrics.Scores:
-        values, weights = _tested(trial, _tuned(trial, chain, before, _rate(trial, chain, before)), names)
+        values, weights = _tested(trial, _tuned(trial, chain, before, rate), names)
         return _untuned(trial, names).values - values, weights
 
-    what = [chain_key(chain), chain_key(before), *_recipe(trial)]
+    what = [chain_key(chain), chain_key(before), rate, *_recipe(trial)]
     return trial.arm("multitask", what, make, merging.metric(trial))
 
 
@@ -74,19 +73,22 @@ def _score(trial: Trial, model: nn.Module, name: str, examples: Sequence[Example
 
 def _rate(trial: Trial, chain: Chain, before: Chain) -> float:
     """The rate at which the first seed scores best on examples to choose by."""
-    first, names = Trial(trial.subject, 0, trial.store, trial.code), (NEW,) if before else TASKS
+    names = (NEW,) if before else TASKS
+    if before:
+        _rate(trial, before, ())  # which `_tuned` asks for
 
-    def score(lr: float) -> float:
-        try:
-            model = _tuned(first, chain, before, lr)
-            made = [_score(first, model, n, merging.short_task(first, n).select[:CHOICE]) for n in names]
-        except NumericError:
-            return np.inf
-        return float(np.mean([(values * weights).sum() / weights.sum() for values, weights in made]))
+    def search(first: Trial) -> float:
+        def score(lr: float) -> float:
+            try:
+                model = _tuned(first, chain, before, lr)
+                made = [_score(first, model, n, merging.short_task(first, n).select[:CHOICE]) for n in names]
+            except NumericError:
+                return np.inf
+            return float(np.mean([(values * weights).sum() / weights.sum() for values, weights in made]))
 
-    what = [chain_key(chain), chain_key(before), RATES, CHOICE, *_recipe(first)]
-    name = key("rate", trial.subject.fingerprint, trial.code, *what)
-    return float(trial.store.json("lab-rates", name, lambda: {"rate": lowest(RATES, score)})["rate"])
+        return lowest(RATES, score)
+
+    return trial.rate(chain, ["tasks", chain_key(before), RATES, CHOICE, *_recipe(trial.first)], search)
 
 
 def _tuned(trial: Trial, chain: Chain, before: Chain, rate: float) -> nn.Module:

@@ -26,16 +26,17 @@ TEXTS = 24
 
 def probed(trial: Trial, *, chain: Chain, other: Chain, below: bool, probe: Step, number: str) -> Arm:
     """A number that a probe gives of every weight, after training this chain at its rate for the steps of `steps_of`."""
+    lr = rate(trial, chain)
 
     def make() -> metrics.Scores:
-        model = tuned(trial, chain, rate(trial, chain), steps_of(trial, chain, other, below))
+        model = tuned(trial, chain, lr, steps_of(trial, chain, other, below))
         look = get(probe.method)
         given = (_read(trial),) if "data" in look.needs else ()
         found: Findings = look(model, *given, **dict(probe.options))
         values = np.array([float(at[number]) for at in found.sites.values()])
         return values, np.ones_like(values)
 
-    what = [chain_key(chain), chain_key(other), below, chain_key((probe,)), number, *recipe(trial)]
+    what = [chain_key(chain), chain_key(other), lr, below, chain_key((probe,)), number, *recipe(trial)]
     return trial.arm("probe", what, make, (number, "a weight"))
 
 
@@ -47,9 +48,10 @@ def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
     """
     full, base = (Step.of("full"),), trial.subject.model
     held = texts(task_of(trial.subject.distance_task, trial.seed).test)[:TEXTS]
+    lr = rate(trial, full)
 
     def make() -> metrics.Scores:
-        model = tuned(trial, full, rate(trial, full))
+        model = tuned(trial, full, lr)
         half, _ = combine.run(combine.plan([model], Step.of("task_arithmetic", scale=0.5), base=base))
         if probe is not None:
             sites = get(probe.method)(model, _read(trial), **dict(probe.options)).sites
@@ -59,7 +61,7 @@ def halfway(trial: Trial, probe: Step | None, number: str) -> Arm:
             set_expressions(half, {n: expressions(trimmed)[n] for n in sharp})
         return metrics.bits_per_byte(half, trial.subject.tokenizer, held, length=trial.subject.length)
 
-    what = [chain_key((probe,)) if probe else "", number, SHARE, SEEN, held, *recipe(trial)]
+    what = [chain_key((probe,)) if probe else "", number, lr, SHARE, SEEN, held, *recipe(trial)]
     return trial.arm("half way", what, make, ("bits per byte of another domain", "bits/byte"))
 
 

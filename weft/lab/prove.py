@@ -32,6 +32,8 @@ from weft.store.files import read_json, write_json
 PROOFS = Path("proofs")
 REALISM = "realism.json"
 KNOWN_ANSWERS = "known.json"
+_OTHERS = (REALISM, KNOWN_ANSWERS, "untried.json")
+"""Files beside the proofs."""
 
 
 def prove(
@@ -44,17 +46,20 @@ def prove(
     progress: Progress | None = None,
     models: Sequence[str] | None = None,
     subjects: Sequence[Subject] | None = None,
+    search: bool = False,
 ) -> dict[str, Claim]:
     """Try these methods' claims, or single ones (`lora.dora`); write `folder`/NAME.json for each, and the lab models' realism cards.
 
     A lab model on which a known answer of the method's verb came out the other way (`folder`/known.json) is left out, and the file
     says so. Files depend on the code and the lab models alone, but for the date and the seconds. A killed run resumes from the cache.
-    `jobs` processes share the claims. `models`: for a first look, some of the lab's; nothing is written then. `subjects`: models of
-    one's own instead, in this process.
+    Learning rates are those that the files in `folder` say were found for the same chains of methods on the same data; with `search` all
+    are looked for again. `jobs` processes share the claims. `models`: for a first look, some of the lab's; nothing is written then.
+    `subjects`: models of one's own instead, in this process.
     Errors: OptionError for methods without a claim, fewer than three seeds, and unknown models; ConflictError if no model is left.
     """
     claimed, folder = _claimed(names), Path(folder)
-    lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds)
+    rates = {} if search else _rates(folder)
+    lab = Lab(installed(models) if subjects is None else subjects, cache=cache, seeds=seeds, rates=rates)
     if models is None:
         realism([of(trials[0]) for trials in lab.trials.values()], folder=folder, cache=cache)
     held = read_json(folder / KNOWN_ANSWERS) if (folder / KNOWN_ANSWERS).exists() else {}
@@ -62,7 +67,11 @@ def prove(
     def tried(name: str) -> Claim:
         return claimed[name].proofs[name].tried(lab.without(known.failed(held, claimed[name].verb), name))
 
-    apart = None if subjects is not None else partial(_proved, held=held, models=models, seeds=seeds, cache=cache)
+    apart = (
+        None
+        if subjects is not None
+        else partial(_proved, held=held, models=models, seeds=seeds, cache=cache, rates=rates)
+    )
     made: dict[str, Claim] = {}
     took = {n: read_json(path)["seconds"] for n in claimed if (path := folder / f"{n}.json").exists()}
     for name, claim in _each("prove", _longest_first(claimed, took), tried, apart, jobs, progress):
@@ -73,18 +82,32 @@ def prove(
     return {name: made[name] for name in claimed}
 
 
-def _proved(name: str, held: dict[str, Any], models: Sequence[str] | None, seeds: int, cache: Cache | None) -> Claim:
+def _rates(folder: Path) -> dict[str, float]:
+    """The learning rates that proofs in a folder say, by what they depend on."""
+    proofs = [read_json(p) for p in sorted(folder.glob("*.json")) if p.name not in _OTHERS]
+    proofs += read_json(path).values() if (path := folder / KNOWN_ANSWERS).exists() else ()
+    return {name: rate for proof in proofs for m in proof["models"] for name, rate in m.get("rates", {}).items()}
+
+
+def _proved(
+    name: str,
+    held: dict[str, Any],
+    models: Sequence[str] | None,
+    seeds: int,
+    cache: Cache | None,
+    rates: Mapping[str, float],
+) -> Claim:
     """A claim, tried in a process of its own."""
     gc.collect()  # training collects garbage every time: what is here by now need not be looked through again
     gc.freeze()
     m = get(name.partition(".")[0])
-    lab = Lab(installed(models), cache=cache, seeds=seeds)
+    lab = Lab(installed(models), cache=cache, seeds=seeds, rates=rates)
     return m.proofs[name].tried(lab.without(known.failed(held, m.verb), name))
 
 
-def _answered(name: str, seeds: int, cache: Cache | None) -> Claim:
+def _answered(name: str, seeds: int, cache: Cache | None, rates: Mapping[str, float]) -> Claim:
     """A known answer, tried in a process of its own."""
-    return known.KNOWN[name].tried(Lab(installed(), cache=cache, seeds=seeds))
+    return known.KNOWN[name].tried(Lab(installed(), cache=cache, seeds=seeds, rates=rates))
 
 
 def _longest_first(names: Iterable[str], took: Mapping[str, float]) -> list[str]:
@@ -149,10 +172,15 @@ def answer(
     cache: Cache | None = None,
     progress: Progress | None = None,
     subjects: Sequence[Subject] | None = None,
+    search: bool = False,
 ) -> dict[str, Claim]:
-    """Try every known answer on every lab model; write `folder`/known.json. Errors: OptionError for fewer than three seeds."""
-    lab = Lab(subjects, cache=cache, seeds=seeds)
-    apart = None if subjects is not None else partial(_answered, seeds=seeds, cache=cache)
+    """Try every known answer on every lab model; write `folder`/known.json. `search`: as in `prove`.
+
+    Errors: OptionError for fewer than three seeds.
+    """
+    rates = {} if search else _rates(Path(folder))
+    lab = Lab(subjects, cache=cache, seeds=seeds, rates=rates)
+    apart = None if subjects is not None else partial(_answered, seeds=seeds, cache=cache, rates=rates)
     path = Path(folder) / KNOWN_ANSWERS
     took = {n: c["seconds"] for n, c in read_json(path).items()} if path.exists() else {}
     names = _longest_first(known.KNOWN, took)

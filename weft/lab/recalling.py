@@ -23,7 +23,6 @@ from weft.learn.train import train
 from weft.model import branches as held
 from weft.model import fork
 from weft.stats import forward
-from weft.store.cache import key
 
 SEGMENT, SEGMENTS = 64, 4
 """Tokens that a model reads at once, and how many times as many a text has."""
@@ -41,13 +40,14 @@ def recalled(trial: Trial, chain: Chain) -> Arm:
 
     What has a branch is given whole texts, which that cuts; for all else each segment is a text of its own.
     """
+    rate = _rate(trial, chain)
 
     def make() -> metrics.Scores:
-        model = _taught(trial, chain, _rate(trial, chain))
+        model = _taught(trial, chain, rate)
         values, weights = _behind(trial, model, _rows(trial, "test", TESTED))
         return _before(trial).values - values, weights
 
-    return trial.arm("recall", [chain_key(chain), *_recipe(trial)], make, METRIC)
+    return trial.arm("recall", [chain_key(chain), rate, *_recipe(trial)], make, METRIC)
 
 
 def forgotten(trial: Trial) -> Arm:
@@ -64,17 +64,18 @@ def _before(trial: Trial) -> Arm:
 
 def _rate(trial: Trial, chain: Chain) -> float:
     """The rate at which the first seed scores best on the texts to choose by."""
-    first = Trial(trial.subject, 0, trial.store, trial.code)
 
-    def score(rate: float) -> float:
-        try:
-            values, weights = _behind(first, _taught(first, chain, rate), _rows(first, "select", CHOICE))
-        except NumericError:
-            return math.inf
-        return float((values * weights).sum() / weights.sum())
+    def search(first: Trial) -> float:
+        def score(rate: float) -> float:
+            try:
+                values, weights = _behind(first, _taught(first, chain, rate), _rows(first, "select", CHOICE))
+            except NumericError:
+                return math.inf
+            return float((values * weights).sum() / weights.sum())
 
-    name = key("recall rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, CHOICE, *_recipe(first))
-    return float(trial.store.json("lab-rates", name, lambda: {"rate": min(RATES, key=score)})["rate"])
+        return min(RATES, key=score)
+
+    return trial.rate(chain, ["recalled", CHOICE, *_recipe(trial.first)], search)
 
 
 def _taught(trial: Trial, chain: Chain, rate: float) -> nn.Module:

@@ -21,7 +21,7 @@ from weft.store.cache import key
 
 RATES = (2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3)
 """Learning rates that every arm chooses from."""
-STEPS, BATCH, TOKENS = 32, 4, 128
+STEPS, BATCH, TOKENS = 16, 4, 128
 CHOICE = 2048
 """Tokens that a rate is chosen by."""
 
@@ -29,31 +29,35 @@ CHOICE = 2048
 def restored(trial: Trial, *, chain: Chain) -> Arm:
     """Distances to the original after this chain, and after training what it made trainable, if anything."""
 
-    def make() -> metrics.Scores:
-        return trial.distance.documents(_tuned(trial, chain, _rate(trial, chain)))
+    rate = _rate(trial, chain)
 
-    what = [trial.data, chain_key(chain), *_recipe(trial)]
+    def make() -> metrics.Scores:
+        return trial.distance.documents(_tuned(trial, chain, rate))
+
+    what = [trial.data, chain_key(chain), rate, *_recipe(trial)]
     return trial.arm("restored", what, make, (trial.goal.name, trial.goal.unit))
 
 
 def _rate(trial: Trial, chain: Chain) -> float:
     """The rate at which the first seed ends nearest to the original on the select set."""
-    first = Trial(trial.subject, 0, trial.store, trial.code)
     cut = padded if trial.subject.embeds else windows
     held = texts(task_of(trial.subject.distance_task, 0).select)
     batches = cut(held, trial.subject.tokenizer, length=TOKENS, tokens=CHOICE)
-    about = [trial.subject.fingerprint, trial.code, *_recipe(first)]
+    about = ["restored", *_recipe(trial.first)]
+    name = key(trial.subject.fingerprint, trial.code, *about)
 
-    def score(rate: float) -> float:
-        try:
-            return Distance(trial.subject.model, batches, trial.goal, trial.store, key("restoring", *about))(
-                _tuned(first, chain, rate)
-            )
-        except NumericError:
-            return np.inf
+    def search(first: Trial) -> float:
+        near = Distance(trial.subject.model, batches, trial.goal, trial.store, name)
 
-    made = trial.store.json("lab-rates", key(chain_key(chain), *about), lambda: {"rate": lowest(RATES, score)})
-    return float(made["rate"])
+        def score(rate: float) -> float:
+            try:
+                return near(_tuned(first, chain, rate))
+            except NumericError:
+                return np.inf
+
+        return lowest(RATES, score)
+
+    return trial.rate(chain, about, search)
 
 
 def _tuned(trial: Trial, chain: Chain, rate: float) -> nn.Module:

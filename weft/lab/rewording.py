@@ -31,12 +31,13 @@ RATE, RATES = 1e-3, (4e-3, 1.6e-2, 6.4e-2)
 
 def gained(trial: Trial, chain: Chain) -> Arm:
     """How much lower the score on unseen wordings is after training what this chain adds, than after learning the references alone."""
+    rate = _rate(trial, chain)
 
     def make() -> metrics.Scores:
-        values, weights = _tested(trial, _adapted(trial, chain, _rate(trial, chain)), "test")
+        values, weights = _tested(trial, _adapted(trial, chain, rate), "test")
         return nothing(trial, gain=False).values - values, weights
 
-    return trial.arm("reworded", [chain_key(chain), *_recipe(trial)], make, merging.metric(trial))
+    return trial.arm("reworded", [chain_key(chain), rate, *_recipe(trial)], make, merging.metric(trial))
 
 
 def nothing(trial: Trial, *, gain: bool = True) -> Arm:
@@ -53,17 +54,18 @@ def _tested(trial: Trial, model: nn.Module, part: str) -> metrics.Scores:
 
 def _rate(trial: Trial, chain: Chain) -> float:
     """The rate at which the first seed scores best on the wordings to choose by."""
-    first = Trial(trial.subject, 0, trial.store, trial.code)
 
-    def score(rate: float) -> float:
-        try:
-            values, weights = _tested(first, _adapted(first, chain, rate), "select")
-        except NumericError:
-            return np.inf
-        return float((values * weights).sum() / weights.sum())
+    def search(first: Trial) -> float:
+        def score(rate: float) -> float:
+            try:
+                values, weights = _tested(first, _adapted(first, chain, rate), "select")
+            except NumericError:
+                return np.inf
+            return float((values * weights).sum() / weights.sum())
 
-    name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), *_recipe(first))
-    return float(trial.store.json("lab-rates", name, lambda: {"rate": lowest(RATES, score)})["rate"])
+        return lowest(RATES, score)
+
+    return trial.rate(chain, ["reworded", *_recipe(trial.first)], search)
 
 
 def _adapted(trial: Trial, chain: Chain, rate: float) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import groupby
@@ -75,12 +75,30 @@ class Subject:
         return objective(self.model).embeds
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of one lab model's arms, by what they depend on: those that earlier proofs found, and those of this claim."""
+
+    known: Mapping[str, float] = field(default_factory=dict[str, float])
+    used: dict[str, float] = field(default_factory=dict[str, float])
+
+
 class Trial:
     """One lab model, one seed. Another seed: other texts to calibrate and to measure on, another order to tune in."""
 
-    def __init__(self, subject: Subject, seed: int, store: Cache, code: str) -> None:
-        self.subject, self.seed, self.store, self.code = subject, seed, store, code
+    def __init__(self, subject: Subject, seed: int, store: Cache, code: str, rates: Rates | None = None) -> None:
+        self.subject, self.seed, self.store, self.code, self.rates = subject, seed, store, code, rates or Rates()
         self.goal = objective(subject.model)
+
+    @classmethod
+    def seeds(cls, subject: Subject, count: int, store: Cache, code: str, rates: Rates) -> list[Trial]:
+        """So many seeds, which share their learning rates."""
+        return [cls(subject, seed, store, code, rates) for seed in range(count)]
+
+    @cached_property
+    def first(self) -> Trial:
+        """The same with the first seed."""
+        return self if self.seed == 0 else Trial(self.subject, 0, self.store, self.code, self.rates)
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:
@@ -177,6 +195,19 @@ class Trial:
         held = self.store.json("lab-tables", name, solve)
         error = [[torch.inf if e is None else e for e in row] for row in held["error"]]
         return torch.tensor(held["cost"]), torch.tensor(error)
+
+    def rate(self, chain: Chain, about: Sequence[Any], search: Callable[[Trial], float]) -> float:
+        """The learning rate of a chain, for every seed: what an earlier proof found, else what `search` finds on the first one.
+
+        `about`: what it depends on besides the model and the chain's methods.
+        """
+        mark = key("rate", self.subject.fingerprint, chain_key(chain), *about)
+        name = f"{' then '.join(s.describe() for s in chain)} [{mark[:12]}]"
+        if (value := self.rates.known.get(name)) is None:
+            held = self.store.json("lab-rates", key(mark, self.code), lambda: {"rate": search(self.first)})
+            value = float(held["rate"])
+        self.rates.used[name] = value
+        return value
 
     def _distances(self, what: Any, chosen: Callable[[], Mapping[Chain, Sequence[str]]]) -> Arm:
         """Distances after these chains rewrote these sites of a fork."""

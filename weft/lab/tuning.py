@@ -18,7 +18,6 @@ from weft.lab.trial import Arm, Trial, task_of, texts
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
 from weft.model import fork
-from weft.store.cache import key
 
 RATES = (2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
@@ -41,16 +40,15 @@ TESTED = 160
 
 def gained(trial: Trial, chain: Chain) -> Arm:
     """How much lower the test scores are after what this chain made trainable was trained on the tuning task."""
-    before, task = untuned(trial), _task(trial)
+    before, task, best = untuned(trial), _task(trial), dict[int, nn.Module]()
+    lr = rate(trial, chain, best)
 
     def make() -> metrics.Scores:
-        best: dict[int, nn.Module] = {}
-        lr = rate(trial, chain, best)
         model = best[trial.seed] if trial.seed in best else tuned(trial, chain, lr)
         values, weights = _score(trial, model, task.test)
         return before.values - values, weights
 
-    return trial.arm("gain", [chain_key(chain), RATES, *recipe(trial)], make, _metric(trial))
+    return trial.arm("gain", [chain_key(chain), lr, *recipe(trial)], make, _metric(trial))
 
 
 def rate(trial: Trial, chain: Chain, best: dict[int, nn.Module] | None = None) -> float:
@@ -58,17 +56,18 @@ def rate(trial: Trial, chain: Chain, best: dict[int, nn.Module] | None = None) -
 
     Where it is found now, the first seed's model goes into `best`, which need not be trained again.
     """
-    first = Trial(trial.subject, 0, trial.store, trial.code)
     kept, least = dict[int, nn.Module]() if best is None else best, [np.inf]
 
-    def score(lr: float) -> float:
-        found, model = tried(first, chain, lr)
-        if found < least[0]:
-            least[0], kept[0] = found, model
-        return found
+    def search(first: Trial) -> float:
+        def score(lr: float) -> float:
+            found, model = tried(first, chain, lr)
+            if found < least[0]:
+                least[0], kept[0] = found, model
+            return found
 
-    name = key("rate", trial.subject.fingerprint, trial.code, chain_key(chain), RATES, *recipe(first))
-    return float(trial.store.json("lab-rates", name, lambda: {"rate": lowest(RATES, score)})["rate"])
+        return lowest(RATES, score)
+
+    return trial.rate(chain, ["tuned", RATES, *recipe(trial.first)], search)
 
 
 def lowest(among: Sequence[float], score: Callable[[float], float]) -> float:

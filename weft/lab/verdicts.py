@@ -35,6 +35,8 @@ class Finding:
     verdict: Verdict
     seconds: float
     """Work of all seeds and arms, shared ones included."""
+    rates: dict[str, float]
+    """The learning rate of every chain that was trained."""
 
     def as_json(self) -> dict[str, Any]:
         """Every number; intervals with the smallest effect that would have shown."""
@@ -100,6 +102,7 @@ def finding(trial: Trial, arms: Mapping[str, Sequence[Arm]], factor: float, side
         above_floor=floor,
         verdict=_verdict([difference, floor] if floor is not None else [difference], side),
         seconds=round(sum(a.seconds for seeds in arms.values() for a in seeds), 1),
+        rates=dict(sorted(trial.rates.used.items())),
     )
 
 

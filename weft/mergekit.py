@@ -21,6 +21,7 @@ from weft.learn.tokenizer import tokenizer
 from weft.merging import planned
 from weft.model import expressions, places, plain_tensors
 from weft.progress import Progress
+from weft.store.alike import alike
 from weft.store.assign import names_on_disk
 
 
@@ -45,7 +46,7 @@ def merge_config(
     """
     plan = read(Path(config))
     first = plan.base or plan.models[0]
-    models = {name: _loaded(name, progress) for name in dict.fromkeys([first, *plan.slices[0].models])}
+    models = _loaded(list(dict.fromkeys([first, *plan.slices[0].models])), plan.deep, progress)
     size = store.nbytes(models[first])
     for held in models.values():
         store.may_write(held, out, replace=replace, nbytes=size)
@@ -67,9 +68,16 @@ def merge_config(
     return Configured(made.changes, made.fallbacks, plan.notes)
 
 
-def _loaded(name: str, progress: Progress | None) -> nn.Module:
-    """A model by what a configuration calls it: a folder before anything else."""
-    return store.load(name if Path(name).exists() else resolve(name, progress), progress=progress)
+def _loaded(names: list[str], deep: bool, progress: Progress | None) -> dict[str, nn.Module]:
+    """Models by what a configuration calls them, folders before anything else; without their classes where they are alike.
+
+    What depends on the depth needs the class, which knows what stands behind the layers.
+    """
+    folders = [store.find(name if Path(name).exists() else resolve(name, progress)) for name in names]
+    found = (None if deep else alike(folders, progress)) or [
+        store.load(folder, progress=progress) for folder in folders
+    ]
+    return dict(zip(names, found, strict=True))
 
 
 def _widest(models: list[nn.Module]) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -261,6 +262,8 @@ def blend_adapters(
 
 def other_words(models: Sequence[nn.Module]) -> list[WeftError]:
     """A ConflictError for each model whose tokenizer gives texts other ids than the first one's; one without says nothing."""
+    if len({_word_files(m) for m in models}) == 1:
+        return []
     held = {where: words for m in models if (where := source(m)) and (words := _words(m)) is not None}
     first = next(iter(held), "")
     return [
@@ -274,6 +277,19 @@ def other_words(models: Sequence[nn.Module]) -> list[WeftError]:
         for where, words in held.items()
         if words != held[first]
     ]
+
+
+def _word_files(model: nn.Module) -> str:
+    """A hash of all files of a tokenizer, which takes less than reading it; of a model that came from no folder, a name of its own."""
+    folder, word = Path(source(model) or "?"), hashlib.blake2b(digest_size=16)
+    if not folder.is_dir():
+        return str(id(model))
+    for path in sorted({p for pattern in _WORDS for p in folder.glob(pattern) if p.is_file()}):
+        word.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return word.hexdigest()
+
+
+_WORDS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model")
 
 
 def _words(model: nn.Module) -> dict[str, Any] | None:

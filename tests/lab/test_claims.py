@@ -443,6 +443,35 @@ def test_prove_writes_and_proofs_go_stale(
     assert "rtn" in prove.stale(folder)
 
 
+def test_rates_are_those_of_the_proofs(
+    subject: Subject, store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof says its arms' rates; tried again elsewhere they are not looked for, unless that is asked, or a method changed."""
+    given: Any = {"folder": tmp_path / "proofs", "subjects": [subject]}
+    asked: list[float] = []
+    lowest = tuning.lowest
+    monkeypatch.setattr(tuning, "lowest", lambda among, score: asked.append(1) or lowest(among, score))
+    prove.prove(["lora.rslora"], cache=store, **given)
+    before = json.loads((tmp_path / "proofs" / "lora.rslora.json").read_text())
+    (rates,) = [m["rates"] for m in before["models"]]
+    assert len(asked) == len(rates) == 2 and set(rates.values()) <= set(tuning.RATES)
+    (again,) = prove.prove(["lora.rslora"], cache=Cache(tmp_path / "fresh"), **given).values()
+    assert len(asked) == 2 and again.findings[0].rates == rates
+    assert [again.findings[0].ours, again.findings[0].baseline] == [
+        before["models"][0][k] for k in ("ours", "baseline")
+    ]
+    for m in before["models"]:
+        m["rates"] = dict.fromkeys(m["rates"], 1e-6)
+    (tmp_path / "proofs" / "lora.rslora.json").write_text(json.dumps(before))
+    (other,) = prove.prove(["lora.rslora"], cache=Cache(tmp_path / "fresh"), **given).values()
+    assert len(asked) == 2 and other.findings[0].ours != again.findings[0].ours
+    (found,) = prove.prove(["lora.rslora"], cache=Cache(tmp_path / "other"), search=True, **given).values()
+    assert len(asked) == 4 and found.findings[0].rates == rates
+    monkeypatch.setattr(type(get("lora")), "fingerprint", lambda self: "changed")
+    prove.prove(["lora.rslora"], cache=Cache(tmp_path / "other"), **given)
+    assert len(asked) == 6
+
+
 def test_a_first_look_writes_nothing(
     subject: Subject, store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,6 +294,38 @@ def rows_are_looked_up(e: Expr) -> None:
     close(e.rows(ids), e.dense()[ids])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32,), (3, 32), (64, 32), (4, 40, 32)])
+def test_sparse_products_of_few_and_of_many_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The product and both gradients are those of the dense matrix, frozen or not, whichever way is taken; nothing dense is kept."""
+    value = randn(rng("sparse"), 24, 32)
+    e = SparseDelta.of(value, torch.rand(24, 32, generator=rng("places")) < 0.2)
+    e = e.rebuild(values=torch.nn.Parameter(e.values))
+    x = randn(rng("inputs"), *shape).to(dtype).requires_grad_()
+    y = e(x)
+    g = randn(rng("outputs"), *y.shape).to(dtype)
+    y.backward(g)
+    whole, inputs = e.dense().detach().requires_grad_(), x.detach().to(e.values.dtype).requires_grad_()
+    want = torch.nn.functional.linear(inputs, whole)
+    want.backward(g.to(want.dtype))
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y.to(want.dtype), want, **near)
+    torch.testing.assert_close(x.grad.to(want.dtype), inputs.grad, **near)
+    torch.testing.assert_close(e.values.grad, whole.grad.flatten()[e.entries()], **near)
+    still = e.rebuild(values=e.values.detach())
+    torch.testing.assert_close(still(x), y.detach(), **near)
+    kept = [t for t in saved(lambda: e(x)) if t.numel() >= 24 * 32 and t.numel() != x.numel()]
+    assert not kept
+
+
+def saved(run: Callable[[], Tensor]) -> list[Tensor]:
+    """What a graph keeps for its backward."""
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        run()
+    return held
+
+
 CUT = {
     name
     for name, cls in NODES.items()

@@ -8,9 +8,9 @@ from weft.engine.method import METHODS, Asks, Beats, Each, Method, method
 from weft.engine.outline import Outline, Planned
 from weft.engine.registry import get, names
 from weft.engine.transports import Span
-from weft.model import Evidence, Group, Permute, Rotate, Scale, Select, Site, Sources
+from weft.model import Evidence, Group, Permute, Rotate, Scale, Scope, Select, Site, Sources
 
 __all__ = [
     "METHODS", "Asks", "Beats", "Bench", "Each", "Evidence", "Findings", "Group", "Method", "Outline", "Permute", "Planned", "Rotate",
-    "Scale", "Select", "Site", "Sources", "Span", "Tower", "Trunk", "get", "method", "names",
+    "Scale", "Scope", "Select", "Site", "Sources", "Span", "Tower", "Trunk", "get", "method", "names",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from weft.expr.mixed import added_low_rank
 from weft.linalg.lowrank import truncate
 from weft.model import Sources, adapters, branches, expressions, name_of, set_expressions
 from weft.model.devices import device_of
-from weft.model.sources import added_sparse
+from weft.model.parts import added_sparse
 
 Parts = list[tuple[float, Expr]]
 

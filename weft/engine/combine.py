@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from weft.engine.miscalled import Per, asked, misfit, misused, unfit
 from weft.engine.registry import get
 from weft.engine.run import Change, Step, chain_key, code_version
+from weft.engine.scopes import Scopes
 from weft.engine.unlike import refusals
 from weft.error import WeftError, raise_all
 from weft.expr import Dense, Expr, spec, tensors
 from weft.model import (
+    Scope,
     Sources,
     expressions,
     first_vectors,
@@ -52,10 +54,20 @@ class Plan:
     merge: _Merge
 
     def sources(self, name: str) -> Sources:
-        """What is merged at a site."""
-        held = {label: site(m, name).now for label, m in self.named.items()}
-        dtypes = {label: places(m)[name].dtype for label, m in self.named.items()}
-        return self.merge.sources(name, held, dtypes, places(self.lead)[name].kind != "embedding")
+        """What is merged at a site, or of a vector as one row."""
+        return replace(self._sources(name), widen=functools.partial(self._scopes.wider, name))
+
+    def _sources(self, name: str, labels: Sequence[str] | None = None) -> Sources:
+        if name in places(self.lead):
+            held = {label: site(m, name).now for label, m in self.named.items()}
+            dtypes = {label: places(m)[name].dtype for label, m in self.named.items()}
+            return self.merge.sources(name, held, dtypes, places(self.lead)[name].kind != "embedding", labels)
+        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in self._loose.items()}
+        return self.merge.sources(name, rows, {label: e.w.dtype for label, e in rows.items()}, labels=labels)
+
+    @functools.cached_property
+    def _scopes(self) -> Scopes:
+        return Scopes(self.lead, (*self.sites, *self.vectors), self._sources, self.merge.about)
 
     def weight(self, name: str) -> Expr:
         """What a site becomes. Errors: the method's."""
@@ -63,8 +75,7 @@ class Plan:
 
     def vector(self, name: str) -> Tensor:
         """What a vector becomes, in its own dtype and shape. Errors: the method's."""
-        rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in self._loose.items()}
-        made = self.merge(self.merge.sources(name, rows, {label: e.w.dtype for label, e in rows.items()}))
+        made = self.merge(self.sources(name))
         like = next(iter(self._loose.values()))[name]
         return made.dense().detach().to(like.dtype, copy=True).view(like.shape)
 
@@ -84,7 +95,13 @@ class Plan:
             done(self.change(name, expr))
             return tensors(expr)["w"].detach()
 
-        return Later(found().dtype, found().shape, make, lambda: self.merge.about(found()))
+        return Later(found().dtype, found().shape, make, lambda: self._about(found()))
+
+    def _about(self, s: Sources) -> str:
+        """A hash of all that a weight depends on: of what is measured with it too."""
+        scope = cast(Scope, dict(self.merge.step.options).get("scope", "weight"))
+        told = [self.merge.about(s), *self._scopes.about_all(s.name, scope)]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
     def change(self, name: str, after: Expr) -> Change:
         """What became of a site."""
@@ -203,12 +220,17 @@ class _Merge:
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def sources(
-        self, name: str, held: Mapping[str, Expr], dtypes: Mapping[str, torch.dtype], linear: bool = False
+        self,
+        name: str,
+        held: Mapping[str, Expr],
+        dtypes: Mapping[str, torch.dtype],
+        linear: bool = False,
+        labels: Sequence[str] | None = None,
     ) -> Sources:
-        """One weight, of which `held` has every model's; members in an order that does not depend on how they were given."""
+        """One weight, of which `held` has every model's; members in this order, or in one that their values alone decide."""
         weights = dict(zip(self.labels, map(float, self.how[name][1]), strict=True))
         marks = {label: _mark(held[label]) for label in self.labels}
-        labels = sorted(self.labels, key=lambda label: (marks[label], weights[label]))
+        labels = labels or sorted(self.labels, key=lambda label: (marks[label], weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
         return Sources(

@@ -22,7 +22,7 @@ from weft.model.side import Side
 from weft.model.site import Evidence, Group, Kind, Site, finite
 from weft.model.sites import MATRIX, TAGS, fits, match, put, site, tagged, vectors
 from weft.model.soft import harden
-from weft.model.sources import Sources
+from weft.model.sources import Scope, Sources
 from weft.model.taps import Tap
 from weft.model.transforms import Permute, Rotate, Scale, Select, Transform
 from weft.model.transport import rotation, transport, untie
@@ -46,10 +46,11 @@ from weft.model.weave import (
 
 __all__ = [
     "BRANCHES", "MATRIX", "TAGS", "Adapter", "Axis", "Bottleneck", "Branch", "Context", "DeviceMap", "Evidence", "Group", "Heads",
-    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Recall", "Resident", "Rotate", "Rounding", "Scale", "Select",
-    "Shift", "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step", "branches", "cut",
-    "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits", "fork", "gathered",
-    "harden", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row", "places", "plain_tensors",
-    "pretrained", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "shifts", "site", "stack_of", "table_of",
-    "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave", "vectors", "weave",
+    "Invertible", "Kind", "Part", "Permute", "Place", "Prefix", "Prompt", "Recall", "Resident", "Rotate", "Rounding", "Scale", "Scope",
+    "Select", "Shift", "Side", "Site", "Sources", "Tap", "Transform", "activate", "adapters", "add_branch", "axes", "begin_step",
+    "branches", "cut", "delete_adapter", "dispatch", "expression", "expressions", "fingerprint", "finite", "first_vectors", "fits",
+    "fork", "gathered", "harden", "is_woven", "match", "mode", "must_be_whole", "name_of", "output_sites", "own_keys", "per_row",
+    "places", "plain_tensors", "pretrained", "put", "refusals", "rename_adapter", "rotation", "set_expressions", "set_taps", "shifts",
+    "site", "stack_of", "table_of", "tagged", "take_apart", "taps", "transport", "trunk", "unbranch", "untap", "untie", "unweave",
+    "vectors", "weave",
 ]  # fmt: skip

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from weft.error import NumericError, OptionError
-from weft.expr import Dense, Expr, LowRank, Signs, SparseDelta, fork, identity, spec, tensors, terms_of, total
-from weft.expr.gated import settled
-from weft.expr.mixed import added_low_rank
+from weft.expr import Dense, Expr, LowRank, fork, total
+from weft.model.parts import Factors, Part, apart, by_terms, factors, multiples, wide, widest
 
 SLICE = 1 << 20
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
-Part = tuple[float, Expr]
-Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
 T = TypeVar("T")
+
+
+Scope = Literal["weight", "layer", "model"]
+"""What a merge looks at to decide: each weight alone, all of its layer (of what is in none, each alone), or all that is merged."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Weights that a merge measures together: all of a layer, or of a model."""
+
+    open: Callable[[], Iterator[Sources]]
+    """Every one of them, its members in the same order."""
+    entries: int
+    found: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What was measured."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,9 @@ class Sources:
     """The place that each member had in the call; none where they stand as they were given."""
     marks: tuple[str, ...] = ()
     """What tells every member's values from others, by which they were put in order."""
+    widen: Callable[[Scope], Sources] | None = None
+    """The same, measured together with others; none where there are no others."""
+    together: Together | None = None
     _drawing: dict[str, torch.Generator] | None = None
     """Generators that slices draw from in turn."""
 
@@ -99,24 +114,55 @@ class Sources:
         return (self._value(e, f"the base of {label}") for e, label in zip(self.own, self._labels(), strict=True))
 
     def deltas_of(self, k: int) -> Iterator[Float[Tensor, "s n"]]:
-        """The task vector of the member at this place, in slices of rows. Errors: NumericError; OptionError without a base."""
+        """The task vector of the member at this place, in slices of rows, of all that is measured together.
+
+        Errors: NumericError; OptionError without a base.
+        """
+        return (next(part.deltas()) for whole in self._measured() for part in whole._alone(k).slices())
+
+    def _alone(self, k: int) -> Sources:
+        """The same with one member."""
         one = slice(k, k + 1)
-        alone = replace(
+        return replace(
             self,
             members=self.members[one],
             weights=self.weights[one],
             own=self.own[one],
             labels=tuple(self._labels()[one]),
         )
-        return (next(part.deltas()) for part in alone.slices())
 
     def growth(self, k: int, left: Callable[[Sources, Float[Tensor, "s n"]], Float[Tensor, "s n"]]) -> float:
-        """Σ|d_k| / Σ|what is left of d_k|, in slices of rows; one where nothing is left. Errors: as `deltas_of`."""
+        """Σ|d_k| / Σ|what is left of d_k| over all that is measured together; one where nothing is left. Errors: as `deltas_of`."""
         whole = size = 0.0
-        for part, d in zip(self.slices(), self.deltas_of(k), strict=True):
+        for part, d in zip(self.across(), self.deltas_of(k), strict=True):
             whole += float(d.abs().sum(dtype=torch.float64))
             size += float(left(part, d).abs().sum(dtype=torch.float64))
         return whole / size if size else 1.0
+
+    def over(self, scope: Scope) -> Sources:
+        """The same, measured together with the weights in scope."""
+        return self if scope == "weight" or self.widen is None else self.widen(scope)
+
+    @property
+    def entries(self) -> int:
+        """How many entries are measured together."""
+        return self.together.entries if self.together else self.shape[0] * self.shape[1]
+
+    def across(self) -> Iterator[Sources]:
+        """All that is measured together, in slices of rows: this weight, or its layer, or the model."""
+        return (part for whole in self._measured() for part in whole.slices())
+
+    def once(self, what: str, measure: Callable[[], T]) -> T:
+        """What is measured of all of it, once for all its weights."""
+        if self.together is None:
+            return measure()
+        found = self.together.found
+        if what not in found:
+            found[what] = measure()
+        return found[what]
+
+    def _measured(self) -> Iterator[Sources]:
+        return self.together.open() if self.together else iter([self])
 
     @property
     def origin(self) -> Expr:
@@ -136,7 +182,7 @@ class Sources:
         Where all that take part are the same terms but for low-rank or sparse ones, the result is too: the same terms, and one low-rank
         and one sparse term, both exact. `origin` is the base or a member.
         """
-        return self._whole(_multiples(shares, self.members, origin))
+        return self._whole(multiples(shares, self.members, origin))
 
     def added(self, shares: Sequence[float]) -> Expr:
         """base + Σ_i share_i (member_i - base), or minus what that member was tuned from; as `linear`."""
@@ -149,16 +195,19 @@ class Sources:
 
     def _whole(self, parts: Sequence[Part]) -> Expr:
         """The sum of multiples that add up to one: by terms where that can be, else slice by slice around the last."""
-        whole = total(terms) if (terms := _by_terms(parts)) is not None else None
+        whole = total(terms) if (terms := by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
         labels, exprs = [self._label(e) for _, e in parts], [e for _, e in parts]
         value, at = torch.empty(self.shape, dtype=self.dtype), 0
         for slices in zip(*(e.slices(SLICE) for e in exprs), strict=True):
-            *others, start = (self._value(e, label) for e, label in zip(slices, labels, strict=True))
-            made = start.clone()
+            *others, start = widest([wide(e) for e in slices])
+            made, beside = start.clone(), torch.empty_like(start)
             for (c, _), other in zip(parts, others, strict=False):
-                made += c * (other - start)
+                made += torch.sub(other, start, out=beside).mul_(c)
+            if not bool(torch.isfinite(made.sum())):
+                for e, label in zip(slices, labels, strict=True):
+                    self._value(e, label)
             value[at : (at := at + len(made))] = made
         return Dense(value)
 
@@ -169,11 +218,11 @@ class Sources:
         """
         if self.own:
             return None
-        same, (own, *rest) = _apart([self.origin, *self.members])
+        same, (own, *rest) = apart([self.origin, *self.members])
         terms = [t for held in rest for t in held.values()]
         if own or "adapter:merged" in same or not all(isinstance(t, LowRank) for t in terms):
             return None
-        return {r: fork(t) for r, t in same.items()}, [_factors(held, self.origin.shape) for held in rest]
+        return {r: fork(t) for r, t in same.items()}, [factors(held, self.origin.shape) for held in rest]
 
     def slices(self) -> Iterator[Sources]:
         """The same in slices of rows of at most `SLICE` entries, without what data says. What is drawn goes on from slice to slice."""
@@ -217,8 +266,7 @@ class Sources:
         )
 
     def _value(self, e: Expr, label: str) -> Tensor:
-        value = e.dense().detach()
-        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        value = wide(e)
         sound = bool(torch.isfinite(value.sum()))  # of finite values too, if it does not overflow
         if not sound and (bad := value.numel() - int(torch.isfinite(value).sum())):
             got = f"{bad} of {value.numel()} entries NaN or infinite"
@@ -227,65 +275,3 @@ class Sources:
                 "a weight is not finite", where=f"{self.name} of {label}", got=got, want="finite values", fix=fix
             )
         return value
-
-
-def _multiples(shares: Sequence[float], members: Sequence[Expr], origin: Expr) -> list[Part]:
-    """What sums to origin + Σ_i share_i (member_i - origin): multiples that add up to one, without those of zero; the origin last."""
-    made = [(c, e) for c, e in zip(shares, members, strict=True) if c and e is not origin]
-    rest = 1 - math.fsum(c for c, _ in made)
-    return [*made, (rest, origin)] if abs(rest) > 1e-12 else made
-
-
-def _by_terms(parts: Sequence[Part]) -> dict[str, Expr] | None:
-    """The sum of these multiples, which add up to one, by its terms: those that all hold alike, and a low-rank and a sparse one.
-
-    None where their bases differ, or another term does.
-    """
-    same, others = _apart([e for _, e in parts])
-    rest = [(c, t) for (c, _), held in zip(parts, others, strict=True) for t in held.values()]
-    low = [(c, t) for c, t in rest if isinstance(t, LowRank)]
-    sparse = [(c, t) for c, t in rest if isinstance(t, SparseDelta | Signs)]
-    made: dict[str, Expr] = {}
-    if low:
-        made["adapter:merged"] = added_low_rank(low)
-    if sparse:
-        made["adapter:merged-sparse"] = added_sparse(sparse)
-    if "base" not in same or len(low) + len(sparse) < len(rest) or made.keys() & same.keys():
-        return None
-    return {r: fork(t) for r, t in same.items()} | made
-
-
-def _apart(exprs: Sequence[Expr]) -> tuple[dict[str, Expr], list[dict[str, Expr]]]:
-    """The terms that all of these hold alike, and what each has besides, by role."""
-    held = [{r: settled(t) for r, t in terms_of(e).items()} for e in exprs]
-    first, *others = held
-    same = {r: t for r, t in first.items() if all(r in h and alike(h[r], t) for h in others)}
-    return same, [{r: t for r, t in h.items() if r not in same} for h in held]
-
-
-def _factors(terms: Mapping[str, Expr], shape: tuple[int, int]) -> Factors:
-    """The sum of these low-rank terms as one product; of none, of rank zero."""
-    if not terms:
-        return torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64)
-    whole = added_low_rank([(1.0, t) for t in terms.values() if isinstance(t, LowRank)])
-    return whole.b.double(), whole.a.double()
-
-
-def added_sparse(parts: Sequence[tuple[float, SparseDelta | Signs]]) -> SparseDelta:
-    """Σ c delta at every place where one of them has an entry."""
-    value, mask = torch.zeros(()), torch.zeros((), dtype=torch.bool)
-    for c, t in parts:
-        value, mask = value + c * t.dense().detach(), mask | t.mask()
-    return SparseDelta.of(value, mask)
-
-
-def alike(a: Expr, b: Expr) -> bool:
-    """Whether two expressions are the same tree over the same numbers."""
-    if a is b:
-        return True
-    one, two = tensors(a), tensors(b)
-    return spec(a) == spec(b) and all(
-        identity(t) == identity(two[k])
-        or (t.dtype == two[k].dtype and t.shape == two[k].shape and torch.equal(t, two[k]))
-        for k, t in one.items()
-    )

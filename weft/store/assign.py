@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from weft.error import FormatError, WeftError, raise_all
 from weft.model import take_apart
 from weft.store.audit import Entry
+from weft.store.bare import Bare
 from weft.store.checkpoint import nearest, read_object
 from weft.store.library import library, maker, remember
 
@@ -145,6 +146,8 @@ def names(model: nn.Module, entries: Iterable[str], where: str) -> dict[str, str
 
 def names_on_disk(model: nn.Module, named: Iterable[str]) -> dict[str, str]:
     """The model's names to those that checkpoints of its class use."""
+    if isinstance(model, Bare):
+        return {n: n for n in named}
     from transformers.core_model_loading import PrefixChange, apply_renamings
 
     steps = [s.reverse_transform() for s in reversed(_renamings(model, old=False)) if not isinstance(s, PrefixChange)]

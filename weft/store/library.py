@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from weft.error import FormatError, OptionError, PathError, WeftError
+from weft.store.bare import Bare
 from weft.store.files import read_json
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "weft": "model"}
@@ -20,6 +21,8 @@ STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "weft"
 
 def library(model: nn.Module) -> str:
     """`transformers`, `diffusers` or `weft`. Errors: OptionError for a model that is nobody's, which no folder can describe."""
+    if isinstance(model, Bare):
+        return "transformers"
     import transformers
 
     diffusers: Any = sys.modules.get("diffusers")
@@ -53,8 +56,10 @@ def stem_in(folder: Path) -> str:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The model's configuration as its file holds it, with the name of its class."""
     held = cast(Any, model)
-    if library(model) == "diffusers":
-        made: dict[str, Any] = json.loads(held.to_json_string())
+    if isinstance(model, Bare):
+        made: dict[str, Any] = model.configuration()
+    elif library(model) == "diffusers":
+        made = json.loads(held.to_json_string())
     else:
         made = {**json.loads(held.config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
     made.pop("_name_or_path", None)

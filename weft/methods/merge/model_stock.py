@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Sources, method
+from weft.engine import Scope, Sources, method
 from weft.expr import Expr
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def model_stock(
         Literal["base", "away"],
         Field(description="task vectors that point apart: the base stays, or as far away as the formula says"),
     ] = "base",
+    scope: Annotated[
+        Scope, Field(description="what t is measured over: each weight, each layer, or the model")
+    ] = "weight",
 ) -> Expr:
     """base + t Σ_k a_k d_k, d_k = member_k - base, a_k = w_k / Σ_j w_j, t = c / (A + (1 - A) c), A = Σ_k a_k².
 
@@ -33,10 +36,11 @@ def model_stock(
     equal weights t = K c / (1 + (K - 1) c), as in the paper. Departures: members of other weights; c below zero counts as zero, the base,
     but with opposed=away.
     """
+    s = s.over(scope)
     shares = s.shares()
-    sizes = [math.sqrt(sum(float(d.double().square().sum()) for d in s.deltas_of(k))) for k in range(len(shares))]
+    sizes = s.once("sizes", lambda: _sizes(s))
     units = [a / size if size else 0.0 for a, size in zip(shares, sizes, strict=True)]
-    together = sum(float(_sum(units, part).square().sum()) for part in s.slices())
+    together = s.once("together", lambda: sum(float(_sum(units, part).square().sum()) for part in s.across()))
     alike, t = math.fsum(a * a for a in shares), 1.0
     if alike < 1:
         c = (together - math.fsum((u * size) ** 2 for u, size in zip(units, sizes, strict=True))) / (1 - alike)
@@ -44,6 +48,11 @@ def model_stock(
         whole = alike + (1 - alike) * c
         t = c / whole if abs(whole) > 1e-6 else 0.0
     return s.added([t * a for a in shares])
+
+
+def _sizes(s: Sources) -> list[float]:
+    """|d_k| of every member."""
+    return [math.sqrt(sum(float(d.double().square().sum()) for d in s.deltas_of(k))) for k in range(len(s.members))]
 
 
 def _sum(units: Sequence[float], part: Sources) -> Float[Tensor, "m n"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Sources, method
+from weft.engine import Scope, Sources, method
 from weft.expr import Expr
 
 if TYPE_CHECKING:
@@ -22,16 +22,17 @@ def slerp(
     straight: Annotated[
         float, Field(ge=1e-6, le=0.1, description="angle in radians below which the straight line is taken")
     ] = 1e-6,
+    scope: Annotated[
+        Scope, Field(description="what the angle is measured over: each weight, each layer, or the model")
+    ] = "weight",
 ) -> Expr:
     """sin((1 - t) Ω) / sin Ω · first + sin(t Ω) / sin Ω · second, Ω the angle between the two as vectors, t = w_2 / (w_1 + w_2).
 
     For weights in one direction that is the straight line. Between opposite ones, and to zero, there is no arc: the straight line
     is taken, which is declared.
     """
-    t, xx, xy, yy = s.shares()[1], 0.0, 0.0, 0.0
-    for part in s.slices():
-        x, y = (v.double() for v in part.values())
-        xx, xy, yy = xx + float(x.square().sum()), xy + float((x * y).sum()), yy + float(y.square().sum())
+    s = s.over(scope)
+    t, (xx, xy, yy) = s.shares()[1], s.once("products", lambda: _products(s))
     size = math.sqrt(xx) * math.sqrt(yy)
     angle = math.acos(max(-1.0, min(1.0, xy / size))) if size else 0.0
     arc = straight < angle < math.pi - max(straight, 1e-3)
@@ -44,6 +45,15 @@ def slerp(
         return a * x + b * y if arc else x + b * (y - x)
 
     return s.by_slices(rows)
+
+
+def _products(s: Sources) -> tuple[float, float, float]:
+    """x · x, x · y and y · y of the two."""
+    xx = xy = yy = 0.0
+    for part in s.across():
+        x, y = (v.double() for v in part.values())
+        xx, xy, yy = xx + float(x.square().sum()), xy + float((x * y).sum()), yy + float(y.square().sum())
+    return xx, xy, yy
 
 
 @slerp.claim(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from weft.engine import Each, Sources, method
+from weft.engine import Each, Scope, Sources, method
 from weft.expr import Expr
 from weft.linalg.votes import agreed, drawn, elected, kept, limit, odds, summed
 
@@ -46,18 +46,24 @@ def ties(
         Field(description="of what is kept, the mean where signs agree, the sum where they do, or all of it is added"),
     ] = "ties",
     scale: Annotated[float, Field(ge=-10, le=10, description="how much of the merged task vector is added")] = 1.0,
+    scope: Annotated[
+        Scope, Field(description="what the largest entries are chosen within: each weight, each layer, or the model")
+    ] = "weight",
 ) -> Expr:
     """base + scale · mean over the members with sign(d_k) = sign(Σ_k w_k d_k) of d_k, weighted by w_k, entry by entry.
 
-    d_k are the largest entries of member_k - base. Departures from the paper: they are chosen within each weight, not over the
-    whole model; where both signs have the same mass, the base's entry stays.
+    d_k are the largest entries of member_k - base. Departures from the paper: they are chosen within each weight, and over the whole
+    model, as there, with scope=model; where both signs have the same mass, the base's entry stays.
     outliers, with then=add, is Breadcrumbs (arXiv 2312.06795): of the largest entries, those that are far larger are left out too, and
     scale · Σ_k w_k d_k is added. spread is DELLA (arXiv 2406.11617): an entry is kept with a probability p that grows evenly with the
     rank of its size within its row, and divided by p; its ε is 2 · spread · min(density, 1 - density), so that p is in 0 to 1.
     rescale=size: times the factor, one a member and weight, that makes Σ|d_k| what it was before.
     """
+    s = s.over(scope)
     own = list(zip(s.each(density), s.each(outliers), s.each(spread), strict=True))
-    bounds = [_bounds(s, k, share, far, bool(wide)) for k, (share, far, wide) in enumerate(own)]
+    bounds = s.once(
+        "bounds", lambda: [_bounds(s, k, share, far, bool(wide)) for k, (share, far, wide) in enumerate(own)]
+    )
 
     def left(k: int, part: Sources, d: Tensor) -> Tensor:
         (share, _, wide), (least, most) = own[k], bounds[k]
@@ -67,7 +73,8 @@ def ties(
         p = odds(d, share, wide)
         return drawn(d / p if rescale == "odds" else d, p, part.rng(f"ties {k}"))
 
-    times = [s.growth(k, partial(left, k)) if rescale == "size" else 1.0 for k in range(len(own))]
+    size = rescale == "size"
+    times = s.once("times", lambda: [s.growth(k, partial(left, k)) if size else 1.0 for k in range(len(own))])
 
     def rows(part: Sources) -> Tensor:
         votes = (
@@ -81,7 +88,7 @@ def ties(
 
 def _bounds(s: Sources, k: int, density: float, outliers: float, draws: bool) -> tuple[float, float]:
     """The sizes from which, and up to which, entries of a task vector are kept; what draws them looks at all but outliers."""
-    count = s.shape[0] * s.shape[1]
+    count = s.entries
     far = int(outliers * count)
     most = limit(lambda: s.deltas_of(k), far + 1) if far else math.inf
     above = sum(int((d.abs() > most).sum()) for d in s.deltas_of(k)) if far else 0

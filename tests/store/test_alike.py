@@ -1,0 +1,160 @@
+"""Models loaded without their classes: what they hold, what a merge of them is, and what is left to their classes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_tiny
+
+import weft
+from weft.engine.outline import Outline
+from weft.error import ChangedError, NumericError
+from weft.model import expressions, places, plain_tensors
+from weft.store.alike import alike
+from weft.store.bare import Bare
+
+CONFIG = """
+merge_method: {method}
+base_model: m0
+models: [{{model: m1}}, {{model: m2}}]
+parameters: {{weight: [0.2, 0.5], density: 0.6}}
+dtype: {dtype}
+"""
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> list[Path]:
+    """Three models near each other, in bfloat16, of more layers than digits."""
+    made: list[Path] = []
+    for i in range(3):
+        model, g = build_tiny("llama", layers=11), torch.Generator().manual_seed(i)
+        for p in model.parameters():
+            p.data += 0.01 * torch.randn(p.shape, generator=g)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / f"m{i}")  # type: ignore[operator]
+        made.append(tmp_path / f"m{i}")
+    return made
+
+
+def test_they_hold_what_the_classes_hold(family: list[Path]) -> None:
+    """Names, values, dtypes, blocks; the class's name and configuration."""
+    found = alike(family)
+    assert found is not None
+    for path, model in zip(family, found, strict=True):
+        whole = weft.load(path)
+        assert isinstance(model, Bare) and type(model).__name__ == type(whole).__name__
+        ours, theirs = expressions(model), expressions(whole)
+        assert set(ours) == set(theirs) and all(torch.equal(ours[n].dense(), e.dense()) for n, e in theirs.items())
+        assert {n: p.dtype for n, p in places(model).items()} == {n: p.dtype for n, p in places(whole).items()}
+        vectors, wanted = plain_tensors(model), plain_tensors(whole)
+        assert set(vectors) == set(wanted)
+        assert all(vectors[n].dtype == t.dtype and torch.equal(vectors[n], t) for n, t in wanted.items())
+        assert Outline(model).blocks == 11
+        assert model.configuration() == json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "task_arithmetic"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merge_of_them_has_the_same_bytes(
+    method: str, dtype: str, family: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without classes; what is written loads, its configuration says the dtype, and it can be merged again."""
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.format(method=method, dtype=dtype)
+    (tmp_path / "c.yml").write_text(
+        text if method != "linear" else text.replace("base_model: m0\n", "").replace(", density: 0.6", "")
+    )
+    weft.merge_config("c.yml", "bare")
+    with monkeypatch.context() as m:
+        m.setattr("weft.mergekit.alike", lambda *_: None)
+        weft.merge_config("c.yml", "whole")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("bare", "whole"))
+    assert one.keys() == two.keys()
+    assert all(t.dtype == one[n].dtype and torch.equal(t, one[n]) for n, t in two.items())
+    assert weft.load(tmp_path / "bare").config.dtype == getattr(torch, dtype)
+    assert weft.verify(tmp_path / "bare") == [] and alike([tmp_path / "bare"]) is not None
+
+
+def test_no_class_is_imported(family: list[Path], tmp_path: Path) -> None:
+    """Neither of the model nor of its tokenizer."""
+    (tmp_path / "c.yml").write_text(CONFIG.format(method="ties", dtype="bfloat16"))
+    said = (
+        "import sys, weft; weft.merge_config('c.yml', 'out');"
+        "print([m for m in sys.modules if m in ('transformers.modeling_utils', 'transformers.models.llama.modeling_llama')])"
+    )
+    run = subprocess.run([sys.executable, "-c", said], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def edited(path: Path, **said: Any) -> None:
+    """Other entries of config.json; those that are None go."""
+    held = json.loads((path / "config.json").read_text()) | said
+    (path / "config.json").write_text(json.dumps({k: v for k, v in held.items() if v is not None}))
+
+
+def tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Other tensors in the file."""
+    held = load_file(path / "model.safetensors")
+    change(held)
+    save_file(held, path / "model.safetensors", {"format": "pt"})
+
+
+NORM = "model.norm.weight"
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "another configuration": lambda p: edited(p, rope_theta=1.0),
+    "code of its own": lambda p: edited(p, auto_map={"AutoModel": "x.Y"}),
+    "codes": lambda p: edited(p, quantization_config={"quant_method": "gptq"}),
+    "no class": lambda p: edited(p, architectures=None),
+    "two tables that may be tied": lambda p: edited(p, tie_word_embeddings=None),
+    "a tensor less": lambda p: tensors(p, lambda held: held.pop(NORM)),
+    "another shape": lambda p: tensors(p, lambda held: held.update({NORM: held[NORM][:-1].clone()})),
+    "a buffer": lambda p: tensors(p, lambda held: held.update({"model.rotary.inv_freq": torch.ones(3)})),
+    "stacked matrices": lambda p: tensors(p, lambda held: held.update({"model.x.weight": torch.ones(2, 3, 4)})),
+    "integers": lambda p: tensors(p, lambda held: held.update({"model.x.weight": torch.ones(2, 3).int()})),
+    "inputs by outputs": lambda p: tensors(p, lambda held: held.update({"model.c_attn.weight": torch.ones(2, 3)})),
+    "a name of a module's own": lambda p: tensors(p, lambda held: held.update({"model.forward.weight": torch.ones(2)})),
+    "a name under another": lambda p: tensors(
+        p, lambda held: held.update({"model.x.weight": torch.ones(2), "model.x.weight.bias": torch.ones(2)})
+    ),
+    "no checkpoint": lambda p: (p / "model.safetensors").unlink(),
+    "no configuration": lambda p: (p / "config.json").write_text("["),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("every", [False, True])
+def test_what_is_not_alike_is_left_to_the_classes(case: str, every: bool, family: list[Path]) -> None:
+    """One of them, or all: what is the same everywhere, and usual, needs no class."""
+    for path in family if every else family[1:2]:
+        OTHERS[case](path)
+    found = alike(family)
+    assert (
+        found is not None
+        if every and case in ("another configuration", "a tensor less", "another shape")
+        else found is None
+    )
+
+
+def test_a_weft_folder_is_left_to_its_class(family: list[Path], tmp_path: Path) -> None:
+    model = weft.load(family[1])
+    weft.apply(model, "rtn", bits=4)
+    weft.save(model, tmp_path / "woven")
+    assert alike([family[0], tmp_path / "woven"]) is None
+
+
+def test_values_are_checked(family: list[Path], tmp_path: Path) -> None:
+    """As by `load`: not finite, or not what weft wrote."""
+    weft.save(weft.load(family[0]), tmp_path / "saved")
+    tensors(tmp_path / "saved", lambda held: held[NORM].add_(1))
+    with pytest.raises(ChangedError, match=NORM):
+        alike([tmp_path / "saved"])
+    tensors(family[1], lambda held: held[NORM].fill_(torch.nan))
+    with pytest.raises(NumericError, match=NORM):
+        alike(family)

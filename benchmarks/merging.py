@@ -57,7 +57,7 @@ with open("m0/model.safetensors", "rb") as f, open(sys.argv[1] + "/model.safeten
     os.fsync(out.fileno())
 """
 IMPORTS = {
-    "weft": "import weft.cli.app, weft.mergekit, transformers.models.llama.modeling_llama",
+    "weft": "import weft.cli.app, weft.mergekit",
     "mergekit": "import mergekit.scripts.run_yaml",
 }
 MEMBERS = """

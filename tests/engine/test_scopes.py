@@ -13,6 +13,7 @@ from tiny import build_tiny
 from torch import Tensor, nn
 
 import weft
+from weft.engine.run import Step
 from weft.error import OptionError
 from weft.methods.merge import slerp as slerp_file
 from weft.methods.merge import ties as ties_file
@@ -128,6 +129,18 @@ def test_it_is_measured_once(method: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(file, name, lambda *a: asked.append(1) or measure(*a))
     weft.combine(members, method, scope="model", **how, **({} if method == "slerp" else {"base": base}))
     assert len(asked) == (1 if method == "slerp" else count)
+
+
+def test_weights_with_options_of_their_own_share_no_measures() -> None:
+    """Each chooses by its own share of all in scope."""
+    base, *members = family(3)
+    head, near = "lm_head.weight", {n: Step.of("ties", density=d, scope="model") for n, d in ((0, 0.3), (1, 0.8))}
+    made = weft.merging.combined(
+        members, "ties", base=base, scope="model", per=lambda n: (near[n == head], [1.0, 1.0, 1.0])
+    ).model
+    few, many = (weft.combine(members, "ties", base=base, scope="model", density=d) for d in (0.3, 0.8))
+    for name, e in expressions(made).items():
+        assert torch.equal(e.dense(), expressions(many if name == head else few)[name].dense())
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])

@@ -67,7 +67,8 @@ class Plan:
 
     @functools.cached_property
     def _scopes(self) -> Scopes:
-        return Scopes(self.lead, (*self.sites, *self.vectors), self._sources, self.merge.about)
+        how = {n: f"{step.describe()} {[*weights]}" for n, (step, weights) in self.merge.how.items()}
+        return Scopes(self.lead, (*self.sites, *self.vectors), self._sources, self.merge.about, how.__getitem__)
 
     def weight(self, name: str) -> Expr:
         """What a site becomes. Errors: the method's."""

@@ -28,15 +28,19 @@ class Scopes:
     """What is merged of this name, its members in this order."""
     about: Callable[[Sources], str]
     """A hash of what that depends on."""
-    _held: dict[Names, tuple[Names, Together]] = field(default_factory=dict[Names, tuple[Names, Together]])
+    how: Callable[[str], str]
+    """How that is merged: names that are merged otherwise share no measures."""
+    _held: dict[tuple[Names, str], tuple[Names, Together]] = field(
+        default_factory=dict[tuple[Names, str], tuple[Names, Together]]
+    )
     _told: dict[str, str] = field(default_factory=dict[str, str])
 
     def wider(self, name: str, scope: Scope) -> Sources:
         """What is merged of a name, measured with all in scope; there members have one order, which depends on their values alone."""
         group = self._group(name, scope)
-        if group not in self._held:
-            self._held[group] = self._joined(group)
-        labels, together = self._held[group]
+        if (key := (group, self.how(name))) not in self._held:
+            self._held[key] = self._joined(name, group)
+        labels, together = self._held[key]
         return replace(self.open(name, labels), together=together)
 
     def about_all(self, name: str, scope: Scope) -> list[str]:
@@ -49,12 +53,14 @@ class Scopes:
                 self._told[n] = self.about(self.open(n, None))
         return [self._told[n] for n in group]
 
-    def _joined(self, group: Names) -> tuple[Names, Together]:
-        held = [self.open(n, None) for n in group]
-        marks = [dict(zip(s.labels, s.marks, strict=True)) for s in held]
-        weights = dict(zip(held[0].labels, held[0].weights, strict=True))
+    def _joined(self, name: str, group: Names) -> tuple[Names, Together]:
+        held = {n: self.open(n, None) for n in group}
+        marks = [dict(zip(s.labels, s.marks, strict=True)) for s in held.values()]
+        weights = dict(zip(held[name].labels, held[name].weights, strict=True))
         labels = tuple(sorted(weights, key=lambda label: ([m[label] for m in marks], weights[label])))
-        return labels, Together(lambda: (self.open(n, labels) for n in group), sum(math.prod(s.shape) for s in held))
+        return labels, Together(
+            lambda: (self.open(n, labels) for n in group), sum(math.prod(s.shape) for s in held.values())
+        )
 
     def _group(self, name: str, scope: Scope) -> Names:
         if scope == "model":

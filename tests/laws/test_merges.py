@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from weft.error import ConflictError, NumericError, OptionError, ShapeError, Wef
 from weft.expr import Dense, Expr, LowRank, SparseDelta, Sum, terms_of, total
 from weft.linalg.votes import elected, trimmed
 from weft.model import fingerprint, fork, plain_tensors, set_expressions, weave
+from weft.model.sources import Together
 
 from .cases import EXPRS, MERGES, ROUTED, STARTS, dense, features, instances, options, quantized, rng, snapshot, weight
 
@@ -180,11 +182,19 @@ def what_overflows_is_refused(name: str) -> None:
 
 
 def settings(name: str) -> list[Sources]:
-    """Members anywhere, around their base, and near each other."""
+    """Members anywhere, around their base, and near each other, and with another weight to look at."""
     members = random(name)
     mean = torch.stack([e.dense() for e in members]).mean(0)
     near: list[Expr] = [Dense(mean + 0.03 * (e.dense() - mean)) for e in members]
-    return [sources(members), sources(members, base=Dense(mean)), sources(near)]
+    return [sources(members), sources(members, base=Dense(mean)), sources(near), beside(sources(members))]
+
+
+def beside(s: Sources) -> Sources:
+    """The same in a layer with another weight, of other size and other likeness."""
+    first, *rest = s.members
+    others = [Dense(3 * first.dense()), *(Dense(first.dense() + 0.1 * e.dense()) for e in rest)]
+    held = [s, replace(s, name="v", members=tuple(others))]
+    return replace(s, widen=lambda _: replace(s, together=Together(lambda: iter(held), 2 * s.entries)))
 
 
 def options_work_or_are_refused(name: str) -> None:

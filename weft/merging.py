@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,8 @@ from weft.learn.tokenizer import source, tokenizer
 from weft.progress import Progress, Silent
 from weft.stats import Batch, collect, fishers
 from weft.store.cache import Cache, default
-from weft.store.save import save
+from weft.store.save import WORDS, save, travelling
+from weft.store.swap import digest
 
 Data = str | Sequence[Batch]
 """Texts by the name of a file, a folder or a lab task; or batches of a model's inputs."""
@@ -280,16 +280,10 @@ def other_words(models: Sequence[nn.Module]) -> list[WeftError]:
 
 
 def _word_files(model: nn.Module) -> str:
-    """A hash of all files of a tokenizer, which takes less than reading it; of a model that came from no folder, a name of its own."""
-    folder, word = Path(source(model) or "?"), hashlib.blake2b(digest_size=16)
-    if not folder.is_dir():
+    """The hashes of a tokenizer's files, which take less than reading it; of a model that came from no folder, a name of its own."""
+    if not (folder := source(model)) or not Path(folder).is_dir():
         return str(id(model))
-    for path in sorted({p for pattern in _WORDS for p in folder.glob(pattern) if p.is_file()}):
-        word.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
-    return word.hexdigest()
-
-
-_WORDS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model")
+    return repr(sorted((name, digest(path)["blake2b"]) for name, path in travelling(Path(folder), WORDS).items()))
 
 
 def _words(model: nn.Module) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ class Plan:
     @functools.cached_property
     def _scopes(self) -> Scopes:
         how = {n: f"{step.describe()} {[*weights]}" for n, (step, weights) in self.merge.how.items()}
-        return Scopes(self.lead, (*self.sites, *self.vectors), self._sources, self.merge.about, how.__getitem__)
+        return Scopes(self.lead, (*self.sites, *self.vectors), how, self._sources, self.merge.about)
 
     def weight(self, name: str) -> Expr:
         """What a site becomes. Errors: the method's."""
@@ -100,7 +100,7 @@ class Plan:
 
     def _about(self, s: Sources) -> str:
         """A hash of all that a weight depends on: of what is measured with it too."""
-        scope = cast(Scope, dict(self.merge.step.options).get("scope", "weight"))
+        scope = cast(Scope, dict(self.merge.how[s.name][0].options).get("scope", "weight"))
         told = [self.merge.about(s), *self._scopes.about_all(s.name, scope)]
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
@@ -230,7 +230,7 @@ class _Merge:
     ) -> Sources:
         """One weight, of which `held` has every model's; members in this order, or in one that their values alone decide."""
         weights = dict(zip(self.labels, map(float, self.how[name][1]), strict=True))
-        marks = {label: _mark(held[label]) for label in self.labels}
+        marks = {label: _mark(held[label]) for label in self.labels} if labels is None else {}
         labels = labels or sorted(self.labels, key=lambda label: (marks[label], weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
@@ -247,7 +247,7 @@ class _Merge:
             grams=tuple(e.gram(name) for e in seen if e.stats is not None) if linear else (),
             fishers=tuple(e.fisher[name] for e in seen if name in e.fisher),
             order=tuple(self.labels.index(label) for label in labels),
-            marks=tuple(marks[label] for label in labels),
+            marks=tuple(marks[label] for label in labels if marks),
         )
 
     def __call__(self, s: Sources) -> Expr:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -24,12 +24,12 @@ class Scopes:
     lead: nn.Module
     names: Names
     """All that is merged, in the model's order."""
+    how: Mapping[str, str]
+    """How each is merged: names that are merged otherwise share no measures."""
     open: Callable[[str, Sequence[str] | None], Sources]
-    """What is merged of this name, its members in this order."""
+    """What is merged of this name, its members in this order; hashed, and in the order of the hashes, without one."""
     about: Callable[[Sources], str]
     """A hash of what that depends on."""
-    how: Callable[[str], str]
-    """How that is merged: names that are merged otherwise share no measures."""
     _held: dict[tuple[Names, str], tuple[Names, Together]] = field(
         default_factory=dict[tuple[Names, str], tuple[Names, Together]]
     )
@@ -38,7 +38,7 @@ class Scopes:
     def wider(self, name: str, scope: Scope) -> Sources:
         """What is merged of a name, measured with all in scope; there members have one order, which depends on their values alone."""
         group = self._group(name, scope)
-        if (key := (group, self.how(name))) not in self._held:
+        if (key := (group, self.how[name])) not in self._held:
             self._held[key] = self._joined(name, group)
         labels, together = self._held[key]
         return replace(self.open(name, labels), together=together)

@@ -35,9 +35,13 @@ class Lab:
     """Where claims are tried: lab models, their texts and a cache, so that what two claims share is computed once."""
 
     def __init__(
-        self, subjects: Sequence[Subject] | None = None, *, cache: Cache | None = None, seeds: int = SEEDS,
+        self,
+        subjects: Sequence[Subject] | None = None,
+        *,
+        cache: Cache | None = None,
+        seeds: int = SEEDS,
         rates: Mapping[str, float] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`subjects`: the lab models, if not those installed. `rates`: what earlier proofs found. Errors: OptionError for too few seeds."""
         if seeds < SEEDS:
             raise OptionError("too few seeds", where="seeds", got=seeds, want=f"at least {SEEDS}", fix="use more seeds")
@@ -56,10 +60,8 @@ class Lab:
 
     def _with(self, models: Collection[str], where: str) -> Lab:
         if not models:
-            got, want = (
-                f"a lab of {', '.join(self.trials)}",
-                "a model that the claim is about, and known answers hold on",
-            )
+            got = f"a lab of {', '.join(self.trials)}"
+            want = "a model that the claim is about, and known answers hold on"
             fix = "weft prove --known tells what holds; --model chooses others"
             raise ConflictError("no lab model is left for this claim", where=where, got=got, want=want, fix=fix)
         made = copy(self)
@@ -154,10 +156,9 @@ class Lab:
         On lab models that write text. Errors: ConflictError if there is none.
         """
         lab = self._writers()
-        runs: dict[str, Run] = {arm: partial(changed, how=how) for arm, how in (("ours", ours), ("baseline", baseline))}
-        arms = {
-            arm: ", ".join(f"{k}={v}" for k, v in how.items()) for arm, how in (("ours", ours), ("baseline", baseline))
-        }
+        given = {"ours": ours, "baseline": baseline}
+        runs: dict[str, Run] = {arm: partial(changed, how=how) for arm, how in given.items()}
+        arms = {arm: ", ".join(f"{k}={v}" for k, v in how.items()) for arm, how in given.items()}
         return lab._judge(runs, arms, [], factor, "less")
 
     def read(self, *, ours: Steps) -> Claim:

@@ -75,7 +75,7 @@ def _rate(trial: Trial, chain: Chain, before: Chain) -> float:
     """The rate at which the first seed scores best on examples to choose by."""
     names = (NEW,) if before else TASKS
     if before:
-        _rate(trial, before, ())  # which `_tuned` asks for
+        _rate(trial, before, ())  # which `_tuned` asks for, and the proof is to say
 
     def search(first: Trial) -> float:
         def score(lr: float) -> float:

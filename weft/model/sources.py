@@ -64,7 +64,7 @@ class Sources:
     order: tuple[int, ...] = ()
     """The place that each member had in the call; none where they stand as they were given."""
     marks: tuple[str, ...] = ()
-    """What tells every member's values from others, by which they were put in order."""
+    """What tells every member's values from others, by which they were put in order; none where an order was given."""
     widen: Callable[[Scope], Sources] | None = None
     """The same, measured together with others; none where there are no others."""
     together: Together | None = None

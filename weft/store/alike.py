@@ -23,6 +23,8 @@ _SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use
 """Entries of a configuration in which models that are alike may differ."""
 _TURNED = {"c_attn", "c_fc", "c_proj", "c_mlp", "q_attn"}
 """Layers whose matrices some families store inputs by outputs."""
+_OWN = {*dir(Bare({}, {})), *dir(nn.Linear(1, 1))}
+"""What modules have themselves."""
 
 
 def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.Module] | None:
@@ -68,10 +70,7 @@ def _usual(said: Mapping[str, Any], entries: Mapping[str, Entry]) -> bool:
         named
         and not {"auto_map", "quantization_config", "_class_name"} & said.keys()
         and (tables < 2 or said.get("tie_word_embeddings") is False)
-        and not parts & _TURNED
-        and not any(
-            hasattr(nn.Module, part) or part in ("said", "config", "weight", "bias", "training") for part in parts
-        )
+        and not parts & (_TURNED | _OWN)
         and all(
             name.endswith((".weight", ".bias")) and len(e.shape) in (1, 2) and e.dtype in _FLOATS and 0 not in e.shape
             for name, e in entries.items()

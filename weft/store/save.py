@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +24,11 @@ from weft.store.tensors import Content, Later, size_of
 
 FORMAT = 1
 SHARD = 2 << 30
+WORDS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model")
+"""What a tokenizer is made of."""
 _TRAVEL = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "spiece.model",
-    "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    *WORDS, "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
 
 
@@ -220,9 +221,9 @@ def write_shards(stage: Stage, content: Content, stem: str, loose: set[str] | No
     stage.json(f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def travelling(folder: Path) -> dict[str, Path]:
+def travelling(folder: Path, patterns: Sequence[str] = _TRAVEL) -> dict[str, Path]:
     """The files of a model's folder that belong to it besides weights and configuration, by name."""
-    found = [p for pattern in _TRAVEL for p in sorted(folder.glob(pattern)) if p.is_file()]
+    found = [p for pattern in patterns for p in sorted(folder.glob(pattern)) if p.is_file()]
     return {p.relative_to(folder).as_posix(): p for p in found}
 
 

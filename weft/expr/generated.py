@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 from torch import Tensor
@@ -96,9 +98,22 @@ class Hadamard(Expr):
 
 def hadamard(x: Float[Tensor, "*b n"], block: int) -> Float[Tensor, "*b n"]:
     """The orthonormal Walsh-Hadamard transform of every `block` neighbours, in n log2(block) additions."""
-    y, half = x.unflatten(-1, (-1, block)), 1
-    while half < block:
-        pairs = y.unflatten(-1, (-1, 2, half))
-        y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
-        half *= 2
-    return (y * block**-0.5).flatten(-2)
+    return cast(Tensor, _Hadamard.apply(x, block))
+
+
+class _Hadamard(torch.autograd.Function):
+    """The transform, which is its own adjoint: nothing is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        ctx.block = block
+        y, half = x.unflatten(-1, (-1, block)), 1
+        while half < block:
+            pairs = y.unflatten(-1, (-1, 2, half))
+            y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
+            half *= 2
+        return (y * block**-0.5).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return hadamard(grads[0], ctx.block), None

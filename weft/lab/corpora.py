@@ -53,7 +53,8 @@ def cpp_headers(folders: Sequence[str], nbytes: int, *, seed: int = 0) -> list[T
     return _pieces(found, nbytes, seed)
 
 
-def docstring_pairs(packages: Sequence[str], count: int, *, seed: int = 0) -> list[Pair]:
+@cache
+def docstring_pairs(packages: tuple[str, ...], count: int, *, seed: int = 0) -> tuple[Pair, ...]:
     """Up to `count` functions: what the first line of the docstring says, and the source without the docstring."""
     made: dict[str, Pair] = {}
     for name, path in _shuffled([p for package in packages for p in _python_files(package)], seed):
@@ -61,7 +62,7 @@ def docstring_pairs(packages: Sequence[str], count: int, *, seed: int = 0) -> li
             made.setdefault(pair.query, pair)
         if len(made) >= count:
             break
-    return list(made.values())[:count]
+    return tuple(made.values())[:count]
 
 
 def _package(name: str) -> Path:

@@ -37,7 +37,8 @@ RATES = (1.0, 0.25, 4.0, 16.0)
 """Those that differ by their rate are tuned at these multiples of it."""
 STEPS = 24
 BATCH = 8
-TOKENS = 64
+TOKENS, WORDS = 64, 32
+"""Tokens of a training window, and of either text of a pair."""
 READ = 4096
 """Tokens of its training texts that a member's evidence is of."""
 TRIALS = {"cma": 12}
@@ -173,6 +174,7 @@ def member(trial: Trial, of: Of, way: Chain = (), smoothing: float = 0.0) -> nn.
     task, base = short_task(trial, name, seed), trial.subject.model
     sites = match(base, "all-linear")
     rate = (RATE / 10 if trial.subject.embeds else RATE) * sum(times or [1.0])
+    length = WORDS if trial.subject.embeds else TOKENS
 
     def start() -> nn.Module:
         model = fork(base)
@@ -184,7 +186,7 @@ def member(trial: Trial, of: Of, way: Chain = (), smoothing: float = 0.0) -> nn.
 
     def make() -> dict[str, Tensor]:
         model = start()
-        how: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": TOKENS, "lr": rate, "seed": seed}
+        how: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": length, "lr": rate, "seed": seed}
         how["label_smoothing"] = smoothing
         train(model, task.train, tokenizer=trial.subject.tokenizer, **how)
         return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -195,7 +197,7 @@ def member(trial: Trial, of: Of, way: Chain = (), smoothing: float = 0.0) -> nn.
         chain_key(way),
         STEPS,
         BATCH,
-        TOKENS,
+        length,
         rate,
         seed,
         smoothing,
@@ -318,4 +320,4 @@ def _tests(trial: Trial, of: Sequence[Of]) -> list[Any]:
 def _recipe(trial: Trial, of: Sequence[Of]) -> list[Any]:
     """What a merged arm depends on besides its method."""
     trained = [[seed, times, fingerprint(short_task(trial, name, seed).train)] for name, seed, *times in of]
-    return [STEPS, BATCH, TOKENS, RATE, CHOICE, trained, _tests(trial, of)]
+    return [STEPS, BATCH, TOKENS, WORDS, RATE, CHOICE, trained, _tests(trial, of)]

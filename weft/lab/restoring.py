@@ -47,6 +47,9 @@ def _rate(trial: Trial, chain: Chain) -> float:
     name = key(trial.subject.fingerprint, trial.code, *about)
 
     def search(first: Trial) -> float:
+        prepared(first, model := fork(first.subject.model), chain)
+        if not trainable(model):
+            return RATES[0]
         near = Distance(trial.subject.model, batches, trial.goal, trial.store, name)
 
         def score(rate: float) -> float:

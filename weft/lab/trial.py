@@ -53,7 +53,7 @@ class Subject:
     tuning_task: str
     calibration: int = 8192
     """Tokens of evidence a seed."""
-    units: int = 96
+    units: int = 64
     """Held-out texts of an embedding model a seed; of a language model a quarter as many windows of `length` tokens."""
     length: int = 256
 

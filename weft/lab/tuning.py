@@ -17,7 +17,7 @@ from weft.lab.distance import windows
 from weft.lab.trial import Arm, Trial, task_of, texts
 from weft.learn.data import Example, Pair, Text, fingerprint
 from weft.learn.train import train
-from weft.model import fork
+from weft.model import fork, mode
 
 RATES = (2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 """Learning rates that every arm chooses from, from the middle outward: from what all weights bear to what a few vectors need."""
@@ -34,7 +34,7 @@ SNIPPET = 96
 """Characters of a pair's positive that are."""
 CHOICE, PAIRS_CHOICE = 12, 60
 """Examples that a learning rate is chosen by; of pairs, whose scores vary more, more."""
-TESTED = 160
+TESTED, PAIRS_TESTED = 40, 96
 """Examples that are tested on, at most."""
 
 
@@ -67,7 +67,7 @@ def rate(trial: Trial, chain: Chain, best: dict[int, nn.Module] | None = None) -
 
         return lowest(RATES, score)
 
-    return trial.rate(chain, ["tuned", RATES, *recipe(trial.first)], search)
+    return trial.rate(chain, ["tuned", RATES, *_learnt(trial.first)], search)
 
 
 def lowest(among: Sequence[float], score: Callable[[float], float]) -> float:
@@ -109,13 +109,19 @@ def _task(trial: Trial) -> tasks.Task:
     embeds = trial.subject.embeds
     held = task_of(trial.subject.tuning_task, trial.seed, pairs=embeds)
     select = held.select[: PAIRS_CHOICE if embeds else CHOICE]
-    return dataclasses.replace(held, train=_short(held.train), select=_short(select), test=_short(held.test[:TESTED]))
+    test = held.test[: PAIRS_TESTED if embeds else TESTED]
+    return dataclasses.replace(held, train=_short(held.train), select=_short(select), test=_short(test))
 
 
 def recipe(trial: Trial) -> list[Any]:
     """What a tuned arm depends on besides its chain."""
+    return [*_learnt(trial), fingerprint(_task(trial).test)]
+
+
+def _learnt(trial: Trial) -> list[Any]:
+    """What a learning rate does."""
     task = _task(trial)
-    return [STEPS, BATCH, PAIRS, TOKENS, WORDS, *(fingerprint(part) for part in (task.train, task.select, task.test))]
+    return [STEPS, BATCH, PAIRS, TOKENS, WORDS, fingerprint(task.train), fingerprint(task.select)]
 
 
 def selected(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> float:
@@ -135,7 +141,7 @@ def tried(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
 
 
 def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> nn.Module:
-    """The model after so many steps at this rate, by the chain's optimizer and under its schedule if it has them.
+    """The model after so many steps at this rate, by the chain's optimizer and under its schedule if it has them; frozen.
 
     Errors: NumericError if it diverged.
     """
@@ -148,7 +154,8 @@ def tuned(trial: Trial, chain: Chain, rate: float, steps: int | None = None) -> 
         "seed": trial.seed,
     }
     train(model, _task(trial).train, tokenizer=trial.subject.tokenizer, steps=steps or STEPS, **how, **moves)
-    return model.cpu()
+    mode(model.cpu().requires_grad_(False), "speed")
+    return model
 
 
 def prepared(trial: Trial, model: nn.Module, chain: Chain) -> dict[str, Any]:

@@ -117,4 +117,4 @@ class _Layer:
 
 @autoround.claim("loses less than round-to-nearest at 3 bits")
 def claim(lab: Lab) -> Claim:
-    return lab.compare(ours=[("autoround", {"bits": 3})], baseline=[("rtn", {"bits": 3})])
+    return lab.compare(ours=[("autoround", {"bits": 3, "iters": 60, "lr": 1 / 60})], baseline=[("rtn", {"bits": 3})])

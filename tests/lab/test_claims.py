@@ -590,3 +590,10 @@ def test_lab_models_are_there() -> None:
     with pytest.raises(OptionError, match="no lab model"):
         subjects.installed(["ref-lm", "gpt"])
     assert [s.name for s in subjects.installed()][-1] == "ref-lm"
+
+
+def test_claims_of_one_method_do_not_start_together() -> None:
+    """What they share is made once: others wait for the longest one; what is new comes first."""
+    took = {"soup": 5.0, "soup.greedy": 9.0, "rtn": 7.0, "dare.darex": 1.0}
+    names = ["rtn", "soup", "soup.greedy", "dare", "dare.darex"]
+    assert prove._longest_first(names, took) == ["dare", "soup.greedy", "rtn", "soup", "dare.darex"]

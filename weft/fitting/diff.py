@@ -127,6 +127,9 @@ class _Work:
     error: float = 0.0
     kept: list[Kept] = field(default_factory=list[Kept])
 
+    def __post_init__(self) -> None:
+        self.was, self.now, self.at = expressions(self.base), expressions(self.tuned), places(self.base)
+
     def loose(self) -> dict[str, Expr]:
         """What changed in vectors, as rows."""
         was, now = vectors(self.base), vectors(self.tuned)
@@ -135,7 +138,7 @@ class _Work:
 
     def choose(self, room: int, bars: Progress) -> dict[str, Expr]:
         """What each weight's difference becomes within so many bytes."""
-        sizes = {n: math.prod(e.shape) for n, e in expressions(self.base).items() if self._site(n).original.any()}
+        sizes = {n: math.prod(e.shape) for n, e in self.was.items() if self._site(n).original.any()}
         tables: list[tuple[list[int], list[float]]] = []
         with bars.bar("forms", len(sizes)) as step:
             for name, size in sizes.items():
@@ -172,10 +175,9 @@ class _Work:
 
     def _site(self, name: str) -> Site:
         """What tuning changed in a weight, as a site whose first value it is."""
-        was, now = expressions(self.base)[name], expressions(self.tuned)[name]
-        gap = _gap(now.dense().detach(), was.dense().detach(), name)
+        gap = _gap(self.now[name].dense().detach(), self.was[name].dense().detach(), name)
         seen = self.stats.evidence([name])[name] if self.stats is not None else ()
-        return Site(name, places(self.base)[name].kind, Dense(gap), lambda: gap, seen)
+        return Site(name, self.at[name].kind, Dense(gap), lambda: gap, seen)
 
     def _families(self, site: Site) -> list[list[Form]]:
         return families(site.original, Group((site,)) if site.evidence else None)
@@ -184,7 +186,7 @@ class _Work:
         """The error of what stands for a difference."""
         if self.stats is not None:
             return site.cost
-        gap, w = site.original, expressions(self.base)[site.name].dense().detach().cpu().float()
+        gap, w = site.original, self.was[site.name].dense().detach().cpu().float()
         whole = max(_square(w), _square(w + gap))
         return lambda expr: _square(expr.dense().float() - gap) / whole
 

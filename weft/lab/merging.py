@@ -39,7 +39,7 @@ STEPS = 24
 BATCH = 8
 TOKENS, WORDS = 64, 32
 """Tokens of a training window, and of either text of a pair."""
-READ = 4096
+READ = 2048
 """Tokens of its training texts that a member's evidence is of."""
 TRIALS = {"cma": 12}
 """Merges that a search tries, where it can be told."""

@@ -26,7 +26,7 @@ from weft.stats import forward
 
 SEGMENT, SEGMENTS = 64, 4
 """Tokens that a model reads at once, and how many times as many a text has."""
-STEPS, BATCH = 60, 4
+STEPS, BATCH = 40, 4
 """Steps, and texts a step."""
 RATES = (1e-3, 4e-3)
 """Learning rates that each arm chooses from."""

@@ -86,8 +86,11 @@ def alike(a: Expr, b: Expr) -> bool:
     if a is b:
         return True
     one, two = tensors(a), tensors(b)
-    return spec(a) == spec(b) and all(
-        identity(t) == identity(two[k])
-        or (t.dtype == two[k].dtype and t.shape == two[k].shape and torch.equal(t, two[k]))
-        for k, t in one.items()
-    )
+    return spec(a) == spec(b) and all(identity(t) == identity(two[k]) or _equal(t, two[k]) for k, t in one.items())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same; of those that differ, most do in the first row."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return (a.dim() == 0 or torch.equal(a[:1], b[:1])) and torch.equal(a, b)

@@ -42,4 +42,4 @@ def sparseswaps(
 
 @sparseswaps.claim("loses less than Wanda at 50 % sparsity")
 def claim(lab: Lab) -> Claim:
-    return lab.compare(ours=[("sparseswaps", {"sparsity": 0.5})], baseline=[("wanda", {"sparsity": 0.5})])
+    return lab.compare(ours=[("sparseswaps", {"sparsity": 0.5, "swaps": 30})], baseline=[("wanda", {"sparsity": 0.5})])

@@ -131,6 +131,7 @@ def stream(
                 hashing.result()
             if part and about:
                 part.note(name, about, sums.get(name) or word_sum(value))
+            del value, raw  # before the next is made
         f.flush()
         os.fsync(f.fileno())
         if part:

@@ -13,7 +13,7 @@ CHROMIUM := { { command -v chromium || command -v chromium-browser || command -v
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs prove bench bench-peers fuzz test-browser browser clean
+.PHONY: help venv demo test lint docs prove compositions bench bench-peers fuzz test-browser browser clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -57,9 +57,11 @@ docs: $(READY) ## write docs/methods.md and build the site into site/
 	@$(BIN)/python scripts/docs.py
 	@$(MKDOCS)
 
-prove: $(READY) ## prove every method's claim again (minutes), then refresh docs/methods.md, composition.md and adapters.md
+prove: $(READY) ## try every method's claim again (an hour) and write the verdicts into docs/methods.md
 	@$(BIN)/weft prove --known --all --jobs $(WORKERS)
 	@$(BIN)/python scripts/docs.py
+
+compositions: $(READY) ## what composes with what: try it all, into docs/composition.md and docs/adapters.md (minutes)
 	@$(ONE) $(BIN)/python scripts/composition.py & first=$$!; \
 	  $(ONE) $(BIN)/python scripts/adapters.py; second=$$?; wait $$first && exit $$second
 

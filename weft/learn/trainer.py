@@ -239,10 +239,13 @@ def arguments(
     kinds = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
     every = how.eval_every or how.save_every
     _loggers(how.loggers, save)
+    rising = int(
+        steps * how.warmup
+    )  # from a rate of 0 in the first step, so that in one step alone nothing would change
     args = transformers.TrainingArguments(
         output_dir=str(work), max_steps=steps, learning_rate=how.lr, seed=how.seed, data_seed=how.seed, weight_decay=how.weight_decay,
         lr_scheduler_type=kinds[how.schedule], lr_scheduler_kwargs={"min_lr_rate": 0.1} if how.schedule == "cosine" else {},
-        warmup_steps=max(1, int(steps * how.warmup)) if how.warmup else 0, max_grad_norm=how.clip, logging_steps=1,
+        warmup_steps=rising if rising > 1 else 0, max_grad_norm=how.clip, logging_steps=1,
         save_strategy="steps" if save or score else "no", save_steps=how.save_every, save_total_limit=2,
         eval_strategy="steps" if score else "no", eval_steps=every, load_best_model_at_end=score,
         metric_for_best_model="loss" if score else None, greater_is_better=False if score else None,

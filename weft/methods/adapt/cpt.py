@@ -39,4 +39,4 @@ def cpt(
 
 @cpt.claim("begun as text of the task and held near it, gains more than as many free virtual tokens")
 def claim(lab: Lab) -> Claim:
-    return lab.tune(ours=[("cpt", {"length": 64})], baseline=[("prompt", {"length": 64})], share=1.0)
+    return lab.only("ref-lm").tune(ours=[("cpt", {"length": 64})], baseline=[("prompt", {"length": 64})], share=1.0)

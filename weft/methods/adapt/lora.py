@@ -191,7 +191,7 @@ def loftq(lab: Lab) -> Claim:
 def lq(lab: Lab) -> Claim:
     start = ("rtn", {"bits": 3})
     ours, baseline = (("lora", {"rank": 16, "init": init}) for init in ("lq", "loftq"))
-    return lab.tune(ours=[start, ours], baseline=[start, baseline], share=1.0)
+    return lab.only("ref-lm").tune(ours=[start, ours], baseline=[start, baseline], share=1.0)
 
 
 @lora.claim(

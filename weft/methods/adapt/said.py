@@ -38,4 +38,4 @@ def said(
 
 @said.claim("256 dimensions a weight reach at least 90 % of what full fine-tuning gains")
 def claim(lab: Lab) -> Claim:
-    return lab.tune(ours=[("said", {"count": 256})], baseline=[("full", {})], share=0.9)
+    return lab.only("ref-lm").tune(ours=[("said", {"count": 256})], baseline=[("full", {})], share=0.9)

@@ -101,4 +101,4 @@ def _next(cost: Int[Tensor, "s c"], usable: Bool[Tensor, "s c"], by: int) -> Int
 
 @evolutionary.claim("loses less than the knapsack of predicted losses at the same bytes")
 def claim(lab: Lab) -> Claim:
-    return lab.allocate(ours="evolutionary", baseline="knapsack", share=0.2, generations=8)
+    return lab.allocate(ours="evolutionary", baseline="knapsack", share=0.2, generations=6)

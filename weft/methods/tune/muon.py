@@ -57,4 +57,4 @@ class _Muon(torch.optim.Optimizer):
 
 @muon.claim("all weights trained so gain more than by AdamW after the same steps, at the best of the same rates")
 def claim(lab: Lab) -> Claim:
-    return lab.tune(ours=[("full", {}), ("muon", {})], baseline=[("full", {})], share=1.0)
+    return lab.only("ref-lm").tune(ours=[("full", {}), ("muon", {})], baseline=[("full", {})], share=1.0)

@@ -95,4 +95,4 @@ def _slope(of: Float[Tensor, "size k"], at: Int[Tensor, "k"], size: int) -> Floa
 @relocate.claim("gains at least what as many coefficients gain at places that stay")
 def claim(lab: Lab) -> Claim:
     adapter = ("loca", {"count": 1000})
-    return lab.tune(ours=[adapter, ("relocate", {})], baseline=[adapter], share=1.0)
+    return lab.only("ref-lm").tune(ours=[adapter, ("relocate", {})], baseline=[adapter], share=1.0)

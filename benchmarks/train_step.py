@@ -4,10 +4,9 @@
 
 Both adapt the same model with the same tensors, in float32: a step is a forward pass, a backward pass and one of AdamW, on one
 thread, the two timed in turns by the process's own clock; the ratio is the geometric mean over rounds with its 95 % interval. Memory is
-the peak
-of what a process of its own holds beyond what it held before the step and no file backs, in steps alone. `qwen3-0.6b`: random weights of
-that model's shapes, a quarter of its layers. peft has no 4-bit weights on a CPU without bitsandbytes: beside NF4 + LoRA stands its LoRA on
-dense weights. Time to the first step is of a process from its start, imports and all.
+the peak of what a process of its own holds beyond what it held before the step and no file backs, in steps alone. `qwen3-0.6b`: random
+weights of that model's shapes, a quarter of its layers. peft has no 4-bit weights on a CPU without bitsandbytes: beside NF4 + LoRA stands
+its LoRA on dense weights. Time to the first step is of a process from its start, imports and all.
 """
 
 from __future__ import annotations

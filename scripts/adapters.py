@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from refusals import Reasons
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -364,17 +365,6 @@ def written(folder: Path) -> None:
     rng = torch.Generator().manual_seed(2)
     rows = [" ".join(f"w{i}" for i in torch.randint(3, 96, (24,), generator=rng).tolist()) for _ in range(40)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
-
-
-class Reasons:
-    """Refusals by letter."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, str] = {}
-
-    def __call__(self, e: weft.WeftError) -> str:
-        what = e.what.splitlines()[1].removeprefix("1. ") if "\n" in e.what else e.what
-        return self.of.setdefault(what, chr(97 + len(self.of)))
 
 
 def cell(base: nn.Module, way: Way, reasons: Reasons) -> str:

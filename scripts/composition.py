@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from refusals import Reasons
 from torch import Tensor, nn
 
 import weft
@@ -241,21 +242,6 @@ STAGES: dict[str, Callable[[nn.Module, Path], bool]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------- trying
-
-
-class Reasons:
-    """Refusals by letter."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, str] = {}
-
-    def __call__(self, e: weft.WeftError) -> str:
-        what = e.what.splitlines()[1].removeprefix("1. ") if "\n" in e.what else e.what
-        return self.of.setdefault(what, _letter(len(self.of)))
-
-
-def _letter(i: int) -> str:
-    return chr(97 + i) if i < 26 else _letter(i // 26 - 1) + _letter(i % 26)
 
 
 def cell(act: Callable[[], bool], reasons: Reasons) -> str:

@@ -21,7 +21,7 @@ from weft.learn.tokenizer import tokenizer
 from weft.merging import planned
 from weft.model import expressions, places, plain_tensors
 from weft.progress import Progress
-from weft.store.alike import alike
+from weft.store.alike import loaded
 from weft.store.assign import names_on_disk
 
 
@@ -74,9 +74,7 @@ def _loaded(names: list[str], deep: bool, progress: Progress | None) -> dict[str
     What depends on the depth needs the class, which knows what stands behind the layers.
     """
     folders = [store.find(name if Path(name).exists() else resolve(name, progress)) for name in names]
-    found = (None if deep else alike(folders, progress)) or [
-        store.load(folder, progress=progress) for folder in folders
-    ]
+    found = [store.load(f, progress=progress) for f in folders] if deep else loaded(folders, progress)
     return dict(zip(names, found, strict=True))
 
 

@@ -421,7 +421,7 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
         return [sum(xs) / y for xs, y in zip(zip(*parts, strict=True), mass, strict=True)]
     if name == "dare":
         for k, (d, p) in enumerate(zip(deltas, each(o["drop"]), strict=True)):
-            kept = numbers(torch.rand(s.members[0].shape, generator=s.rng(f"dare {k}")))
+            kept = numbers(s.draws(f"dare {k}"))
             part = [x if u >= p else 0.0 for x, u in zip(d, kept, strict=True)]
             times = {"share": 1 / (1 - p), "size": sum(map(abs, d)) / sum(map(abs, part)), "none": 1.0}.get(
                 o["rescale"]
@@ -433,7 +433,7 @@ def by_hand(name: str, s: Sources, o: Options) -> list[float]:
             zip(deltas, *(each(o[n]) for n in ("density", "outliers", "spread")), strict=True)
         ):
             part = within(d, top)
-            draws = numbers(torch.rand(s.members[0].shape, generator=s.rng(f"ties {k}")))
+            draws = numbers(s.draws(f"ties {k}"))
             part = by_rank(part, 14, keep, wide, draws, odds=o["rescale"] == "odds") if wide else largest(part, keep)
             times = sum(map(abs, d)) / sum(map(abs, part)) if o["rescale"] == "size" else 1.0
             deltas[k] = [x * times for x in part]

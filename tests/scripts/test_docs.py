@@ -175,7 +175,7 @@ def test_calls_in_the_documents_exist(page: Path) -> None:
 def test_the_written_pages_are_fresh() -> None:
     """What scripts write into docs/ is what they would write now, in a process that has seen no test."""
     code = (
-        "import runpy, sys\n"
+        "import runpy, sys; sys.path.insert(0, 'scripts')\n"
         "for name in ('docs', 'composition', 'adapters'):\n"
         "    sys.argv = [f'scripts/{name}.py', '--check']\n"
         "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

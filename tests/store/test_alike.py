@@ -72,7 +72,7 @@ def test_a_merge_of_them_has_the_same_bytes(
     (tmp_path / "c.yml").write_text(text if method != "linear" else text.replace("base_model: m0\n", ""))
     weft.merge_config("c.yml", "bare")
     with monkeypatch.context() as m:
-        m.setattr("weft.mergekit.alike", lambda *_: None)
+        m.setattr("weft.store.alike.alike", lambda *_: None)
         weft.merge_config("c.yml", "whole")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("bare", "whole"))
     assert one.keys() == two.keys()
@@ -81,15 +81,36 @@ def test_a_merge_of_them_has_the_same_bytes(
     assert weft.verify(tmp_path / "bare") == [] and alike([tmp_path / "bare"]) is not None
 
 
-def test_no_class_is_imported(family: list[Path], tmp_path: Path) -> None:
-    """Neither of the model nor of its tokenizer."""
+COMMANDS = {
+    "mergekit": ["mergekit", "c.yml"],
+    "linear": ["soup", "m0", "m1", "m2"],
+    "ties": ["ties", "m1", "m2", "--base", "m0", "--weight", "0.2", "--weight", "0.5"],
+    "drawn": ["dare", "m1", "m2", "--base", "m0", "--seed", "3"],
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_transformers_is_not_imported(case: str, family: list[Path], tmp_path: Path) -> None:
+    """By a command that merges what is alike into a folder; what it writes is what merging the classes' models writes."""
     (tmp_path / "c.yml").write_text(CONFIG.format(method="ties", dtype="bfloat16", more=", density: 0.6"))
-    said = (
-        "import sys, weft; weft.merge_config('c.yml', 'out');"
-        "print([m for m in sys.modules if m in ('transformers.modeling_utils', 'transformers.models.llama.modeling_llama')])"
+    (tmp_path / "bare.py").write_text(
+        "import sys\nfrom weft.cli import main\ntry:\n    main()\nexcept SystemExit as e:\n"
+        "    sys.exit('transformers is here' if 'transformers' in sys.modules else e.code)"
     )
-    run = subprocess.run([sys.executable, "-c", said], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    name, *rest = COMMANDS[case]
+    out = ["bare"] if name == "mergekit" else ["--out", "bare"]
+    subprocess.run([sys.executable, "bare.py", name, *rest, *out, "--quiet"], cwd=tmp_path, check=True)
+    if name == "mergekit":
+        return
+    models = [weft.load(tmp_path / f"m{i}") for i in range(3)]
+    how: dict[str, Any] = {
+        "linear": {"models": models},
+        "ties": {"models": models[1:], "base": models[0], "weights": [0.2, 0.5]},
+        "drawn": {"models": models[1:], "base": models[0], "seed": 3},
+    }[case]
+    weft.combine_to(tmp_path / "whole", how.pop("models"), name, **how)
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("bare", "whole"))
+    assert one.keys() == two.keys() and all(torch.equal(t, one[n]) for n, t in two.items())
 
 
 def edited(path: Path, **said: Any) -> None:

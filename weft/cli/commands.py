@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -46,11 +47,11 @@ def bars(quiet: bool) -> Progress:
 
 
 def hush() -> None:
-    """Turn transformers' own messages off."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Turn transformers' own messages off, now or for when it is imported."""
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if (known := sys.modules.get("transformers")) is not None:
+        known.utils.logging.set_verbosity_error()
+        known.utils.logging.disable_progress_bar()
 
 
 def load(model: str, quiet: bool = False) -> nn.Module:

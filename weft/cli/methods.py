@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli.commands import AsJson, CacheFolder, ModelName, Quiet, Replace, bars, load
+from weft.cli.commands import AsJson, CacheFolder, ModelName, Quiet, Replace, bars, hush, load
 from weft.cli.guard import FALLBACKS, guarded, say
 from weft.cli.options import as_taken, parameter, plain
 from weft.cli.output import emit
 from weft.error import OptionError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from weft.api import Changes
     from weft.engine.coefficients import Tried
     from weft.merging import Outcome
@@ -197,7 +199,10 @@ def merge(
     from weft.merging import planned
 
     step = Step.of(name, **options)  # bad options show before the models are loaded
-    members, bases = [load(m, quiet) for m in models], [load(b, quiet) for b in base or ()]
+    by_weight = not (out is None or at or align or search or step.needs - {"base"})
+    by_weight &= dict(step.options).get("scope", "weight") == "weight"
+    held = _loaded([*models, *(base or ())], by_weight, quiet)
+    members, bases = held[: len(models)], held[len(models) :]
     if out is not None:
         for held in (*members, *bases):
             weft.may_write(held, out, replace=replace)
@@ -224,6 +229,18 @@ def merge(
         said |= _searched(plan.tried, search, held_out)
         made = plan.write(out, replace=replace, manifest={"merged": {**said, "seed": seed}})
     return changed(Changes(made.changes, made.fallbacks), out, as_json, quiet)
+
+
+def _loaded(names: Sequence[str], by_weight: bool, quiet: bool) -> list[nn.Module]:
+    """These models; without their classes, if that can be, where all that is done goes weight by weight."""
+    if not by_weight:
+        return [load(name, quiet) for name in names]
+    from weft.lab.models import resolve
+    from weft.store import find
+    from weft.store.alike import loaded
+
+    hush()
+    return loaded([find(resolve(name, bars(quiet))) for name in names], bars(quiet))
 
 
 def _searched(tried: Sequence[Tried], search: Search | None, held_out: str | None) -> dict[str, Any]:

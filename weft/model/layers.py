@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from weft.model.site import Kind
-from weft.model.woven import WovenConv1D, WovenConv1d, WovenConv2d, WovenEmbedding, WovenLinear
+from weft.model.woven import WovenConv1d, WovenConv2d, WovenEmbedding, WovenLinear
 
 WEAVES: dict[type[nn.Module], tuple[type[nn.Module], Kind]] = {
     nn.Linear: (WovenLinear, "linear"),
     nn.Embedding: (WovenEmbedding, "embedding"),
-    Conv1D: (WovenConv1D, "conv1d"),
     nn.Conv2d: (WovenConv2d, "conv"),
     nn.Conv1d: (WovenConv1d, "conv"),
 }
@@ -44,4 +43,15 @@ def layer(module: nn.Module) -> tuple[type[nn.Module], Kind] | None:
     """The woven class of a module, where it can have one."""
     if getattr(module, "groups", 1) != 1 or getattr(module, "max_norm", None) is not None:
         return None
+    _know_conv1d()
     return _woven(type(module))
+
+
+def _know_conv1d() -> None:
+    """List GPT-2's layer once transformers has been imported, without which there is none."""
+    plain = vars(sys.modules.get("transformers.pytorch_utils", sys)).get("Conv1D")
+    if plain is not None and plain not in WEAVES:
+        from weft.model.conv1d import WovenConv1D
+
+        WEAVES[plain] = WovenConv1D, "conv1d"
+        PLAIN[WovenConv1D] = plain

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as f
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from weft.error import ConflictError, ShapeError
 from weft.model.branch import Branch, Call
 from weft.model.virtual import table_of, virtual_tokens
+
+if TYPE_CHECKING:  # it takes longer to import than a small merge
+    from transformers.cache_utils import DynamicLayer
 
 _MARK = "weft_side"
 """Where a cache says which of its layers are whose side network's."""
@@ -110,6 +111,8 @@ class Side(Branch):
         """The side's own layers of a cache, which are added to one that has none."""
         if cache is None:
             return None
+        from transformers.cache_utils import DynamicLayer
+
         held = vars(cache).setdefault(_MARK, {})
         if self.key not in held:
             held[self.key] = len(cache.layers)
@@ -125,6 +128,8 @@ class Side(Branch):
 
     def _may_run(self, given: dict[str, Any], asked: Any) -> None:
         """Errors: ConflictError for other caches, for one that was filled without the side, for packed texts, and for chosen states."""
+        from transformers import DynamicCache
+
         cache, mask, positions = (given.get(n) for n in ("past_key_values", "attention_mask", "position_ids"))
         if not isinstance(cache, DynamicCache | None):
             self._refuse("a side network does not go into this cache", type(cache).__name__, "a DynamicCache")

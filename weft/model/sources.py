@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +18,7 @@ from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, fork, total
 from weft.model.parts import Factors, Part, apart, by_terms, factors, multiples, wide, widest
 
-SLICE = 1 << 20
+SLICE = 1 << 19
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class Sources:
     widen: Callable[[Scope], Sources] | None = None
     """The same, measured together with others; none where there are no others."""
     together: Together | None = None
-    _drawing: dict[str, torch.Generator] | None = None
+    _drawing: dict[str, np.random.PCG64DXSM] | None = None
     """Generators that slices draw from in turn."""
 
     @property
@@ -118,7 +119,11 @@ class Sources:
 
         Errors: NumericError; OptionError without a base.
         """
-        return (next(part.deltas()) for whole in self._measured() for part in whole._alone(k).slices())
+        return (d for _, d in self._slices_of(k))
+
+    def _slices_of(self, k: int) -> Iterator[tuple[Sources, Float[Tensor, "s n"]]]:
+        """Each slice of all that is measured together, with the member at this place alone, and its task vector."""
+        return ((part, next(part.deltas())) for whole in self._measured() for part in whole._alone(k).slices())
 
     def _alone(self, k: int) -> Sources:
         """The same with one member."""
@@ -134,7 +139,7 @@ class Sources:
     def growth(self, k: int, left: Callable[[Sources, Float[Tensor, "s n"]], Float[Tensor, "s n"]]) -> float:
         """Σ|d_k| / Σ|what is left of d_k| over all that is measured together; one where nothing is left. Errors: as `deltas_of`."""
         whole = size = 0.0
-        for part, d in zip(self.across(), self.deltas_of(k), strict=True):
+        for part, d in self._slices_of(k):
             whole += float(d.abs().sum(dtype=torch.float64))
             size += float(left(part, d).abs().sum(dtype=torch.float64))
         return whole / size if size else 1.0
@@ -204,7 +209,7 @@ class Sources:
             *others, start = widest([wide(e) for e in slices])
             made, beside = start.clone(), torch.empty_like(start)
             for (c, _), other in zip(parts, others, strict=False):
-                made += torch.sub(other, start, out=beside).mul_(c)
+                made.add_(torch.sub(other, start, out=beside), alpha=c)
             if not bool(torch.isfinite(made.sum())):
                 for e, label in zip(slices, labels, strict=True):
                     self._value(e, label)
@@ -246,12 +251,18 @@ class Sources:
             value[at : (at := at + part.shape[0])] = make(part)
         return Dense(value)
 
-    def rng(self, salt: str) -> torch.Generator:
-        """A generator that depends on the seed, the weight's name and `salt` only; in slices, where the one before left it."""
-        if self._drawing is not None:
-            return self._drawing.setdefault(salt, replace(self, _drawing=None).rng(salt))
-        word = hashlib.blake2b(f"{self.seed}/{self.name}/{salt}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(word, "little"))
+    def draws(self, salt: str) -> Float[Tensor, "m n"]:
+        """Numbers from [0, 1), alike probable, that depend on the seed, the weight's name and `salt` only, whatever the slices.
+
+        Each is 32 bits of a generator whose words are the same in all versions of numpy; of a row of odd length the last ones go unused.
+        """
+        drawing = self._drawing if self._drawing is not None else {}
+        if salt not in drawing:
+            word = hashlib.blake2b(f"{self.seed}/{self.name}/{salt}".encode(), digest_size=16).digest()
+            drawing[salt] = np.random.PCG64DXSM(int.from_bytes(word, "little"))
+        rows, n = self.shape
+        words = drawing[salt].random_raw((rows, (n + 1) // 2)).view(np.int32)[:, :n]
+        return torch.from_numpy(words).float().mul_(2**-32).add_(0.5).clamp_(max=1 - 2**-24)
 
     def fallback(self, what: str) -> None:
         """Declare that the merge could not do what it says here, and what it did instead."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils.generic import ModelOutput
 
 from weft.error import ConflictError, ShapeError
 from weft.model.branch import HELD, Branch, Call
+
+if TYPE_CHECKING:  # it takes longer to import than a small merge
+    from transformers import Cache, DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
 _MARK = "weft_virtual"
 """Where a cache says which branches' tokens it holds, and how many."""
@@ -104,9 +105,9 @@ class Prefix(Branch):
         keep = cache is not None or (getattr(cast(Any, host).config, "use_cache", True) if asked is None else asked)
         if not entered:
             cache = self._filled(host, rows, cache)
-        before = cast(DynamicCache, cache).get_seq_length()
+        before = cast("DynamicCache", cache).get_seq_length()
         out = call({**wide, "past_key_values": cache})
-        if cast(DynamicCache, cache).get_seq_length() < before + length:
+        if cast("DynamicCache", cache).get_seq_length() < before + length:
             got, fix = "a layer that was given no cache", "take the prefix off with weft.unbranch(model)"
             _refuse(self, "this model did not read its prefix", got, "a model that reads its cache", fix)
         if not keep:
@@ -115,7 +116,7 @@ class Prefix(Branch):
 
     def _filled(self, host: nn.Module, rows: int, cache: DynamicCache | None) -> DynamicCache:
         """The cache, or a new one, with this prefix for every row."""
-        made = DynamicCache(config=cast(Any, host).config) if cache is None else cache
+        made = _cache(host) if cache is None else cache
         table = cast(Any, host).get_input_embeddings()
         dtype = table.compute if hasattr(table, "compute") else table.weight.dtype
         for i, (k, v) in enumerate(zip(self.keys.to(dtype), self.values.to(dtype), strict=True)):
@@ -148,9 +149,18 @@ def table_of(model: nn.Module, where: str, at: str, what: str = "virtual tokens"
     raise ConflictError(f"this place takes no {what}", where=where, got=reason, want=want, fix=fix)
 
 
+def _cache(model: nn.Module) -> DynamicCache:
+    """A new cache of the kind that this model has."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=cast(Any, model).config)
+
+
 def empty_cache(model: nn.Module, where: str) -> DynamicCache:
     """An empty cache for a decoder. Errors: ConflictError for a model whose layers keep something else, or nothing."""
-    cache = DynamicCache(config=cast(Any, model).config)
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = _cache(model)
     kinds = {type(c) for c in cache.layers}
     if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or not getattr(model, "can_generate", lambda: False)():
         got = ", ".join(sorted(k.__name__ for k in kinds)) if kinds - {DynamicLayer} else "no cache: it is no decoder"
@@ -185,6 +195,8 @@ def _past(branch: Branch, host: nn.Module, given: dict[str, Any]) -> tuple[bool,
     Branches around this one show their tokens to it as text. Errors: ConflictError for a cache of another kind, or of text that
     was read without this branch.
     """
+    from transformers import DynamicCache
+
     cache = given.get("past_key_values")
     if cache is None:
         return False, 0
@@ -208,6 +220,8 @@ def virtual_tokens(cache: Cache) -> int:
 
 def _mark(cache: Any, key: str, count: int) -> None:
     """Note in a cache that it holds these tokens."""
+    from transformers import Cache
+
     if isinstance(cache, Cache):
         vars(cache)[_MARK] = {**vars(cache).get(_MARK, {}), key: count}
 
@@ -255,7 +269,9 @@ def _wider(branch: Branch, host: nn.Module, given: dict[str, Any], count: int, p
 
 def _windowed(host: nn.Module) -> bool:
     """Whether layers see a window of what came before, or a state of it, in which padding has room."""
-    return {type(c) for c in DynamicCache(config=cast(Any, host).config).layers} - {DynamicLayer} != set()
+    from transformers.cache_utils import DynamicLayer
+
+    return {type(c) for c in _cache(host).layers} - {DynamicLayer} != set()
 
 
 _AS = "call the model as weft.generate and weft.train do; or take the branch off with weft.unbranch(model)"
@@ -270,6 +286,8 @@ def _without(branch: Branch, host: nn.Module, out: Any, count: int) -> Any:
 
     Errors: ConflictError for an output with other parts.
     """
+    from transformers.utils.generic import ModelOutput
+
     if not isinstance(out, ModelOutput):
         _refuse(branch, "an output has no names", type(out).__name__, "return_dict=True", _AS)
     cut: dict[str, Any] = {}

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from weft.error import ConflictError
 from weft.expr import CHUNK, Dense, Expr, dense_copy, terms_of
@@ -17,7 +16,7 @@ from weft.model.standin import StandIn
 from weft.model.taps import Tap, folded
 
 
-class _Woven(nn.Module):
+class Woven(nn.Module):
     """What woven modules share: an expression where the weight was."""
 
     expr: Expr
@@ -80,7 +79,7 @@ class _Woven(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+class WovenLinear(Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A linear layer whose weight is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -94,14 +93,7 @@ class WovenLinear(_Woven, nn.Linear):  # pyright: ignore[reportIncompatibleVaria
         return self.product(input, self.bias)
 
 
-class WovenConv1D(_Woven, Conv1D):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """GPT-2's linear layer, whose weight is stored as [inputs outputs]; its expression is [outputs inputs] like any other."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
-
-
-class _WovenConv(_Woven):
+class _WovenConv(Woven):
     """A convolution whose weight [out in *kernel] is an expression [out, in * kernel]; it runs as a convolution."""
 
     features = 1
@@ -171,7 +163,7 @@ class WovenConv1d(_WovenConv, nn.Conv1d):  # pyright: ignore[reportIncompatibleV
     """A one-dimensional convolution."""
 
 
-class WovenEmbedding(_Woven, nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
+class WovenEmbedding(Woven, nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
     """An embedding whose table is an expression."""
 
     def forward(self, input: Tensor) -> Tensor:

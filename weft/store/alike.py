@@ -14,7 +14,7 @@ from weft.progress import Progress, Silent
 from weft.store.audit import Entry
 from weft.store.bare import Bare
 from weft.store.checkpoint import Checkpoint, audit, read_object
-from weft.store.load import changed, plain
+from weft.store.load import changed, load, plain
 from weft.store.swap import MANIFEST
 from weft.store.tensors import examine
 
@@ -25,6 +25,11 @@ _TURNED = {"c_attn", "c_fc", "c_proj", "c_mlp", "q_attn"}
 """Layers whose matrices some families store inputs by outputs."""
 _OWN = {*dir(Bare({}, {})), *dir(nn.Linear(1, 1))}
 """What modules have themselves."""
+
+
+def loaded(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.Module]:
+    """Woven models of these folders, without their classes where they are `alike`. Errors: those of `load`."""
+    return alike(folders, progress) or [load(folder, progress=progress) for folder in folders]
 
 
 def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.Module] | None:

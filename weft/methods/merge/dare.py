@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -51,7 +50,7 @@ def dare(
     drops = s.each(drop)
 
     def left(k: int, part: Sources, d: Tensor) -> Tensor:
-        return d * (torch.rand(d.shape, generator=part.rng(f"dare {k}")) >= drops[k])
+        return d * part.draws(f"dare {k}").ge_(drops[k])
 
     def factor(k: int) -> float:
         if rescale == "size":

@@ -51,8 +51,8 @@ def _products(s: Sources) -> tuple[float, float, float]:
     """x · x, x · y and y · y of the two."""
     xx = xy = yy = 0.0
     for part in s.across():
-        x, y = (v.double() for v in part.values())
-        xx, xy, yy = xx + float(x.square().sum()), xy + float((x * y).sum()), yy + float(y.square().sum())
+        x, y = (v.double().flatten() for v in part.values())
+        xx, xy, yy = xx + float(x @ x), xy + float(x @ y), yy + float(y @ y)
     return xx, xy, yy
 
 

@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Tensor
 
 from weft.engine import Each, Scope, Sources, method
 from weft.expr import Expr
-from weft.linalg.votes import agreed, drawn, elected, kept, limit, odds, summed
+from weft.linalg.votes import agreed, drawn, elected, kept, limit, odds, summed, within
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -64,9 +64,9 @@ def ties(
     bounds = s.once("bounds", lambda: [_bounds(s, k, *one) for k, one in enumerate(own)])
 
     def left(k: int, part: Sources, d: Tensor) -> Tensor:
-        (share, _, wide), (least, most) = own[k], bounds[k]
-        d = d * ((d.abs() >= least) & (d.abs() <= most))
-        return _thinned(d, share, wide, rescale == "odds", part.rng(f"ties {k}")) if wide else d
+        share, _, wide = own[k]
+        d = within(d, *bounds[k])
+        return _thinned(d, share, wide, rescale == "odds", part.draws(f"ties {k}")) if wide else d
 
     times = s.once(
         "times", lambda: [s.growth(k, partial(left, k)) if rescale == "size" else 1.0 for k in range(len(own))]
@@ -80,9 +80,9 @@ def ties(
     return s.by_slices(rows)
 
 
-def _thinned(d: Tensor, density: float, spread: float, divided: bool, rng: Generator) -> Tensor:
+def _thinned(d: Tensor, density: float, spread: float, divided: bool, draws: Tensor) -> Tensor:
     p = odds(d, density, spread)
-    return drawn(d / p if divided else d, p, rng)
+    return drawn(d / p if divided else d, p, draws)
 
 
 def _bounds(s: Sources, k: int, density: float, outliers: float, spread: float) -> tuple[float, float]:

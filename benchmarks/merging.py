@@ -1,6 +1,6 @@
 """Merging beside mergekit: four random Llamas of 500 MB in bfloat16, each tool as a user runs it, in a process of its own.
 
-    python benchmarks/merging.py [--mergekit PYTHON] [--rounds 5] [--layers 14]
+    python benchmarks/merging.py [--mergekit PYTHON] [--rounds 5] [--layers 14] [--only linear slerp]
 
 PYTHON is that of an environment that has mergekit; without it, weft and the copy alone. `weft mergekit CONFIG OUT` and
 `mergekit-yaml CONFIG OUT` take turns, in pairs, for linear, SLERP, TIES and DARE-TIES. Time is that of the whole process; memory
@@ -112,6 +112,9 @@ def main() -> int:
     options.add_argument("--mergekit", metavar="PYTHON", help="of an environment that has mergekit")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--layers", type=int, default=14, help="fewer are a first look")
+    options.add_argument(
+        "--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS), help="methods beside mergekit"
+    )
     given = options.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
         folder = Path(scratch)
@@ -120,19 +123,20 @@ def main() -> int:
             (folder / f"{name}.yml").write_text(f"{text}dtype: bfloat16\n")
         size = (folder / "m0" / "model.safetensors").stat().st_size
         print(f"four models of {size / 1e6:.0f} MB, {given.rounds} rounds, medians; ratios with 95 % intervals")
-        wrong = beside_mergekit(folder, str(Path(given.mergekit).absolute()), given.rounds) if given.mergekit else 0
+        python = str(Path(given.mergekit).absolute()) if given.mergekit else ""
+        wrong = beside_mergekit(folder, python, given.only, given.rounds) if python else 0
         return int(wrong + beside_copy(folder, given.rounds) > 0)
 
 
-def beside_mergekit(folder: Path, python: str, rounds: int) -> int:
-    """Every method, weft and mergekit in turn; how many miss a requirement."""
+def beside_mergekit(folder: Path, python: str, names: Sequence[str], rounds: int) -> int:
+    """These methods, weft and mergekit in turn; how many miss a requirement."""
     idle = {
         name: peak([which, "-c", f"{IMPORTS[name]}; import time; time.sleep(0.2)"], folder)
         for name, which in (("weft", sys.executable), ("mergekit", python))
     }
     print(f"imports alone: weft {idle['weft'] / 1e6:.0f} MB, mergekit {idle['mergekit'] / 1e6:.0f} MB")
     wrong = 0
-    for name in CONFIGS:
+    for name in names:
         ours = Runs(folder, [sys.executable, "-m", "weft", "mergekit", f"{name}.yml"])
         peer = Runs(folder, [python, "-m", "mergekit.scripts.run_yaml", "--no-write-model-card", f"{name}.yml"])
         times = paired(ours, peer, rounds=rounds, between=ours.clean)

@@ -1,11 +1,14 @@
-"""Write docs/results.md from the reports of `weft fit` and from proofs/.
+"""Write docs/results.md from the reports of `weft fit`, from proofs/ and from benchmarks/measured.md.
 
-python scripts/results.py out/results/ref-lm out/results/minilm ...
+    python scripts/results.py [out/results/ref-lm out/results/minilm ...]
+
+Tables of models that are not given stay as they are.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -81,13 +84,20 @@ def claims() -> str:
     return table(rows)
 
 
+def _written() -> list[str]:
+    """The tables of runs that the page has."""
+    text = PAGE.read_text().partition("\n## Claims of the papers")[0]
+    return [part.rstrip() for part in re.split(r"(?m)^(?=### )", text)[1:]]
+
+
 def main() -> int:
     """Write the page."""
     made = [section(read(Path(p) / "report.json")) for p in sys.argv[1:]]
+    tables = {text.partition("\n")[0]: text for text in [*_written(), *made]}
     parts = [
         HEAD,
         "## Compression and tuning at equal bytes",
-        *made,
+        *tables.values(),
         "## Claims of the papers",
         "```\nmake prove\n```",
         claims(),

@@ -134,6 +134,12 @@ def test_schedules_end_where_they_say(kind: str, tiny: Any, words: Any) -> None:
             assert not same(runs[0], result(learnt(tiny, words, schedule=kind, warmup=0.0, **changed)[0]))
 
 
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_a_run_of_one_step_trains(kind: str, tiny: Any, words: Any) -> None:
+    """A warm-up begins at a rate of 0; in as few steps there is none."""
+    assert not same(result(adapted(tiny)), result(learnt(tiny, words, steps=1, schedule=kind)[0]))
+
+
 def test_the_best_of_held_out_scores_stays(tiny: Any, words: Any) -> None:
     """At a rate that spoils the model, the step that scored best is where it ends; scores are those of the model then."""
     model = adapted(tiny)

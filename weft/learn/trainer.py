@@ -239,9 +239,7 @@ def arguments(
     kinds = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
     every = how.eval_every or how.save_every
     _loggers(how.loggers, save)
-    rising = int(
-        steps * how.warmup
-    )  # from a rate of 0 in the first step, so that in one step alone nothing would change
+    rising = int(steps * how.warmup)  # from 0 on: one step alone would change nothing
     args = transformers.TrainingArguments(
         output_dir=str(work), max_steps=steps, learning_rate=how.lr, seed=how.seed, data_seed=how.seed, weight_decay=how.weight_decay,
         lr_scheduler_type=kinds[how.schedule], lr_scheduler_kwargs={"min_lr_rate": 0.1} if how.schedule == "cosine" else {},

@@ -292,7 +292,7 @@ def test_f31_a_weight_that_is_not_finite_is_not_rewritten(
     assert name in str(error.where)
 
 
-@pytest.mark.parametrize(("lr", "norm", "step"), [(1e-3, NAN, "step 1"), (1e30, 1.0, "step 3")])
+@pytest.mark.parametrize(("lr", "norm", "step"), [(1e-3, NAN, "step 1"), (1e30, 1.0, "step 2")])
 def test_f31_training_stops_at_the_first_loss_that_is_not_finite(
     lr: float, norm: float, step: str, model: nn.Module, texts: Path
 ) -> None:
@@ -306,7 +306,7 @@ def test_f31_training_stops_at_the_first_loss_that_is_not_finite(
 def test_f31_training_whose_last_step_breaks_a_weight_is_refused(model: nn.Module, texts: Path) -> None:
     """No later loss would show it."""
     before = list(trainable(tuned(model)))
-    error = refused(lambda: weft.train(model, str(texts), steps=2, batch=2, length=32, lr=1e39), NumericError)
+    error = refused(lambda: weft.train(model, str(texts), steps=1, batch=2, length=32, lr=1e39), NumericError)
     assert error.where in before
 
 

@@ -90,7 +90,7 @@ def agreed(votes: Iterable[Vote]) -> Float[Tensor, "m n"]:
 
 
 def _won(votes: Iterable[Vote]) -> tuple[Float[Tensor, "m n"], Float[Tensor, "m n"]]:
-    """Σ w_k d_k and Σ w_k over the entries whose sign is that of Σ_k w_k d_k."""
+    """Σ w_k d_k and Σ w_k over the entries whose sign is that of Σ_k w_k d_k. All deltas are in memory at once."""
     held = list(votes)
     sign = summed(held).sign_()
     mass, count = torch.zeros_like(sign), torch.zeros_like(sign)

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -16,6 +17,7 @@ import typer
 from weft.cli.guard import FALLBACKS, say
 from weft.cli.output import emit
 from weft.error import OptionError
+from weft.memory import importing
 from weft.progress import Bars, Progress, Silent
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def bars(quiet: bool) -> Progress:
 
 
 def hush() -> None:
-    """Turn transformers' own messages off, now or for when it is imported."""
+    """Import torch, and turn transformers' own messages off, now or for when it is imported."""
+    with importing():
+        import_module("torch")
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if (known := sys.modules.get("transformers")) is not None:
         known.utils.logging.set_verbosity_error()

@@ -175,9 +175,10 @@ def mergekit(
 ) -> int | None:
     """Merge as a configuration of mergekit says, or refuse it; the command is mergekit-yaml's."""
     import weft
-    from weft.api import Changes
 
     hush()
+    from weft.api import Changes
+
     made = weft.merge_config(config, out, replace=replace, seed=seed, progress=bars(quiet))
     for note in made.notes:
         say(f"note: {note}")

@@ -25,10 +25,9 @@ def wide(e: Expr) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def widest(values: Sequence[Tensor]) -> list[Tensor]:
-    """These in the widest of their dtypes."""
-    widest = functools.reduce(torch.promote_types, (v.dtype for v in values))
-    return [v.to(widest) for v in values]
+def common(values: Sequence[Tensor]) -> torch.dtype:
+    """The widest of their dtypes, at least float32."""
+    return functools.reduce(torch.promote_types, (v.dtype for v in values), torch.float32)
 
 
 def multiples(shares: Sequence[float], members: Sequence[Expr], origin: Expr) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, fork, total
-from weft.model.parts import Factors, Part, apart, by_terms, factors, multiples, wide, widest
+from weft.model.parts import Factors, Part, apart, by_terms, common, factors, multiples, wide
 
 SLICE = 1 << 19
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
@@ -199,20 +200,26 @@ class Sources:
         )
 
     def _whole(self, parts: Sequence[Part]) -> Expr:
-        """The sum of multiples that add up to one: by terms where that can be, else slice by slice around the last."""
+        """The sum of multiples that add up to one: by terms where that can be, else slice by slice as a running mean.
+
+        Positive ones first, so that what they add up to is positive all along.
+        """
         whole = total(terms) if (terms := by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
-        labels, exprs = [self._label(e) for _, e in parts], [e for _, e in parts]
-        value, at = torch.empty(self.shape, dtype=self.dtype), 0
-        for slices in zip(*(e.slices(SLICE) for e in exprs), strict=True):
-            *others, start = widest([wide(e) for e in slices])
-            made, beside = start.clone(), torch.empty_like(start)
-            for (c, _), other in zip(parts, others, strict=False):
-                made.add_(torch.sub(other, start, out=beside), alpha=c)
+        parts = sorted(parts, key=lambda part: -part[0])
+        sums = [*itertools.accumulate(c for c, _ in parts)]
+        value, at, held = torch.empty(self.shape, dtype=self.dtype), 0, torch.empty(0)
+        for slices in zip(*(e.slices(SLICE) for _, e in parts), strict=True):
+            values = [e.dense().detach() for e in slices]
+            held = held if at else torch.empty(2, *values[0].shape, dtype=common(values))
+            made, other = held[:, : len(values[0])]
+            made.copy_(values[0])
+            for (c, _), add_up, v in zip(parts[1:], sums[1:], values[1:], strict=True):
+                made.lerp_(other.copy_(v), c / add_up)
             if not bool(torch.isfinite(made.sum())):
-                for e, label in zip(slices, labels, strict=True):
-                    self._value(e, label)
+                for (_, e), part in zip(parts, slices, strict=True):
+                    self._value(part, self._label(e))
             value[at : (at := at + len(made))] = made
         return Dense(value)
 

@@ -15,6 +15,7 @@ class Part:
 
     def __init__(self, path: Path, head: bytes) -> None:
         """Go on with the file, where it begins with this head, or begin anew."""
+        self._path = path
         self.notes = path.with_name(f"{path.name}.made")
         begun = path.is_file() and self.notes.is_file() and _head(path, len(head)) == head
         self._made = dict(_lines(self.notes)) if begun else {}
@@ -28,8 +29,9 @@ class Part:
         made_from, total = self._made.get(name, ("", ""))
         if made_from != about:
             return None
-        self.file.seek(start)
-        raw = bytearray(self.file.read(like.numel() * like.element_size()))
+        with self._path.open("rb") as f:  # while others are written
+            f.seek(start)
+            raw = bytearray(f.read(like.numel() * like.element_size()))
         if len(raw) != like.numel() * like.element_size() or not raw:
             return None
         return torch.frombuffer(raw, dtype=like.dtype).view(like.shape), total

@@ -27,6 +27,7 @@ from torch import Tensor
 from weft.error import ChangedError, NumericError, ShapeError, WeftError
 from weft.store import disk
 from weft.store.audit import DTYPES, header
+from weft.store.behind import Behind
 from weft.store.files import beside, told
 from weft.store.part import Part
 
@@ -99,23 +100,20 @@ def stream(
 ) -> dict[str, Any]:
     """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
-    Every tensor goes to its place in the file as it is made, so that one is in memory at a time. Not `hashed`: neither
-    hash nor sums are computed, nor values checked. `resume`: go on with what a killed process left at this path.
+    Every tensor goes to its place in the file as it is made, and while the next ones are: together they are no larger than the largest.
+    Not `hashed`: neither hash nor sums are computed, nor values checked. `resume`: go on with what a killed process left at this path.
     Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
     """
     order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
     head, starts = _head(order, content, notes or {})
-    word, sums = hashlib.blake2b(digest_size=16), dict[str, str]()
+    word, sums, made_from = hashlib.blake2b(head, digest_size=16), dict[str, str](), dict[str, str]()
     with told(path), ExitStack() as held:
         part = Part(path, head) if resume else None
         f = held.enter_context(part.file if part else path.open("xb"))
-        other = held.enter_context(ThreadPoolExecutor(1))
         f.write(head)
-        word.update(head)
-        for name in order:
-            value, about = _value(name, content[name], part, starts[name])
+
+        def put(name: str, value: Tensor) -> None:
             raw = octets(value)
-            hashing = other.submit(word.update, raw) if hashed else None
             f.seek(starts[name])
             for at in range(0, len(raw), _CHUNK):
                 begun = f.tell()
@@ -124,14 +122,22 @@ def stream(
                 disk.write_soon(f.fileno(), begun, len(raw[at : at + _CHUNK]))
                 if step:
                     step(len(raw[at : at + _CHUNK]))
-            if hashing:
+            if hashed:
                 if name not in loose:
                     check_finite(value, name)
                 sums[name] = word_sum(value)
-                hashing.result()
-            if part and about:
-                part.note(name, about, sums.get(name) or word_sum(value))
-            del value, raw  # before the next is made
+            if part and made_from[name]:
+                part.note(name, made_from[name], sums.get(name) or word_sum(value))
+
+        def add(_: str, value: Tensor) -> None:
+            word.update(octets(value))
+
+        with Behind(max(map(size_of, content.values()), default=0), put, *([add] if hashed else [])) as behind:
+            for name in order:
+                behind.room(size_of(content[name]))
+                value, made_from[name] = _value(name, content[name], part, starts[name])
+                behind.give(name, value)
+                del value  # before the next is made
         f.flush()
         os.fsync(f.fileno())
         if part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def slerp(
 
     def rows(part: Sources) -> Tensor:
         x, y = part.values()
-        return a * x + b * y if arc else x + b * (y - x)
+        return (x * a).add_(y, alpha=b) if arc else torch.lerp(x, y, b)
 
     return s.by_slices(rows)
 
@@ -50,8 +51,10 @@ def slerp(
 def _products(s: Sources) -> tuple[float, float, float]:
     """x · x, x · y and y · y of the two."""
     xx = xy = yy = 0.0
+    x, y = (torch.empty(0, dtype=torch.float64) for _ in range(2))
     for part in s.across():
-        x, y = (v.double().flatten() for v in part.values())
+        for held, e in zip((x, y), part.members, strict=True):
+            held.resize_(math.prod(part.shape)).copy_(e.dense().detach().flatten())
         xx, xy, yy = xx + float(x @ x), xy + float(x @ y), yy + float(y @ y)
     return xx, xy, yy
 

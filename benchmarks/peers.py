@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "benchmarks"]  # kernels.py there is not the library
-
 os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(
     prefix="peers-"
 )  # BOFT builds one, behind a lock that outlives it

@@ -1,20 +1,26 @@
 """A training step and its memory beside peft: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
 
-    python benchmarks/train_step.py [--model ref-lm] [--rounds 10] [--length 512] [--markdown FILE]
+    python benchmarks/train_step.py [--model ref-lm] [--rounds 10] [--length 512] [--only lora] [--markdown FILE]
 
 Both adapt the same model with the same tensors, in float32: a step is a forward pass, a backward pass and one of AdamW, on one
 thread, the two timed in turns by the process's own clock; the ratio is the geometric mean over rounds with its 95 % interval. Memory is
-the peak of what a process of its own holds beyond what it held before the step and no file backs, in steps alone. `qwen3-0.6b`: random
-weights of that model's shapes, a quarter of its layers. peft has no 4-bit weights on a CPU without bitsandbytes: beside NF4 + LoRA stands
-its LoRA on dense weights. Time to the first step is of a process from its start, imports and all.
+the peak of what a process of its own holds beyond what it held before the step and no file backs, in steps alone: the median of some
+processes, which differ by a few percent. `qwen3-0.6b`: random weights of that model's shapes, a quarter of its layers. Time to the first
+step is of a process from its start, imports and all.
+
+Beside NF4 + LoRA stands peft's LoRA on the NF4 weights of bitsandbytes, where that is installed, else on dense weights; `make bench-peers`
+makes such an environment: `PYTHONPATH=. .venv-peers/bin/python benchmarks/train_step.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +34,7 @@ Step = Callable[[], object]
 RANK = 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WAYS = ("lora", "dora", "ia3", "nf4 + lora")
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 def plain(name: str) -> nn.Module:
@@ -70,7 +77,20 @@ def theirs(name: str, way: str) -> nn.Module:
         where = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
         return peft.get_peft_model(plain(name), peft.IA3Config(**where))
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR, use_dora=way == "dora")
-    return peft.get_peft_model(plain(name), config)
+    return peft.get_peft_model(rounded(name) if way.startswith("nf4") and BITSANDBYTES else plain(name), config)
+
+
+def rounded(name: str) -> nn.Module:
+    """The model with NF4 weights, by bitsandbytes."""
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    with tempfile.TemporaryDirectory() as folder:
+        plain(name).save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **how),
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+        )
 
 
 def step_of(model: nn.Module, length: int) -> Step:
@@ -149,6 +169,8 @@ def main() -> None:
     options.add_argument("--model", default="ref-lm")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--length", type=int, default=512)
+    options.add_argument("--tries", type=int, default=5, help="processes that memory is the median of")
+    options.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
     options.add_argument("--markdown", type=Path, help="write the table here, too")
     given = options.parse_args()
     torch.set_num_threads(1)
@@ -158,9 +180,12 @@ def main() -> None:
         "| adapter | weft, s a step | peft, s a step | ratio, 95 % | weft, MB | peft, MB | weft, first step s | peft, first step s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for way in WAYS:
+    for way in given.only:
         t = times(given.model, way, given.length, given.rounds)
-        held = {side: memory(given.model, way, given.length, side) / 1e6 for side in ("ours", "theirs")}
+        held = {
+            side: statistics.median(memory(given.model, way, given.length, side) / 1e6 for _ in range(given.tries))
+            for side in ("ours", "theirs")
+        }
         start = {side: first(given.model, way, given.length, side) for side in ("ours", "theirs")}
         lines.append(
             f"| {way} | {t['ours']:.3f} | {t['peft']:.3f} | {t['ratio']:.3f} ({t['low']:.3f} to {t['high']:.3f}) | {held['ours']:.0f} "

@@ -248,4 +248,4 @@ KERNELS = (
     Kernel("int8pack", (torch.bfloat16,), _rows_int8, _lay_out_int8, _multiply_int8),
     Kernel("bag", (torch.float32, torch.bfloat16, torch.float16), _rows_bag, _lay_out_bag, _multiply_bag),
 )
-"""In order of preference; `rows` as measured by benchmarks/kernels.py."""
+"""In order of preference; `rows` as measured by benchmarks/products.py."""

@@ -1,6 +1,6 @@
 """Time and resident bytes of every kind of expression beside torch's dense linear layer, in one run.
 
-    python benchmarks/kernels.py [--size 2048] [--rounds 5] [--threads 1 2] [--markdown FILE]
+    python benchmarks/products.py [--size 2048] [--rounds 5] [--threads 1 2] [--markdown FILE]
 
 Each is a weight [size size] times 1, 4, 16 and 256 rows of inputs, in float32 and bfloat16: the time as a ratio of medians to
 `F.linear` with a dense weight of the inputs' dtype, the two timed in turns (on one thread by the process's own clock), each

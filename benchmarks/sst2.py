@@ -1,6 +1,6 @@
 """Six ways to tune MiniLM on SST-2: accuracy on the development set after equal steps.
 
-    python benchmarks/sst2.py --data FOLDER [--steps 150] [--seeds 3] [--markdown FILE]
+    python benchmarks/sst2.py --data FOLDER [--steps 100] [--seeds 3] [--markdown FILE]
 
 FOLDER holds stsa.binary.train and stsa.binary.dev, a line a sentence, its label first; without it nothing is measured. Every way
 trains the classifier, which is new, and what it is called after; learning rates are chosen on sentences of the training file that
@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "sparse": ("sparse", {}),
 }
 RATES = (6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2)
-BATCH, LENGTH, SELECT = 32, 64, 400
+BATCH, LENGTH, SELECT = 8, 64, 400
 
 
 def read(path: Path) -> list[tuple[str, int]]:
@@ -90,7 +90,7 @@ def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path)
-    options.add_argument("--steps", type=int, default=150)
+    options.add_argument("--steps", type=int, default=100)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--markdown", type=Path, help="write the table here, too")
     given = options.parse_args()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2502.06820")
+@method(kind="rewrite", rows="P419", paper="2502.06820")
 def loca(
     g: Group,
     *,

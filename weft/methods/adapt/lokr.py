@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2309.14859")
+@method(kind="rewrite", rows="P258", paper="2309.14859")
 def lokr(
     g: Group,
     *,

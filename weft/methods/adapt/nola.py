@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2310.02556")
+@method(kind="rewrite", rows="P273", paper="2310.02556")
 def nola(
     g: Group,
     *,

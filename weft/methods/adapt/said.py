@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", paper="2012.13255")
+@method(kind="rewrite", rows="P260", paper="2012.13255")
 def said(
     g: Group,
     *,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="rewrite", rows="P327", paper="2306.02320")
+@method(kind="rewrite", rows="P327 P421", paper="2306.02320")
 def sparse(
     g: Group,
     *,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
 
 
-@method(kind="probe", paper="2410.21228")
+@method(kind="probe", rows="P168", paper="2410.21228")
 def intruder_dimensions(
     model: nn.Module,
     *,

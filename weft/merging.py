@@ -66,11 +66,11 @@ class Planned:
     def write(self, out: str | Path, **how: Any) -> Outcome:
         """The folder that `save` writes of the merged model; it says what `how` may be.
 
-        Of members that are plain matrices, each weight is made when it is written: in memory are one, and slices of the members'.
-        A run that was killed goes on when it is called again. Errors: as `run` and `save`.
+        In memory are one weight, and slices of the members'. Of members that are plain matrices, each is made when it is written, and a
+        run that was killed goes on when it is called again; of others, plain results lie on disk until then. Errors: as `run` and `save`.
         """
         changes = list[Change]()
-        model, values = engine.begin(self.plan, changes)
+        model, values = engine.begin(self.plan, changes, Path(out))
         save(model, out, **how, values=values, progress=self.progress)
         return Outcome(changes, self.plan.merge.notes, self.tried)
 

@@ -21,7 +21,7 @@ from weft.engine import get
 from weft.error import NumericError
 from weft.expr import Dense
 from weft.model import Sources, expressions, plain_tensors, set_expressions
-from weft.store import part, swap
+from weft.store import part, save, swap
 
 MODELS = Callable[..., Path]
 MERGES = ["soup", "task_arithmetic", "ties", "dare", "model_stock", "tsv", "compeft"]
@@ -87,6 +87,26 @@ def test_members_of_other_forms_are_merged_as_they_are(family: list[Path], tmp_p
         weft.apply(model, "lora", rank=2, seed=i)
     weft.combine_to(tmp_path / "adapters", tuned, "soup")
     assert "adapter:merged" in (tmp_path / "adapters" / "weft.json").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what lies where is told by /proc")
+def test_plain_results_of_other_forms_lie_on_disk(family: list[Path], tmp_path: Path) -> None:
+    """Whose they are is known only once they are made; memory does not hold them all until they are written."""
+    base, one, two = models(family)
+    weft.apply(one, "rtn", bits=8)
+    merge, seen = weft.merging.planned([one, two], "ties", base=base), list[bool]()
+
+    def looked(model: nn.Module, out: Path, **how: Any) -> None:
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        spans = [[int(n, 16) for n in m[0].split("-")] for m in maps if m[-1] == "(deleted)" and str(tmp_path) in m[-2]]
+        where = [e.w.data_ptr() for e in expressions(model).values() if isinstance(e, Dense)]
+        seen.extend(any(a <= at < b for a, b in spans) for at in where)
+        save(model, out, **how)
+
+    with mock.patch("weft.merging.save", looked):
+        merge.write(tmp_path / "new" / "out")
+    assert len(seen) == len(expressions(base)) and all(seen)
+    assert not left(tmp_path) and [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ from weft.model import (
 from weft.model.weave import Original
 from weft.stats import Stats
 from weft.store.save import shared
-from weft.store.tensors import Later, word_sum
+from weft.store.tensors import Later, laid_out, word_sum
 
 Base = nn.Module | Sequence[nn.Module] | None
 """What members were tuned from: one model for all, or one for each; before these there may be the one that they are added to."""
@@ -158,10 +159,11 @@ def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Modul
     return model.requires_grad_(False), changes
 
 
-def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later]]:
+def begin(made: Plan, changes: list[Change], out: Path) -> tuple[nn.Module, dict[str, Later]]:
     """The merged model but for sites whose plain values are made when they are asked for, and these; `changes` are told as they come.
 
-    Errors: the method's.
+    Plain values of other sites, which may as well have become terms, lie on the disk where `out` will. Errors: the method's; PathError,
+    ResourceError.
     """
     model, later, alone = _fresh(made), dict[str, Later](), not shared(made.lead)
     for name in made.sites:
@@ -170,8 +172,8 @@ def begin(made: Plan, changes: list[Change]) -> tuple[nn.Module, dict[str, Later
             later[name] = value
             continue
         expr = made.weight(name)
-        set_expressions(model, {name: expr})
         changes.append(made.change(name, expr))
+        set_expressions(model, {name: Dense(laid_out(expr.w.detach(), out)) if isinstance(expr, Dense) else expr})
     _put_vectors(model, made)
     _settle(model, list(made.named.values()), made.sites)
     return model.requires_grad_(False), later

@@ -10,8 +10,10 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -74,6 +76,22 @@ def read_tensor(path: Path, name: str) -> Tensor:
     header(path)
     with safe_open(path, framework="pt") as f:
         return f.get_tensor(name)
+
+
+def laid_out(t: Tensor, beside: Path) -> Tensor:
+    """The same values in a file without a name, on the disk where `beside` lies or will, mapped: it is gone with the tensor.
+
+    Unlike memory of a process, the system can take its pages back. Errors: PathError, ResourceError.
+    """
+    raw = octets(t)
+    if not len(raw):
+        return t
+    folder = next(p for p in beside.resolve().parents if p.exists())
+    with told(folder), tempfile.TemporaryFile(dir=folder) as f:
+        f.write(raw)
+        f.flush()
+        held = mmap.mmap(f.fileno(), len(raw))
+    return torch.frombuffer(held, dtype=t.dtype).view(t.shape)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -119,8 +119,9 @@ def main() -> None:
                 print(f"  SVD, rank {rank}: {size} bytes, {kept:.1%} kept", flush=True)
     table = [
         f"{given.count} fine-tunes of {given.model} ({', '.join(names[: given.count])}; {given.steps} steps, all linear layers), "
-        f"{statistics.mean(sizes):,.0f} bytes each as checkpoints. Means; kept is the share of the gain on the task, with the least of "
-        "all in brackets.",
+        f"{statistics.mean(sizes):,.0f} bytes each as checkpoints.\n"
+        "Means; kept is the share of the gain on the task, with the least of all in brackets. Seconds are of one thread\n"
+        f"(`python benchmarks/deltas.py --count {given.count} --steps {given.steps} --ranks {' '.join(map(str, given.ranks))}`).",
         "",
         "| delta | bytes | of the checkpoint | seconds to make | to restore | kept |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

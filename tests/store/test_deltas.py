@@ -272,6 +272,22 @@ def test_several_deltas_are_switched_on_one_base(
     assert fingerprint(model) == mark and torch.equal(run(model, batch), plain)
 
 
+def test_a_delta_that_cannot_be_put_on_replaces_nothing(pair: Pair, tmp_path: Path) -> None:
+    """One for weights alone is on; another has vectors too, whose hosts somebody wrapped."""
+    base, site = load(pair.base), "model.layers.0.mlp.up_proj.weight"
+    m, n = expressions(base)[site].shape
+    change = {site: LowRank(torch.ones(m, 1), torch.ones(1, n))}
+    write(base, change, tmp_path / "weights", about={}, files={}, replace=False, progress=weft.Silent())
+    weft.diff(pair.base, pair.tuned, tmp_path / "vectors", budget="20%")
+    weft.patch(base, tmp_path / "weights")
+    before = fingerprint(base)
+    for module in base.modules():
+        module.forward = module.forward
+    with pytest.raises(ConflictError, match="wrapped"):
+        weft.patch(base, tmp_path / "vectors", replace=True)
+    assert fingerprint(base) == before and list(weft.adapters(base)) == ["delta"]
+
+
 def test_every_form_is_switched_and_saved(tmp_path: Path, tiny: Any, batches: Any, run: Any) -> None:
     """Each form that a difference may have, as the delta of one weight: on, off, weighed, row by row, saved, replaced."""
     two, batch = Pair(tiny, tmp_path), batches(1)[0]

@@ -113,11 +113,7 @@ def add_branch(model: nn.Module, *added: Branch) -> None:
     and what a branch says; NumericError for values that are not finite.
     """
     modules = dict(model.named_modules())
-    for i, branch in enumerate(added):
-        _may_stand(model, modules, branch)
-        if branch.key in {b.key for b in added[:i]}:
-            problem = _taken(branch)
-            raise problem
+    may_stand(model, *added)
     for branch in added:
         host = modules[branch.at]
         if not _held(host):
@@ -136,13 +132,22 @@ def begin_step(model: nn.Module, step: int, seed: int = 0) -> None:
         branch.begin(step, seed)
 
 
-def _may_stand(model: nn.Module, modules: Mapping[str, nn.Module], branch: Branch) -> None:
-    """Errors: as `add_branch`."""
+def may_stand(model: nn.Module, *added: Branch, instead: str | None = None) -> None:
+    """Whether these branches can be put on their hosts, once those called `instead` are off. Errors: as `add_branch`."""
+    modules = dict(model.named_modules())
+    for i, branch in enumerate(added):
+        _may_stand(model, modules, branch, instead)
+        if branch.key in {b.key for b in added[:i]}:
+            problem = _taken(branch)
+            raise problem
+
+
+def _may_stand(model: nn.Module, modules: Mapping[str, nn.Module], branch: Branch, instead: str | None) -> None:
     host = modules.get(branch.at)
     if host is None:
         want, fix = "a module's path", "print(model) shows them"
         raise OptionError("no such place", where=branch.key, got=branch.at, want=want, fix=fix)
-    if any(b.name == branch.name for b in _held(host)):
+    if any(b.name == branch.name != instead for b in _held(host)):
         problem = _taken(branch)
         raise problem
     branch.check(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, FormatError, WeftError, raise_all
 from weft.expr import Dense, Expr, spec, tensors, terms_of, total, valueless
 from weft.model import adapters, add_branch, delete_adapter, expressions, set_expressions, shifts, taps, vectors
+from weft.model.branch import may_stand
 from weft.model.sites import set_vectors
 from weft.progress import Progress, Silent
 from weft.store import lossless
@@ -62,6 +63,7 @@ def patch(model: nn.Module, delta: str | Path, *, name: str = "delta", replace: 
     role = f"adapter:{name}"
     before = {n: {r: t for r, t in terms_of(expressions(model)[n]).items() if r != role} for n in weights}
     refuse_overflow(model, {n: total({**before[n], role: e}) for n, e in weights.items()})
+    may_stand(model, *added, instead=name)
     if there:
         delete_adapter(model, name)
     add_branch(model, *added)

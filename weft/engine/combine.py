@@ -61,10 +61,14 @@ class Plan:
     def _sources(self, name: str, labels: Sequence[str] | None = None) -> Sources:
         if name in places(self.lead):
             held = {label: site(m, name).now for label, m in self.named.items()}
-            dtypes = {label: places(m)[name].dtype for label, m in self.named.items()}
-            return self.merge.sources(name, held, dtypes, places(self.lead)[name].kind != "embedding", labels)
+            return self.merge.sources(
+                name, held, self._dtypes(name), places(self.lead)[name].kind != "embedding", labels
+            )
         rows = {label: Dense(held[name].detach().cpu().reshape(1, -1)) for label, held in self._loose.items()}
         return self.merge.sources(name, rows, {label: e.w.dtype for label, e in rows.items()}, labels=labels)
+
+    def _dtypes(self, name: str) -> dict[str, torch.dtype]:
+        return {label: places(m)[name].dtype for label, m in self.named.items()}
 
     @functools.cached_property
     def _scopes(self) -> Scopes:
@@ -97,7 +101,9 @@ class Plan:
             done(self.change(name, expr))
             return tensors(expr)["w"].detach()
 
-        return Later(found().dtype, found().shape, make, lambda: self._about(found()))
+        return Later(
+            self.merge.made(self._dtypes(name)), site(self.lead, name).now.shape, make, lambda: self._about(found())
+        )
 
     def _about(self, s: Sources) -> str:
         """A hash of all that a weight depends on: of what is measured with it too."""
@@ -240,7 +246,7 @@ class _Merge:
             name=name,
             members=tuple(held[label] for label in labels),
             weights=tuple(weights[label] for label in labels),
-            dtype=self.dtype or dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values()),
+            dtype=self.made(dtypes),
             base=held.get("base"),
             own=tuple(held.get(f"the base of {label}", held["base"]) for label in labels) if several else (),
             seed=self.seed,
@@ -251,6 +257,10 @@ class _Merge:
             order=tuple(self.labels.index(label) for label in labels),
             marks=tuple(marks[label] for label in labels if marks),
         )
+
+    def made(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        """What a plain result of models that store a weight in these is stored in."""
+        return self.dtype or dtypes.get("base") or functools.reduce(torch.promote_types, dtypes.values())
 
     def __call__(self, s: Sources) -> Expr:
         """What these sources become."""

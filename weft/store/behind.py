@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +24,7 @@ class Behind:
 
     def __init__(self, most: int, *jobs: Job) -> None:
         self.most, self._jobs, self._held, self._bytes = most, jobs, ExitStack(), 0
-        self._threads = [self._held.enter_context(ThreadPoolExecutor(1)) for _ in jobs]
+        self._threads = [self._held.enter_context(ThreadPoolExecutor(1, initializer=_give_way)) for _ in jobs]
         self._last: Sequence[Future[None] | None] = [None] * len(jobs)
         self._under_way: deque[tuple[int, list[Future[None]]]] = deque()
 
@@ -53,6 +56,12 @@ class Behind:
         for job in jobs:
             job.result()
         self._bytes -= size
+
+
+def _give_way() -> None:
+    """Leave the processor to the threads that make tensors, which wait for one another (Linux)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _done(job: Job, last: Future[None] | None, name: str, shares: list[Tensor]) -> None:

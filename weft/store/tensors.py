@@ -36,6 +36,10 @@ from weft.store.part import Part
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """What files call a dtype."""
 _CHUNK = 16 << 20
+_AHEAD, _LOOK = 32 << 20, 1 << 20
+"""Bytes that are written while others are made, and numbers that are looked at together."""
+_INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000, torch.float64: 0x7FF0 << 48}
+"""The bits of infinity."""
 Step = Callable[[int], None]
 
 
@@ -118,7 +122,8 @@ def stream(
 ) -> dict[str, Any]:
     """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
-    Every tensor goes to its place in the file as it is made, and while the next ones are: together they are no larger than the largest.
+    Every tensor goes to its place in the file as it is made, and while the next ones are: together they are no larger than the largest,
+    and than 32 MB if they are several.
     Not `hashed`: neither hash nor sums are computed, nor values checked. `resume`: go on with what a killed process left at this path.
     Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
     """
@@ -150,7 +155,9 @@ def stream(
         def add(_: str, value: Tensor) -> None:
             word.update(octets(value))
 
-        with Behind(max(map(size_of, content.values()), default=0), put, *([add] if hashed else [])) as behind:
+        with Behind(
+            min(_AHEAD, max(map(size_of, content.values()), default=0)), put, *([add] if hashed else [])
+        ) as behind:
             for name in order:
                 behind.room(size_of(content[name]))
                 value, made_from[name] = _value(name, content[name], part, starts[name])
@@ -234,13 +241,19 @@ def word_sum(t: Tensor) -> str:
 
 
 def finite(t: Tensor) -> bool:
-    """Whether a float tensor has neither NaN nor infinity, by its least and greatest value."""
-    if not t.numel():
-        return True
-    if t.dtype.itemsize == 1:
-        return all(bool(torch.isfinite(part.float()).all()) for part in t.detach().reshape(-1).split(1 << 24))
-    low, high = torch.aminmax(t.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    """Whether a float tensor has neither NaN nor infinity. As whole numbers, the bits of both are above those of all finite values."""
+    flat = t.detach().reshape(-1)
+    if t.dtype not in _INFINITE:
+        return all(bool(torch.isfinite(part.float()).all()) for part in flat.split(1 << 24))
+    if t.device.type != "cpu":
+        return not flat.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(flat))).all())
+    raw, size = octets(flat), t.dtype.itemsize
+    positive, either, least = raw.view(f"<i{size}"), raw.view(f"<u{size}"), _INFINITE[t.dtype]
+    return all(
+        int(positive[at : at + _LOOK].max()) < least
+        and int(either[at : at + _LOOK].max()) < least + (1 << 8 * size - 1)
+        for at in range(0, len(either), _LOOK)
+    )
 
 
 def check_finite(t: Tensor, where: str) -> None:

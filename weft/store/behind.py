@@ -17,7 +17,7 @@ Job = Callable[[str, Tensor], None]
 
 
 class Behind:
-    """Every job in a thread of its own, on one tensor after another, of which it holds at most `most` bytes.
+    """Every job in a thread of its own, on one tensor after another, of which it holds at most `most` bytes, or one.
 
     After one that failed, that job does no more, and its error is raised where the next tensor is given, or at the end.
     """

@@ -112,10 +112,9 @@ def add_branch(model: nn.Module, *added: Branch) -> None:
     Errors: OptionError for a place that is none; ConflictError for a name that is taken, a host whose forward is not its class's,
     and what a branch says; NumericError for values that are not finite.
     """
-    modules = dict(model.named_modules())
     may_stand(model, *added)
     for branch in added:
-        host = modules[branch.at]
+        host = model.get_submodule(branch.at)
         if not _held(host):
             host.add_module(HELD, nn.ModuleList())
             host.forward = types.MethodType(_through(type(host)), host)

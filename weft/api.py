@@ -91,7 +91,10 @@ def attach(
     their rank must suffice. Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for
     an adapter of another base or a name that is taken; the model is unchanged then.
     """
-    into = store.hotswap if replace else store.attach
+    from weft.store import adapter as adapters
+    from weft.store.hotswap import hotswap
+
+    into = hotswap if replace else adapters.attach
     return into(model, adapter, name=name, unverified_base=unverified_base)
 
 

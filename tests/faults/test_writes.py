@@ -44,7 +44,7 @@ STEPS = [
     (files, "sync"),
     (swap, "stream"),
     (written, "check_finite"),
-    (written, "word_sum"),
+    (written, "_words"),
     (swap, "digest"),
     (swap, "sync"),
     (swap, "write_json"),

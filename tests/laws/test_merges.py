@@ -730,7 +730,7 @@ def test_vectors_are_merged_by_the_same_formula(name: str) -> None:
     result = plain_tensors(weft.combine(models, name, base=base, **data))
     for n, t in plain_tensors(base).items():
         rows = [Dense(plain_tensors(m)[n].detach().view(1, -1)) for m in models]
-        order = sorted(range(len(rows)), key=lambda i: weft.engine.combine._mark(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: weft.engine.combine.mark(rows[i]))
         s = sources([rows[i] for i in order], base=Dense(t.detach().view(1, -1)), name=n, grams=(), fishers=())
         assert torch.equal(result[n], made(name, s).view(t.shape))
 

@@ -16,7 +16,7 @@ from weft.store.tensors import Later, finite, read_tensors, stream
 def test_a_tensor_is_gone_before_the_next_is_made(tmp_path: Path) -> None:
     made: list[weakref.ref[np.ndarray]] = []
 
-    def make() -> torch.Tensor:
+    def make(_: torch.Tensor) -> torch.Tensor:
         assert all(held() is None for held in made)
         value = np.full((4, 4), float(len(made)), np.float32)
         made.append(weakref.ref(value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,25 @@ from weft.expr.mixed import added_low_rank
 Part = tuple[float, Expr]
 """A multiple of an expression."""
 Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
+Take = Callable[[Tensor], None]
+"""Takes a tensor's slices of rows, one after another, which nothing writes to from then on."""
 
 
 def wide(e: Expr) -> Tensor:
     """A value in float32, or in float64 where it is."""
     value = e.dense().detach()
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def laid(rows: Iterable[Tensor], shape: tuple[int, int], dtype: torch.dtype, take: Take | None = None) -> Tensor:
+    """Slices of rows below one another, in this dtype. With `take` they go there as they come, and the result has no values (meta)."""
+    value, at = torch.empty(shape, dtype=dtype, device="meta" if take else None), 0
+    for part in rows:
+        if take:
+            take(part.to(dtype, copy=True))
+        else:
+            value[at : (at := at + len(part))] = part
+    return value
 
 
 def common(values: Sequence[Tensor]) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal, TypeVar, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, fork, total
-from weft.model.parts import Factors, Part, apart, by_terms, common, factors, multiples, wide
+from weft.model.parts import Factors, Part, Take, apart, by_terms, common, factors, laid, multiples, wide
 
 SLICE = 1 << 19
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
@@ -70,8 +70,12 @@ class Sources:
     widen: Callable[[Scope], Sources] | None = None
     """The same, measured together with others; none where there are no others."""
     together: Together | None = None
+    take: Take | None = None
+    """What a plain result goes to as it is made."""
     _drawing: dict[str, np.random.PCG64DXSM] | None = None
     """Generators that slices draw from in turn."""
+    _room: dict[int, Tensor] | None = None
+    """Memory that slices use in turn."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,6 +97,15 @@ class Sources:
     def values(self) -> Iterator[Float[Tensor, "m n"]]:
         """The members' values in float32, one at a time. Errors: NumericError naming the weight and the member."""
         return (self._value(e, label) for e, label in zip(self.members, self._labels(), strict=True))
+
+    def copies(self) -> Iterator[Float[Tensor, "m n"]]:
+        """The same to write to, in memory that the next slice uses again. Errors: NumericError."""
+        room = self._room if self._room is not None else {}
+        for i, (e, label) in enumerate(zip(self.members, self._labels(), strict=True)):
+            value = e.dense().detach()
+            if i not in room:
+                room[i] = torch.empty(self.shape, dtype=torch.promote_types(value.dtype, torch.float32))
+            yield self._sound(room[i][: self.shape[0]].copy_(value), label)
 
     def mean(self) -> Float[Tensor, "m n"]:
         """The weighted mean of the members, in float64. Errors: NumericError."""
@@ -147,7 +160,7 @@ class Sources:
 
     def over(self, scope: Scope) -> Sources:
         """The same, measured together with the weights in scope."""
-        return self if scope == "weight" or self.widen is None else self.widen(scope)
+        return self if scope == "weight" or self.widen is None else replace(self.widen(scope), take=self.take)
 
     @property
     def entries(self) -> int:
@@ -180,7 +193,10 @@ class Sources:
 
     def dense(self, value: Float[Tensor, "m n"]) -> Dense:
         """A result as a plain matrix."""
-        return Dense(value.to(self.dtype))
+        return self._laid(value.split(max(1, SLICE // self.shape[1])))
+
+    def _laid(self, rows: Iterable[Tensor]) -> Dense:
+        return Dense(laid(rows, self.shape, self.dtype, self.take))
 
     def linear(self, shares: Sequence[float], origin: Expr) -> Expr:
         """origin + Σ_i share_i (member_i - origin), summed in float32, a slice of rows at a time.
@@ -207,12 +223,14 @@ class Sources:
         whole = total(terms) if (terms := by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
-        parts = sorted(parts, key=lambda part: -part[0])
-        sums = [*itertools.accumulate(c for c, _ in parts)]
-        value, at, held = torch.empty(self.shape, dtype=self.dtype), 0, torch.empty(0)
+        return self._laid(self._running(sorted(parts, key=lambda part: -part[0])))
+
+    def _running(self, parts: Sequence[Part]) -> Iterator[Float[Tensor, "k n"]]:
+        """Their running mean, in slices of rows; each is there until the next one."""
+        sums, held = [*itertools.accumulate(c for c, _ in parts)], torch.empty(0)
         for slices in zip(*(e.slices(SLICE) for _, e in parts), strict=True):
             values = [e.dense().detach() for e in slices]
-            held = held if at else torch.empty(2, *values[0].shape, dtype=common(values))
+            held = held if len(held) else torch.empty(2, *values[0].shape, dtype=common(values))
             made, other = held[:, : len(values[0])]
             made.copy_(values[0])
             for (c, _), add_up, v in zip(parts[1:], sums[1:], values[1:], strict=True):
@@ -220,8 +238,7 @@ class Sources:
             if not bool(torch.isfinite(made.sum())):
                 for (_, e), part in zip(parts, slices, strict=True):
                     self._value(part, self._label(e))
-            value[at : (at := at + len(made))] = made
-        return Dense(value)
+            yield made
 
     def low_rank(self) -> tuple[dict[str, Expr], list[Factors]] | None:
         """What the base and all members share, and what each member has beside it as factors [m r] and [r n] in float64.
@@ -238,7 +255,7 @@ class Sources:
 
     def slices(self) -> Iterator[Sources]:
         """The same in slices of rows of at most `SLICE` entries, without what data says. What is drawn goes on from slice to slice."""
-        exprs, drawing = (*self.members, *self.own, *([self.base] if self.base is not None else [])), {}
+        exprs, drawing, room = (*self.members, *self.own, *([self.base] if self.base is not None else [])), {}, {}
         count, own = len(self.members), len(self.own)
         for parts in zip(*(e.slices(SLICE) for e in exprs), strict=True):
             yield replace(
@@ -248,15 +265,14 @@ class Sources:
                 base=parts[-1] if self.base is not None else None,
                 grams=(),
                 fishers=(),
+                take=None,
                 _drawing=drawing,
+                _room=room,
             )
 
     def by_slices(self, make: Callable[[Sources], Float[Tensor, "k n"]]) -> Dense:
         """A result as a plain matrix, made of slices of rows one after another."""
-        value, at = torch.empty(self.shape, dtype=self.dtype), 0
-        for part in self.slices():
-            value[at : (at := at + part.shape[0])] = make(part)
-        return Dense(value)
+        return self._laid(make(part) for part in self.slices())
 
     def draws(self, salt: str) -> Float[Tensor, "m n"]:
         """Numbers from [0, 1), alike probable, that depend on the seed, the weight's name and `salt` only, whatever the slices.
@@ -284,7 +300,9 @@ class Sources:
         )
 
     def _value(self, e: Expr, label: str) -> Tensor:
-        value = wide(e)
+        return self._sound(wide(e), label)
+
+    def _sound(self, value: Tensor, label: str) -> Tensor:
         sound = bool(torch.isfinite(value.sum()))  # of finite values too, if it does not overflow
         if not sound and (bad := value.numel() - int(torch.isfinite(value).sum())):
             got = f"{bad} of {value.numel()} entries NaN or infinite"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from weft.error import WeftError
+from weft.model import places
 from weft.progress import Progress, Silent
 from weft.store.audit import Entry
 from weft.store.bare import Bare
@@ -37,6 +38,7 @@ def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.
 
     They have one configuration and the same tensors in the same shapes: vectors and matrices of floating point, all of them weights
     and biases. Values are checked as `load` does; what imports the classes, and makes models of them, takes longer than a small merge.
+    Weights keep the sums that they were checked by, and are not to be written to.
     Errors: NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise.
     """
     found = [one for folder in folders if (one := _opened(folder)) is not None]
@@ -49,7 +51,9 @@ def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.
             sums, problems = examine(content, step=step)
             kind = type(said["architectures"][0], (Bare,), {"__module__": Bare.__module__})
             problems += changed(sums, held, manifest)
-            made.append(plain(kind(said, held.entries), held.folder, content, problems, torch.float32))
+            model = plain(kind(said, held.entries), held.folder, content, problems, torch.float32)
+            model.__dict__["_weft_sums"] = {name: sums[name] for name in places(model)}
+            made.append(model)
     return made
 
 

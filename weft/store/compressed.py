@@ -141,8 +141,8 @@ def quantization_config(packed: dict[str, Scheme], ignore: list[str]) -> dict[st
 def _whole(expr: Quantized, dtype: torch.dtype) -> dict[str, Later]:
     """A weight as int8 codes [m n] and scales [m 1], each when it is written."""
     return {
-        "weight": Later(torch.int8, expr.shape, lambda: (expr.codes().short() - 128).to(torch.int8)),
-        "weight_scale": Later(dtype, (expr.shape[0], 1), lambda: expr.scales().to(dtype)),
+        "weight": Later(torch.int8, expr.shape, lambda _: (expr.codes().short() - 128).to(torch.int8)),
+        "weight_scale": Later(dtype, (expr.shape[0], 1), lambda _: expr.scales().to(dtype)),
     }
 
 
@@ -157,7 +157,7 @@ def _packed(expr: Quantized, dtype: torch.dtype) -> dict[str, Later]:
     }
     if expr.symmetric:
         del forms["weight_zero_point"]
-    return {k: Later(kind, shape, lambda k=k: tensors_of(expr, dtype)[k]) for k, (kind, shape) in forms.items()}
+    return {k: Later(kind, shape, lambda _, k=k: tensors_of(expr, dtype)[k]) for k, (kind, shape) in forms.items()}
 
 
 def tensors_of(expr: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:

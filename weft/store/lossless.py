@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from weft.error import ChangedError, ConflictError, FormatError, ShapeError, WeftError, raise_all
+from weft.model.parts import Take
 from weft.progress import Progress
 from weft.store.audit import DTYPES
 from weft.store.checkpoint import checkpoint, read_object
@@ -153,8 +154,8 @@ def _unlike(was: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[WeftEr
     return problems
 
 
-def _again(spool: IO[bytes], at: int, size: int) -> Callable[[], Tensor]:
-    def make() -> Tensor:
+def _again(spool: IO[bytes], at: int, size: int) -> Callable[[Take | None], Tensor]:
+    def make(_: Take | None) -> Tensor:
         spool.seek(at)
         return torch.frombuffer(bytearray(spool.read(size)), dtype=torch.uint8)
 
@@ -163,8 +164,8 @@ def _again(spool: IO[bytes], at: int, size: int) -> Callable[[], Tensor]:
 
 def _maker(
     old: Tensor, dtype: torch.dtype, data: Tensor | None, entry: Mapping[str, Any], where: str
-) -> Callable[[], Tensor]:
-    def make() -> Tensor:
+) -> Callable[[Take | None], Tensor]:
+    def make(_: Take | None) -> Tensor:
         raw = memoryview(octets(data)) if data is not None else memoryview(b"")
         made = unpacked(old, dtype, raw, entry["planes"], where)
         if (found := word_sum(made)) != entry["sum"]:

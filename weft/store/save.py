@@ -13,6 +13,7 @@ from weft.error import ConflictError, raise_all
 from weft.expr import Dense, Expr, identity, spec, tensors, valueless
 from weft.model import Place, Tap, branches, expressions, first_vectors, places, plain_tensors, taps
 from weft.model.branch import branch_spec, branch_tensors, refuse_branches
+from weft.model.parts import Take, laid
 from weft.model.taps import refuse_roundings, tap_spec, tap_tensors
 from weft.progress import Progress, Silent
 from weft.store.assign import names_on_disk
@@ -172,15 +173,16 @@ def later(expr: Expr, place: Place, tap: Tap | None = None) -> Later:
     """An expression's value as its checkpoint holds it, turns folded in, made slice by slice when it is written."""
     back = (tap or Tap()).back
 
-    def make() -> Tensor:
-        return place.stored(torch.cat([back(p.dense().detach()).to(place.dtype) for p in expr.slices()]))
+    def make(take: Take | None) -> Tensor:
+        return place.stored(laid((back(p.dense().detach()) for p in expr.slices()), expr.shape, place.dtype, take))
 
-    return Later(place.dtype, place.shape, make)
+    return Later(place.dtype, place.shape, make, slices=place.kind != "conv1d")
 
 
 def _laid(value: Later, place: Place) -> Later:
     """A matrix as its checkpoint holds it."""
-    return Later(value.dtype, place.shape, lambda: place.stored(value.make()), value.about)
+    slices = value.slices and place.kind != "conv1d"
+    return Later(value.dtype, place.shape, lambda take: place.stored(value.make(take)), value.about, slices)
 
 
 def nbytes(model: nn.Module) -> int:

@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from weft.error import ChangedError, NumericError, ShapeError, WeftError
+from weft.model.parts import Take
 from weft.store import disk
 from weft.store.audit import DTYPES, header
 from weft.store.behind import Behind
@@ -36,10 +37,12 @@ from weft.store.part import Part
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """What files call a dtype."""
 _CHUNK = 16 << 20
-_AHEAD, _LOOK = 32 << 20, 1 << 20
+_AHEAD, _LOOK = 16 << 20, 1 << 20
 """Bytes that are written while others are made, and numbers that are looked at together."""
 _INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000, torch.float64: 0x7FF0 << 48}
 """The bits of infinity."""
+_OF_READ = "take another copy of the model, or import it with --zero"
+_OF_MADE = "look for NaN, infinite or huge values in what it is made of, or leave that out"
 Step = Callable[[int], None]
 
 
@@ -49,9 +52,12 @@ class Later:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[Take | None], Tensor]
+    """Makes it; or hands it on in slices and returns one without values (on meta)."""
     about: Callable[[], str] | None = None
     """A hash of all that it is made from, so that one which a killed process had written is not made again."""
+    slices: bool = False
+    """Whether it may be handed on in slices."""
 
 
 Content = Mapping[str, Tensor | Later]
@@ -122,53 +128,106 @@ def stream(
 ) -> dict[str, Any]:
     """Write a new safetensors file and sync it. Returns its manifest entry: `size`, `blake2b` and the `tensors`' sums.
 
-    Every tensor goes to its place in the file as it is made, and while the next ones are: together they are no larger than the largest,
-    and than 32 MB if they are several.
+    Every tensor, or slice of one, goes to the file as it is made, and while the next ones are: together they are no larger than the
+    largest tensor, and than 16 MB if they are several.
     Not `hashed`: neither hash nor sums are computed, nor values checked. `resume`: go on with what a killed process left at this path.
-    Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`).
+    Errors: NumericError for a float tensor with a value that is not finite, unless it is `loose` (or not `hashed`); ShapeError for one
+    that is made otherwise than it was announced.
     """
     order = sorted(content, key=lambda n: (-content[n].dtype.itemsize, n))
     head, starts = _head(order, content, notes or {})
-    word, sums, made_from = hashlib.blake2b(head, digest_size=16), dict[str, str](), dict[str, str]()
+    word, most = hashlib.blake2b(head, digest_size=16), max(map(size_of, content.values()), default=0)
     with told(path), ExitStack() as held:
         part = Part(path, head) if resume else None
         f = held.enter_context(part.file if part else path.open("xb"))
         f.write(head)
-
-        def put(name: str, value: Tensor) -> None:
-            raw = octets(value)
-            f.seek(starts[name])
-            for at in range(0, len(raw), _CHUNK):
-                begun = f.tell()
-                f.write(raw[at : at + _CHUNK])
-                f.flush()
-                disk.write_soon(f.fileno(), begun, len(raw[at : at + _CHUNK]))
-                if step:
-                    step(len(raw[at : at + _CHUNK]))
-            if hashed:
-                if name not in loose:
-                    check_finite(value, name)
-                sums[name] = word_sum(value)
-            if part and made_from[name]:
-                part.note(name, made_from[name], sums.get(name) or word_sum(value))
+        under_way = _UnderWay(f, content, starts, hashed, loose, part, step)
 
         def add(_: str, value: Tensor) -> None:
             word.update(octets(value))
 
-        with Behind(
-            min(_AHEAD, max(map(size_of, content.values()), default=0)), put, *([add] if hashed else [])
-        ) as behind:
+        with Behind(min(_AHEAD, most), under_way.put, *([add] if hashed else [])) as behind:
             for name in order:
-                behind.room(size_of(content[name]))
-                value, made_from[name] = _value(name, content[name], part, starts[name])
-                behind.give(name, value)
-                del value  # before the next is made
+                under_way.make(name, behind)
         f.flush()
         os.fsync(f.fileno())
         if part:
             part.over()
     size = len(head) + sum(size_of(t) for t in content.values())
+    sums = {name: f"{total:016x}" for name, total in under_way.sums.items()} if hashed else {}
     return {"size": size, "blake2b": word.hexdigest() if hashed else "", "tensors": sums}
+
+
+@dataclass
+class _UnderWay:
+    """A file of tensors that are made, and put into it behind that, in the order of their places."""
+
+    file: BinaryIO
+    content: Content
+    starts: Mapping[str, int]
+    hashed: bool
+    loose: Collection[str]
+    part: Part | None
+    step: Step | None
+    sums: dict[str, int] = field(default_factory=dict[str, int])
+    """Of the words of each tensor, as far as it is there."""
+    there: dict[str, int] = field(default_factory=dict[str, int])
+    """How many bytes of each."""
+    made_from: dict[str, str] = field(default_factory=dict[str, str])
+
+    def make(self, name: str, behind: Behind) -> None:
+        """Make a tensor, or take what a killed process had made of it, and give it on."""
+        t = self.content[name]
+        given = 0
+
+        def take(rows: Tensor) -> None:
+            nonlocal given
+            given += rows.nbytes
+            behind.room(rows.nbytes)
+            behind.give(name, rows)
+
+        if not isinstance(t, Later):
+            take(t)
+            return
+        self.made_from[name] = about = t.about() if self.part and t.about else ""
+        if (found := self._held(name, t, about)) is not None:
+            take(found)
+            return
+        if not t.slices:
+            behind.room(size_of(t))
+        value = t.make(take if t.slices else None)
+        if value.device.type != "meta":
+            take(value)
+        if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape) or given != size_of(t):
+            got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
+            raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
+
+    def _held(self, name: str, t: Later, about: str) -> Tensor | None:
+        """What a killed process had made of this."""
+        if not self.part or not about:
+            return None
+        like = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        found = self.part.held(name, about, self.starts[name], like)
+        return found[0] if found is not None and word_sum(found[0]) == found[1] else None
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Put a tensor, or the next slice of one, into the file."""
+        raw, at = octets(value), self.there.get(name, 0)
+        self.file.seek(self.starts[name] + at)
+        for i in range(0, len(raw), _CHUNK):
+            begun, chunk = self.file.tell(), raw[i : i + _CHUNK]
+            self.file.write(chunk)
+            self.file.flush()
+            disk.write_soon(self.file.fileno(), begun, len(chunk))
+            if self.step:
+                self.step(len(chunk))
+        if self.hashed and name not in self.loose:
+            check_finite(value, name, _OF_MADE if isinstance(self.content[name], Later) else _OF_READ)
+        if self.hashed or self.part:
+            self.sums[name] = (self.sums.get(name, 0) + _words(raw, at % 8)) % (1 << 64)
+        self.there[name] = at + len(raw)
+        if self.part and self.made_from.get(name) and at + len(raw) == size_of(self.content[name]):
+            self.part.note(name, self.made_from[name], f"{self.sums[name]:016x}")
 
 
 def _head(order: Sequence[str], content: Content, notes: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -182,22 +241,6 @@ def _head(order: Sequence[str], content: Content, notes: Mapping[str, str]) -> t
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     return head, {name: len(head) + start for name, start in zip(order, ends, strict=False)}
-
-
-def _value(name: str, t: Tensor | Later, part: Part | None, start: int) -> tuple[Tensor, str]:
-    """A tensor, of one that is made now, or was by a killed process, also what it is made from. Errors: ShapeError."""
-    if not isinstance(t, Later):
-        return t, ""
-    about = t.about() if part and t.about else ""
-    if part and about:
-        found = part.held(name, about, start, torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        if found is not None and word_sum(found[0]) == found[1]:
-            return found[0], about
-    value = t.make()
-    if value.dtype != t.dtype or tuple(value.shape) != tuple(t.shape):
-        got, want = f"{value.dtype} {list(value.shape)}", f"{t.dtype} {list(t.shape)}, as announced"
-        raise ShapeError("a tensor was made otherwise", where=name, got=got, want=want, fix="mend its maker")
-    return value, about
 
 
 def examine(
@@ -234,10 +277,15 @@ def octets(t: Tensor) -> Any:
 
 def word_sum(t: Tensor) -> str:
     """The sum of a tensor's 64-bit words, 16 hex digits."""
-    raw = octets(t)
+    return f"{_words(octets(t)):016x}"
+
+
+def _words(raw: Any, ahead: int = 0) -> int:
+    """The sum of the words of these bytes, of which the first has so many bytes ahead of them."""
+    raw = np.concatenate([np.zeros(ahead, np.uint8), raw]) if ahead else raw
     whole = len(raw) // 8 * 8
     total = int(np.add.reduce(raw[:whole].view("<u8"), dtype=np.uint64)) if whole else 0
-    return f"{(total + int.from_bytes(raw[whole:].tobytes(), 'little')) % (1 << 64):016x}"
+    return (total + int.from_bytes(raw[whole:].tobytes(), "little")) % (1 << 64)
 
 
 def finite(t: Tensor) -> bool:
@@ -256,7 +304,7 @@ def finite(t: Tensor) -> bool:
     )
 
 
-def check_finite(t: Tensor, where: str) -> None:
+def check_finite(t: Tensor, where: str, fix: str = _OF_READ) -> None:
     """Refuse NaN and infinity. Errors: NumericError with the count and the first place."""
     if not t.is_floating_point() or not t.numel():
         return
@@ -272,5 +320,5 @@ def check_finite(t: Tensor, where: str) -> None:
         where=where,
         got=f"{len(wrong)} of {t.numel()} values, the first at {first}",
         want="finite numbers",
-        fix="take another copy of the model, or import it with --zero",
+        fix=fix,
     )

@@ -42,8 +42,8 @@ def slerp(
     a, b = (math.sin(share * angle) / math.sin(angle) if arc else share for share in (1 - t, t))
 
     def rows(part: Sources) -> Tensor:
-        x, y = part.values()
-        return (x * a).add_(y, alpha=b) if arc else torch.lerp(x, y, b)
+        x, y = part.copies()
+        return x.mul_(a).add_(y, alpha=b) if arc else x.lerp_(y, b)
 
     return s.by_slices(rows)
 

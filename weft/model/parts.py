@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,17 @@ def wide(e: Expr) -> Tensor:
     """A value in float32, or in float64 where it is."""
     value = e.dense().detach()
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+@contextmanager
+def leaving_one() -> Generator[None]:
+    """While open, tensors are computed with one thread less, where there are several: a core is left to other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def laid(rows: Iterable[Tensor], shape: tuple[int, int], dtype: torch.dtype, take: Take | None = None) -> Tensor:

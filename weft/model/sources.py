@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, Literal, TypeVar, cast
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from weft.error import NumericError, OptionError
 from weft.expr import Dense, Expr, LowRank, fork, total
-from weft.model.parts import Factors, Part, Take, apart, by_terms, common, factors, laid, multiples, wide
+from weft.model.parts import Factors, Part, Take, apart, by_terms, common, factors, laid, leaving_one, multiples, wide
 
 SLICE = 1 << 19
 """Entries of a slice: what a merge does with it fits into a processor's cache."""
@@ -195,8 +196,9 @@ class Sources:
         """A result as a plain matrix."""
         return self._laid(value.split(max(1, SLICE // self.shape[1])))
 
-    def _laid(self, rows: Iterable[Tensor]) -> Dense:
-        return Dense(laid(rows, self.shape, self.dtype, self.take))
+    def _laid(self, rows: Iterable[Tensor], light: bool = False) -> Dense:
+        with leaving_one() if light and self.take else nullcontext():
+            return Dense(laid(rows, self.shape, self.dtype, self.take))
 
     def linear(self, shares: Sequence[float], origin: Expr) -> Expr:
         """origin + Σ_i share_i (member_i - origin), summed in float32, a slice of rows at a time.
@@ -223,7 +225,7 @@ class Sources:
         whole = total(terms) if (terms := by_terms(parts)) is not None else None
         if whole is not None and not (isinstance(whole, Dense) and whole.w.dtype != self.dtype):
             return whole
-        return self._laid(self._running(sorted(parts, key=lambda part: -part[0])))
+        return self._laid(self._running(sorted(parts, key=lambda part: -part[0])), light=True)
 
     def _running(self, parts: Sequence[Part]) -> Iterator[Float[Tensor, "k n"]]:
         """Their running mean, in slices of rows; each is there until the next one."""
@@ -270,9 +272,12 @@ class Sources:
                 _room=room,
             )
 
-    def by_slices(self, make: Callable[[Sources], Float[Tensor, "k n"]]) -> Dense:
-        """A result as a plain matrix, made of slices of rows one after another."""
-        return self._laid(make(part) for part in self.slices())
+    def by_slices(self, make: Callable[[Sources], Float[Tensor, "k n"]], *, light: bool = False) -> Dense:
+        """A result as a plain matrix, made of slices of rows one after another.
+
+        `light`: `make` goes over its numbers a few times, and so waits for memory; a core is left to what writes the result.
+        """
+        return self._laid((make(part) for part in self.slices()), light)
 
     def draws(self, salt: str) -> Float[Tensor, "m n"]:
         """Numbers from [0, 1), alike probable, that depend on the seed, the weight's name and `salt` only, whatever the slices.

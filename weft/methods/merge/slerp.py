@@ -45,7 +45,7 @@ def slerp(
         x, y = part.copies()
         return x.mul_(a).add_(y, alpha=b) if arc else x.lerp_(y, b)
 
-    return s.by_slices(rows)
+    return s.by_slices(rows, light=True)
 
 
 def _products(s: Sources) -> tuple[float, float, float]:

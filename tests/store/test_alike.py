@@ -168,12 +168,31 @@ def test_a_weft_folder_is_left_to_its_class(family: list[Path], tmp_path: Path) 
     assert alike([family[0], tmp_path / "woven"]) is None
 
 
-def test_values_are_checked(family: list[Path], tmp_path: Path) -> None:
-    """As by `load`: not finite, or not what weft wrote."""
+def test_what_weft_wrote_is_checked(family: list[Path], tmp_path: Path) -> None:
+    """As by `load`."""
     weft.save(weft.load(family[0]), tmp_path / "saved")
     tensors(tmp_path / "saved", lambda held: held[NORM].add_(1))
     with pytest.raises(ChangedError, match=NORM):
         alike([tmp_path / "saved"])
-    tensors(family[1], lambda held: held[NORM].fill_(torch.nan))
-    with pytest.raises(NumericError, match=NORM):
-        alike(family)
+
+
+@pytest.mark.parametrize("which", ["m0", "m2"])
+@pytest.mark.parametrize("name", [NORM, "model.layers.3.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "dare_ties"])
+def test_values_that_are_not_finite_are_found_where_they_are_merged(
+    method: str, name: str, which: str, family: list[Path], tmp_path: Path
+) -> None:
+    """The error names the weight and the model, and there is no result."""
+    tensors(tmp_path / which, lambda held: held[name].flatten()[-1:].fill_(torch.inf))
+    config = tmp_path / "merge.yml"
+    each = ", ".join(f"{{model: {m}, parameters: {{weight: 0.4}}}}" for m in ("m0", "m1", "m2"))
+    if method == "slerp":
+        each = f"{{model: m0}}, {{model: {which.replace('m0', 'm1')}}}"
+    base = "" if method == "linear" else "base_model: m0\n"
+    text = f"merge_method: {method}\n{base}models: [{each}]\nparameters: {{{'t: 0.5' if method == 'slerp' else ''}}}\n"
+    config.write_text(text)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NumericError, match="not finite") as e:
+        patch.chdir(tmp_path)
+        weft.merge_config(config, tmp_path / "out")
+    assert name in str(e.value) and any(who in str(e.value) for who in ("base", "member"))
+    assert not (tmp_path / "out").exists()

@@ -148,9 +148,7 @@ def plan(
     how, wrong = asked(per or (lambda _: (step, given)), [*sites, *vectors])
     raise_all([*wrong, *(p for name, (one, each) in how.items() for p in misfit(name, step, one, each, len(models)))])
     seen = {label: look(i) for i, label in enumerate(named(models))} if look is not None else dict[str, Seen]()
-    every = named(models, bases)
-    sums = {label: m.__dict__.get("_weft_sums", {}) for label, m in every.items()}
-    return Plan(lead, every, sites, vectors, _Merge(step, how, tuple(named(models)), seed, seen, dtype, sums))
+    return Plan(lead, named(models, bases), sites, vectors, _Merge(step, how, tuple(named(models)), seed, seen, dtype))
 
 
 def run(made: Plan, done: Callable[[int], None] | None = None) -> tuple[nn.Module, list[Change]]:
@@ -228,8 +226,6 @@ class _Merge:
     seed: int
     seen: Mapping[str, Seen]
     dtype: torch.dtype | None = None
-    sums: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
-    """By label and site, those of plain matrices that were summed when they were read."""
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def sources(
@@ -242,7 +238,7 @@ class _Merge:
     ) -> Sources:
         """One weight, of which `held` has every model's; members in this order, or in one that their values alone decide."""
         weights = dict(zip(self.labels, map(float, self.how[name][1]), strict=True))
-        marks = {n: mark(held[n], self.sums.get(n, {}).get(name)) for n in self.labels} if labels is None else {}
+        marks = {label: mark(held[label]) for label in self.labels} if labels is None else {}
         labels = labels or sorted(self.labels, key=lambda label: (marks[label], weights[label]))
         seen = [self.seen[label] for label in labels if label in self.seen]
         several = len(held) > len(labels) + 1
@@ -273,17 +269,16 @@ class _Merge:
 
     def about(self, s: Sources) -> str:
         """A hash of all that the result for these sources depends on."""
-        beside = [(f"the base of {label}", e) for label, e in zip(s.labels, s.own, strict=False)] + [("base", s.base)]
-        exprs = [*s.marks, *(mark(e, self.sums.get(n, {}).get(s.name)) for n, e in beside if e is not None)]
+        exprs = [*s.marks, *(mark(e) for e in (*s.own, *([s.base] if s.base is not None else [])))]
         data = [word_sum(t) if t is not None else "" for t in (*s.grams, *s.fishers)]
         code = [chain_key((self.how[s.name][0],)), code_version("expr", "linalg", "model", "engine")]
         said = [code, s.name, s.weights, s.order, str(s.dtype), s.seed, exprs, data]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
-def mark(expr: Expr, known: str | None = None) -> str:
-    """What an expression holds, in short; of a plain matrix its sum may be known."""
-    return json.dumps([spec(expr), [known] if known else [word_sum(t) for t in tensors(expr).values()]])
+def mark(expr: Expr) -> str:
+    """What an expression holds, in short."""
+    return json.dumps([spec(expr), [word_sum(t) for t in tensors(expr).values()]])
 
 
 def _settle(made: nn.Module, models: Sequence[nn.Module], sites: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from weft.error import WeftError
-from weft.model import places
 from weft.progress import Progress, Silent
 from weft.store.audit import Entry
 from weft.store.bare import Bare
@@ -37,8 +36,8 @@ def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.
     """Woven models of these folders as `Bare`, or None where it takes their classes to tell what is in them, or what is wrong.
 
     They have one configuration and the same tensors in the same shapes: vectors and matrices of floating point, all of them weights
-    and biases. Values are checked as `load` does; what imports the classes, and makes models of them, takes longer than a small merge.
-    Weights keep the sums that they were checked by, and are not to be written to.
+    and biases. What imports the classes, and makes models of them, takes longer than a small merge. What weft wrote is checked as `load`
+    does; values of others are not read here, as what goes weight by weight looks at each.
     Errors: NumericError naming weights that are not finite; ChangedError naming tensors that the manifest knows otherwise.
     """
     found = [one for folder in folders if (one := _opened(folder)) is not None]
@@ -47,13 +46,12 @@ def alike(folders: Sequence[Path], progress: Progress | None = None) -> list[nn.
     made: list[nn.Module] = []
     with (progress or Silent()).bar("load", sum(len(held.tensors) for *_, held in found)) as step:
         for said, manifest, held in found:
-            content = held.read()
-            sums, problems = examine(content, step=step)
+            content, problems = held.read(), list[WeftError]()
+            if "files" in manifest:
+                sums, problems = examine(content, step=step)
+                problems += changed(sums, held, manifest)
             kind = type(said["architectures"][0], (Bare,), {"__module__": Bare.__module__})
-            problems += changed(sums, held, manifest)
-            model = plain(kind(said, held.entries), held.folder, content, problems, torch.float32)
-            model.__dict__["_weft_sums"] = {name: sums[name] for name in places(model)}
-            made.append(model)
+            made.append(plain(kind(said, held.entries), held.folder, content, problems, torch.float32))
     return made
 
 

@@ -86,7 +86,7 @@ def attach(
 ) -> list[str]:
     """Put a PEFT folder onto a model, in place; returns the sites, vectors and branches that have it.
 
-    What adds to weights is a term `adapter:NAME`, virtual tokens are a branch NAME; IA3, OFT and LN tuning have no name.
+    What adds to weights is a term `adapter:NAME`, virtual tokens are a branch NAME, IA3 and OFT factors of it; LN tuning has no name.
     `replace`: write a LoRA's numbers into the terms that the model has under this name, so that a compiled model stays compiled;
     their rank must suffice. Errors: FormatError, ShapeError, NumericError with every problem at once, and ConflictError for
     an adapter of another base or a name that is taken; the model is unchanged then.

@@ -44,6 +44,8 @@ from weft.expr import (
 from weft.expr.cayley import Cayley
 from weft.expr.entrywise import Entrywise
 from weft.expr.gated import Gated
+from weft.expr.named import Named
+from weft.expr.weightnorm import WeightNorm
 from weft.grid import GRIDS, SCALES, grid
 from weft.linalg.grids import minmax, nearest
 from weft.model.taps import tap_spec, tap_tensors
@@ -168,6 +170,11 @@ def chain(m: int, n: int, g: Rng) -> Expr:
     return Product(quantized(m, 6, g), lowrank(6, n, g), masked(n, n, g))
 
 
+def named(m: int, n: int, g: Rng, on: bool = True) -> Expr:
+    left, right = Named(diagonal(m, m, g), "a", on), Named(permutation(n, n, g), "b", on)
+    return Product(left, compensated(m, n, g), right, Named(diagonal(n, n, g), "b", not on))
+
+
 def _grids() -> dict[str, Callable[[int, int, Rng], Expr]]:
     groups, scales = (5, 0, 3, 8), list(SCALES)
     kinds = [(name, groups[i % 4], s, scales[i % 4 if s else 0]) for i, (name, s) in enumerate(PLACES)]
@@ -250,6 +257,9 @@ EXPRS: dict[str, Maker] = {
     "product": between,
     "product-thin": lambda m, n, g: Product(diagonal(m, m, g), lowrank(m, n, g)),
     "product-chain": chain,
+    "named": named,
+    "named-off": lambda m, n, g: named(m, n, g, on=False),
+    "lengths-off": lambda m, n, g: WeightNorm(randn(g, m), compensated(m, n, g), on=False),
 }
 
 
@@ -258,6 +268,7 @@ MAKERS: dict[str, Maker] = {
     "Cosines": lambda m, n, g: NODES["Cosines"](
         randn(g, 5), *(torch.randint(0, size, (5,), generator=g).int() for size in (m, n)), m, n, 0.5
     ),
+    "Named": lambda m, n, g: Named(diagonal(m, m, g), "a"),
     "Gated": lambda m, n, g: Gated(randn(g, 1), lowrank(m, n, g)),
     "SoftQuantized": lambda m, n, g: NODES["SoftQuantized"](randn(g, m, n), randn(g, m, -(-n // 5)), 3, 5),
     "Signs": lambda m, n, g: Signs.of(randn(g, m, n).sign() * (torch.rand(m, n, generator=g) < 0.1), randn(g, 1)),

@@ -18,6 +18,7 @@ from weft.expr.gated import Gated, settled
 from weft.expr.mixed import added_low_rank
 from weft.linalg.lowrank import truncate
 from weft.model import Sources, adapters, branches, expressions, name_of, set_expressions
+from weft.model.adapted import around
 from weft.model.devices import device_of
 from weft.model.parts import added_sparse
 
@@ -83,9 +84,10 @@ def _check(
     if beside := [b.key for b in branches(model) if b.name in weights]:
         want, fix = "terms of weights", "leave it out"
         raise ConflictError("a branch is not blended", where=beside[0], got="a branch", want=want, fix=fix)
-    whole = {n for n in weights if not any(_added(e, n) for e in expressions(model).values())}
+    whole = around(model).keys() & weights.keys()
+    whole |= {n for n in weights if not any(_added(e, n) for e in expressions(model).values())}
     if whole:
-        got, want = "it stands under a magnitude", "terms of weights"
+        got, want = "it stands around weights, or under a magnitude", "terms of weights"
         fix = "merge models instead: weft.combine"
         raise ConflictError("this adapter is not blended", where=sorted(whole)[0], got=got, want=want, fix=fix)
     if step is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from weft.engine.run import Change
 from weft.error import ConflictError, OptionError, WeftError, raise_all
-from weft.expr import Dense, Expr, Product, Promises, Sum, stack, terms_of, valueless
+from weft.expr import SIDES, Dense, Expr, Product, Promises, Sum, stack, terms_of, valueless
 from weft.expr.weightnorm import WeightNorm
 from weft.linalg.sparse import grid_of, onto
 from weft.model import expressions, match, places, set_expressions
@@ -101,8 +101,13 @@ def _refusal(name: str, expr: Expr) -> WeftError | None:
 
 
 def _base(expr: Expr) -> Expr:
-    """The base term, of a weight with a magnitude that of its direction."""
-    return _base(expr.v) if isinstance(expr, WeightNorm) else terms_of(expr).get("base", expr)
+    """The base term: of a weight with a magnitude that of its direction, of one between factors its own."""
+    if isinstance(expr, WeightNorm):
+        return _base(expr.v)
+    if isinstance(expr, Product) and len(inner := [f for f in expr.acting() if not isinstance(f, SIDES)]) == 1:
+        return _base(inner[0])
+    base = terms_of(expr).get("base", expr)
+    return base if base is expr else _base(base)
 
 
 def _record(name: str, before: Expr, after: Expr) -> Merged:

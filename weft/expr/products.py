@@ -21,20 +21,27 @@ SHORT = _KNOWN is not None and bool(_KNOWN())
 
 def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:
     """x times the transposed value, a slice of rows at a time."""
-    dtype = _arithmetic(x)
-    wide = x.to(dtype)
-    parts = [F.linear(wide, part.dense().to(dtype)) for part in expr.slices(_most(x))]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return y if dtype == x.dtype else y.to(x.dtype)
+    dtype, most, (m, n) = _arithmetic(x), _most(x), expr.shape
+    wide, slices = x.to(dtype), [*expr.row_slices(most)]
+    if len(slices) < 2 or torch.is_autocast_enabled(x.device.type):
+        parts = [F.linear(wide, part.dense().to(dtype)) for part in expr.slices(most)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return y if dtype == x.dtype else y.to(x.dtype)
+    flat = wide.reshape(-1, n)
+    y = flat.new_empty(len(flat), m)
+    for rows, part in zip(slices, expr.slices(most), strict=True):
+        torch.mm(flat, part.dense().to(dtype).T, out=y[:, rows])
+    return y.view(*x.shape[:-1], m).to(x.dtype)
 
 
 def product_transposed(g: Float[Tensor, "*b m"], expr: Expr) -> Float[Tensor, "*b n"]:
     """g times the value, a slice of rows at a time."""
-    x, dtype, most = None, _arithmetic(g), _most(g)
+    dtype, most, (m, n) = _arithmetic(g), _most(g), expr.shape
+    flat = g.to(dtype).reshape(-1, m)
+    x = flat.new_empty(len(flat), n) if m else flat.new_zeros(len(flat), n)
     for rows, part in zip(expr.row_slices(most), expr.slices(most), strict=True):
-        y = g[..., rows].to(dtype) @ part.dense().to(dtype)
-        x = y if x is None else x.add_(y)
-    return x.to(g.dtype) if x is not None else g.new_zeros(*g.shape[:-1], expr.shape[1])
+        x.addmm_(flat[:, rows], part.dense().to(dtype), beta=float(rows.start > 0))
+    return x.view(*g.shape[:-1], n).to(g.dtype)
 
 
 def _most(x: Tensor) -> int | None:

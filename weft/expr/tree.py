@@ -19,6 +19,7 @@ from weft.expr.cayley import Cayley
 from weft.expr.derived import Derived
 from weft.expr.fields import Field, defaults, fields
 from weft.expr.generated import Hadamard, Permutation
+from weft.expr.named import Named
 from weft.expr.nodes import Dense, Diagonal
 from weft.expr.products import CACHED
 
@@ -110,8 +111,12 @@ class Product(Expr):
     def kids(self) -> Iterator[Expr]:
         yield from self.factors
 
+    def acting(self) -> list[Expr]:
+        """The factors, without names and without those that are off."""
+        return [f.kept if isinstance(f, Named) else f for f in self.kids() if not isinstance(f, Named) or f.on]
+
     def dense(self) -> Float[Tensor, "m n"]:
-        core, right = list(self.kids()), list[Cayley | Diagonal]()
+        core, right = self.acting(), list[Cayley | Diagonal]()
         while len(core) > 1 and isinstance(last := core[-1], Cayley | Diagonal):
             right.append(last)
             core.pop()
@@ -123,12 +128,12 @@ class Product(Expr):
         return value
 
     def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        for factor in reversed(list(self.kids())):
+        for factor in reversed(self.acting()):
             x = factor(x)
         return x
 
     def take(self, rows: slice | Int[Tensor, "k"]) -> Expr:
-        first, *rest = self.kids()
+        first, *rest = self.acting()
         return Product(first.take(rows), *rest)
 
     @classmethod
@@ -136,7 +141,7 @@ class Product(Expr):
         return Product(stack([next(p.kids()) for p in parts]), *list(parts[0].kids())[1:])
 
     def promises(self) -> Promises:
-        ranks = [r for f in self.kids() if (r := f.promises().rank) is not None]
+        ranks = [r for f in self.acting() if (r := f.promises().rank) is not None]
         return Promises(rank=min(ranks) if ranks else None)
 
     def describe(self) -> str:
@@ -170,7 +175,7 @@ class Normal:
 
 def normal(expr: Expr) -> Normal | None:
     """The normal form, or None for a free tree (which runs dense)."""
-    factors = list(expr.kids()) if isinstance(expr, Product) else [expr]
+    factors = expr.acting() if isinstance(expr, Product) else [expr]
     core = [i for i, f in enumerate(factors) if not isinstance(f, SIDES)]
     if len(core) != 1:
         return None

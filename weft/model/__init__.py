@@ -1,6 +1,7 @@
 """Models: sites, weave, unweave."""
 
-from weft.model.adapters import Adapter, activate, adapters, delete_adapter, name_of, per_row, rename_adapter
+from weft.model.adapted import name_of
+from weft.model.adapters import Adapter, activate, adapters, delete_adapter, per_row, rename_adapter
 from weft.model.axes import axes
 from weft.model.axis import Axis, Part
 from weft.model.bottleneck import Bottleneck

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError, WeftError, raise_all
-from weft.expr import Expr, Sum, total
-from weft.expr.fields import each, fields
+from weft.expr import Expr, Sum
 from weft.expr.gated import Gated
-from weft.expr.weightnorm import WeightNorm
+from weft.expr.named import Named
+from weft.model.adapted import Change, around, edited, name_of, scaled_biases, terms_at, without
 from weft.model.branch import branches, refuse_branches, unbranch
 from weft.model.devices import device_of
 from weft.model.experts import ApartExperts
 from weft.model.sharded import must_be_whole
 from weft.model.weave import expressions, places, set_expressions
-
-Change = Callable[[dict[str, Expr]], dict[str, Expr]]
-"""What becomes of the adapter terms of a sum, by role."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +36,11 @@ class TrainedTerm:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a model: terms `adapter:NAME` beside its weights, or branches of that name."""
+    """An adapter of a model: terms `adapter:NAME` beside its weights, factors and magnitudes around them, or branches of that name."""
 
     name: str
     strength: float
-    """What its terms are multiplied by; of a branch 1 or 0."""
+    """What its terms are multiplied by; of a factor, a magnitude and a branch 1 or 0."""
     places: tuple[str, ...]
     """Its sites, and the keys of its branches."""
     kinds: tuple[str, ...]
@@ -55,19 +51,22 @@ class Adapter:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter by name, in the order that the model has them."""
-    terms, beside = _terms(model), {b.name: [c for c in branches(model) if c.name == b.name] for b in branches(model)}
-    made: dict[str, Adapter] = {}
-    for name in dict.fromkeys([*terms, *beside]):
-        held, others = terms.get(name, []), beside.get(name, [])
+    terms, beside = terms_at(model), {b.name: [c for c in branches(model) if c.name == b.name] for b in branches(model)}
+    sides, made = around(model), dict[str, Adapter]()
+    for name in dict.fromkeys([*terms, *sides, *beside]):
+        held, others, on = terms.get(name, []), beside.get(name, []), sides.get(name, [])
         kinds = [(t.kept if isinstance(t, Gated) else t).describe() for _, t, _ in held]
-        strengths = [_strength(t) for _, t, _ in held] + [float(b.on) for b in others]
-        trained = [p for _, t, _ in held for p in t.parameters()] + [p for b in others for p in b.parameters()]
+        kinds += [node.kept.describe() if isinstance(node, Named) else "magnitude" for _, node in on]
+        strengths = [_strength(t) for _, t, _ in held] + [float(x.on) for x in (*(n for _, n in on), *others)]
+        own = [t for _, t, _ in held] + [node.kept if isinstance(node, Named) else node.g for _, node in on]
+        trained = [p for t in own for p in ([t] if isinstance(t, Tensor) else t.parameters())]
+        trained += [p for b in others for p in b.parameters()]
         made[name] = Adapter(
             name,
             strengths[0],
-            tuple(dict.fromkeys([site for site, _, _ in held] + [b.key for b in others])),
+            tuple(dict.fromkeys([*(s for s, _, _ in held), *(s for s, _ in on), *(b.key for b in others)])),
             tuple(dict.fromkeys([*kinds, *(b.describe() for b in others)])),
-            sum(t.nbytes() for _, t, _ in held) + sum(b.nbytes() for b in others),
+            sum(t.nbytes if isinstance(t, Tensor) else t.nbytes() for t in own) + sum(b.nbytes() for b in others),
             any(p.requires_grad for p in trained),
         )
     return made
@@ -78,19 +77,17 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
 
     From the first strength that is not 1 all terms have a gate, so that later calls write one number and compiled models stay
     compiled. What is off trains nothing. Errors, before anything changes: OptionError for unknown names and strengths that are
-    not finite; ConflictError for branches at other strengths than 0 and 1, and for adapters that are no terms: under a magnitude
-    (DoRA) the weight without the adapter is not known to it.
+    not finite; ConflictError for what is on or off at other strengths than 0 and 1: branches, factors (IA3, OFT) and magnitudes (DoRA);
+    and for a factor that a bias has been scaled by, which stays.
     """
     wanted = _wanted(model, [names])[0]
     must_be_whole(model.named_parameters())
     problems: list[WeftError] = []
-    for name, held in _terms(model).items():
-        for site, _, under in held:
-            if under and wanted[name] != 1:
-                got, want = f"strength {wanted[name]:g} under a magnitude", "1"
-                fix = "keep it on, merge it (weft.merge), or give each adapter a weft.fork(model) of its own"
-                what = "this adapter cannot be turned"
-                problems.append(ConflictError(what, where=f"{site}: {name}", got=got, want=want, fix=fix))
+    for name, held in around(model).items():
+        for site, _ in held if wanted[name] not in (0, 1) else ():
+            what, got, fix = "a factor or magnitude is on or off", f"strength {wanted[name]:g}", "choose one of them"
+            problems.append(ConflictError(what, where=f"{site}: {name}", got=got, want="1 or 0", fix=fix))
+        problems += scaled_biases(model, held, "turned off") if wanted[name] == 0 else []
     for b in branches(model):
         if wanted[b.name] not in (0, 1):
             got, fix = f"strength {wanted[b.name]:g}", "choose one of them"
@@ -98,11 +95,15 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
     raise_all(problems)
     if any(s != 1 for s in wanted.values()):
         _gate(model)
-    for name, held in _terms(model).items():
+    for name, held in terms_at(model).items():
         for _, term, _ in held:
             if isinstance(term, Gated):
                 with torch.no_grad():
                     term.g.fill_(wanted[name])
+    for name, held in around(model).items():
+        for site, node in held:
+            node.on = bool(wanted[name])
+            expressions(model)[site].drop_derived()
     for b in branches(model):
         b.on = bool(wanted[b.name])
 
@@ -112,14 +113,14 @@ def per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | Mapping[str, 
     """Within, row i of every batch has the adapters of rows[i], at their strengths, and no others: one name, several, or None.
 
     Errors: OptionError for unknown names; ConflictError for what cannot tell rows: branches, adapters of experts and
-    convolutions, adapters under a magnitude; within, ShapeError for a batch of another number of rows.
+    convolutions, adapters around weights or under a magnitude; within, ShapeError for a batch of another number of rows.
     """
     refuse_branches(model, "a choice by row")
     chosen = _wanted(model, [() if r is None else r for r in rows])
     raise_all([_no_rows(site, name, what) for name, site, what in _rowless(model)])
     _gate(model)
     by_name = {name: torch.tensor([w[name] for w in chosen], dtype=torch.float32) for name in adapters(model)}
-    held = [(name, t) for name, terms in _terms(model).items() for _, t, _ in terms if isinstance(t, Gated)]
+    held = [(name, t) for name, terms in terms_at(model).items() for _, t, _ in terms if isinstance(t, Gated)]
     _each_row(model, held, by_name)
     try:
         yield
@@ -128,20 +129,22 @@ def per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | Mapping[str, 
 
 
 def delete_adapter(model: nn.Module, name: str) -> list[str]:
-    """Take an adapter away, in place: its terms, which leaves the weights what they were without, and its branches.
+    """Take an adapter away, in place: terms, factors and magnitudes, which leaves the weights what they were without, and branches.
 
-    Returns its places. Errors: OptionError for an unknown name; ConflictError where a magnitude was trained with it.
+    Returns its places. Errors: OptionError for an unknown name; ConflictError for a factor that a bias has been scaled by.
     """
     places_ = _known(model, name)[name].places
-    raise_all([_bound(site, name, "deleted") for site, _, under in _terms(model).get(name, []) if under])
-    _edit(model, lambda terms: {r: t for r, t in terms.items() if name_of(r) != name})
+    raise_all(scaled_biases(model, around(model).get(name, []), "deleted"))
+    held = expressions(model)
+    made = {n: without(e, name) for n, e in held.items()}
+    set_expressions(model, {n: e for n, e in made.items() if e is not held[n]})
     if any(b.name == name for b in branches(model)):
         unbranch(model, name)
     return list(places_)
 
 
 def rename_adapter(model: nn.Module, name: str, new: str) -> None:
-    """Give the terms of an adapter another name, in place.
+    """Give the terms and factors of an adapter another name, in place.
 
     Errors: OptionError for an unknown name; ConflictError for branches and a name that is taken.
     """
@@ -151,6 +154,9 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
     if held := [b.key for b in branches(model) if b.name == name]:
         want, fix = "terms", "add the branch again under the new name"
         raise ConflictError("a branch keeps its name", where=held[0], got=name, want=want, fix=fix)
+    for _, node in around(model).get(name, []):
+        if isinstance(node, Named):
+            node.name = new
     role = f"adapter:{name}"
     _edit(
         model,
@@ -190,59 +196,11 @@ def put_terms(model: nn.Module, made: Mapping[int, Mapping[str, Expr]]) -> None:
     _edit(model, lambda terms: {r: t for role, term in terms.items() for r, t in other(role, term).items()})
 
 
-def name_of(role: str) -> str | None:
-    """The adapter that a role belongs to: `adapter:NAME`, or `adapter:NAME-start`, which goes with it."""
-    return role.removeprefix("adapter:").removesuffix("-start") if role.startswith("adapter:") else None
-
-
-def _edited(expr: Expr, change: Change) -> Expr:
-    """The tree after a change of every sum's adapter terms; itself where nothing changes."""
-    if isinstance(expr, Sum):
-        old = expr.named()
-        rest = {r: _edited(t, change) for r, t in old.items() if name_of(r) is None}
-        new = rest | change({r: t for r, t in old.items() if name_of(r) is not None})
-        return total(new) if _differs(old, new) else expr
-    made: dict[str, object] = {}
-    for f in (f for f in fields(type(expr)) if f.kind in ("child", "children")):
-        held = expr.value(f)
-        if _differs(held, new := each(partial(_edited, change=change), held)):
-            made[f.name] = new
-    return expr.rebuild(**made) if made else expr
-
-
-def _differs(old: object, new: object) -> bool:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return list(old) != list(new) or any(old[k] is not new[k] for k in old)
-    if isinstance(old, tuple) and isinstance(new, tuple):
-        return any(a is not b for a, b in zip(old, new, strict=True))
-    return old is not new
-
-
 def _edit(model: nn.Module, change: Change) -> None:
     held = expressions(model)
-    made = {n: _edited(e, change) for n, e in held.items()}
+    made = {n: edited(e, change) for n, e in held.items()}
     if changed := {n: e for n, e in made.items() if e is not held[n]}:
         set_expressions(model, changed)
-
-
-def _terms(model: nn.Module) -> dict[str, list[tuple[str, Expr, bool]]]:
-    """By adapter its terms: the site, the term, and whether it stands under a magnitude."""
-    found: dict[str, list[tuple[str, Expr, bool]]] = {}
-
-    def look(site: str, expr: Expr, under: bool) -> None:
-        if isinstance(expr, Sum):
-            for role, term in expr.named().items():
-                if (name := name_of(role)) is not None:
-                    found.setdefault(name, []).append((site, term, under))
-                else:
-                    look(site, term, under)
-            return
-        for kid in expr.kids():
-            look(site, kid, under or isinstance(expr, WeightNorm))
-
-    for site, expr in expressions(model).items():
-        look(site, expr, False)
-    return found
 
 
 def _strength(term: Expr) -> float:
@@ -270,7 +228,7 @@ def _wanted(model: nn.Module, choices: Sequence[str | Sequence[str] | Mapping[st
 
 def _gate(model: nn.Module) -> None:
     """Give every adapter term a gate, one a name and device, where it has none."""
-    held = {(n, t.g.device): t.g for n, terms in _terms(model).items() for _, t, _ in terms if isinstance(t, Gated)}
+    held = {(n, t.g.device): t.g for n, terms in terms_at(model).items() for _, t, _ in terms if isinstance(t, Gated)}
 
     def gated(role: str, term: Expr) -> Expr:
         if isinstance(term, Gated):
@@ -291,8 +249,10 @@ def _each_row(model: nn.Module, held: Sequence[tuple[str, Gated]], by_name: Mapp
 
 def _rowless(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Adapters at places that do not know which row of the batch they see."""
+    for name, sides in around(model).items():
+        yield from ((name, site, "it stands around the weight") for site, _ in sides)
     experts = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ApartExperts))
-    for name, held in _terms(model).items():
+    for name, held in terms_at(model).items():
         for site, _, under in held:
             place = places(model)[site]
             if under:
@@ -310,16 +270,5 @@ def _no_rows(site: str, name: str, why: str) -> WeftError:
         where=f"{site}: {name}",
         got=why,
         want="a term of a linear layer or an embedding",
-        fix=fix,
-    )
-
-
-def _bound(site: str, name: str, what: str) -> WeftError:
-    fix = "start from the model without it, or merge it (weft.merge)"
-    return ConflictError(
-        f"this adapter cannot be {what}",
-        where=f"{site}: {name}",
-        got="it stands under a magnitude that was trained with it",
-        want="a term",
         fix=fix,
     )

@@ -24,6 +24,7 @@ from weft.error import (
 )
 from weft.expr import Expr, terms_of, total
 from weft.model import add_branch, expressions, places, set_expressions
+from weft.model.adapted import around
 from weft.model.sites import set_vectors
 from weft.store.audit import header
 from weft.store.checkpoint import read_object
@@ -53,7 +54,7 @@ def attach(model: nn.Module, folder: Path | str, *, name: str = "default", unver
     """Put a PEFT adapter of any type in `KINDS` on a woven model, frozen; returns the sites, vectors and branches that have it.
 
     LoRA and what else adds to a weight is a term `adapter:NAME`, virtual tokens are a branch NAME; IA3 and OFT are sides of a
-    weight, LN tuning is in the norms' own values, and have no name. The tensors say which modules are meant; a list of targets
+    weight of this name, LN tuning is in the norms' own values, and has none. The tensors say which modules are meant; a list of targets
     must agree with them, a regular expression is never run. `unverified_base` takes an adapter whose base cannot be told; one
     made for other weights is refused all the same.
     Errors, the model being as it was: PathError, FormatError, ShapeError, NumericError, ConflictError, OptionError.
@@ -116,13 +117,13 @@ def must_be_free(model: nn.Module, name: str) -> None:
             want="letters, digits, _ and -",
             fix="choose another name",
         )
-    role = f"adapter:{name}"
-    taken = [n for n, e in expressions(model).items() if role in terms_of(e)]
+    taken = [n for n, e in expressions(model).items() if f"adapter:{name}" in terms_of(e)]
+    taken += [site for site, _ in around(model).get(name, [])]
     if taken:
         raise ConflictError(
             "the model has an adapter of this name",
             where=taken[0],
-            got=f"{role} at {len(taken)} sites",
+            got=f"adapter:{name} at {len(taken)} sites",
             want="a free name",
             fix="attach it under another name",
         )

@@ -12,6 +12,7 @@ from torch import nn
 from weft.engine import Group, method
 from weft.expr import Expr, between
 from weft.expr.cayley import Cayley
+from weft.expr.named import Named
 
 if TYPE_CHECKING:
     from weft.lab.claims import Claim, Lab
@@ -22,6 +23,7 @@ def oft(
     g: Group,
     *,
     block: Annotated[int, Field(ge=2, le=1024, description="inputs that one rotation is of")] = 32,
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="its name")] = "default",
 ) -> Expr:
     """Put trainable rotations R of blocks of inputs beside the weight, W' = W R; it changes nothing until they are trained.
 
@@ -36,7 +38,7 @@ def oft(
     if g.now.promises().zeros:
         g.fallback(f"later steps may fill the zeros of {g.now.describe()}")
     q = nn.Parameter(torch.zeros(n // size, size * (size - 1) // 2))
-    return between((), g.now, (Cayley(q, size),))
+    return between((), g.now, (Named(Cayley(q, size), name),))
 
 
 @oft.claim("with rotations of 32 gains at least what LoRA of rank 8 gains, with fewer parameters")

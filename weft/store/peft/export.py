@@ -8,6 +8,7 @@ from torch import nn
 
 from weft.error import ConflictError, WeftError, raise_all
 from weft.model import taps
+from weft.model.adapted import unnamed
 from weft.model.branch import refuse_branches
 from weft.store.peft.base import fingerprint_of_base, home_of, must_be_pretrained, without
 from weft.store.peft.kind import Found, Kind
@@ -39,6 +40,7 @@ def export_peft(
     changed base without `base`; for inputs that go through taps; for a model without adapters; for folders that exist.
     """
     kind, found = _kind(model, adapter)
+    found.rest.update({n: unnamed(e, lambda f: adapter is not None or not f.on) for n, e in found.rest.items()})
     if not found.branches:
         refuse_branches(model, "a PEFT adapter of weights")
     raise_all(kind.refusals(model, found) + _tapped(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weft.error import ConflictError, WeftError
 from weft.expr import Dense, Diagonal, Expr, Product, between, terms_of, total
 from weft.expr.cayley import Cayley
+from weft.expr.named import Named
 from weft.model import Tap, expressions, first_vectors, name_of, places
 from weft.model.devices import device_of
 from weft.store.audit import Entry
@@ -26,9 +27,22 @@ class Sides(Layers):
 
     order = 2
 
-    @abstractmethod
-    def cut(self, expr: Expr) -> tuple[Expr, bool, Expr] | None:
-        """The side of a product, whether it is the right one, and the rest."""
+    takes: ClassVar[type[Expr]]
+    """What its sides are."""
+    left: ClassVar[bool] = False
+    """Whether one may stand on the left."""
+
+    def cut(self, expr: Expr, only: str | None = None) -> tuple[Expr, bool, Expr] | None:
+        """The side of a product, of this name or that is on, whether it is the right one, and the rest."""
+        factors = [*expr.kids()] if isinstance(expr, Product) else []
+        factors = [f for f in factors if not isinstance(f, Named) or f.on or f.name == only]
+        bare = [f.kept if isinstance(f, Named) else f for f in factors]
+        named = [only is None or (isinstance(f, Named) and f.name == only) for f in factors]
+        if len(bare) > 1 and self.left and isinstance(bare[0], self.takes) and named[0]:
+            return bare[0], False, _product(factors[1:])
+        if len(bare) > 1 and isinstance(bare[-1], self.takes) and named[-1]:
+            return bare[-1], True, _product(factors[:-1])
+        return None
 
     @abstractmethod
     def right(self, at: At, t: Held) -> bool:
@@ -47,18 +61,22 @@ class Sides(Layers):
             got, fix = woven.taps[site].describe(), "take the taps off with weft.untap(model), attach, and turn again"
             what = "a side of what was read before a turn is none behind it"
             raise ConflictError(what, where=site, got=got, want="plain inputs", fix=fix)
-        side = self.value(s, at, {k: x.to(device_of(now)).clone() for k, x in t.items()}, common)
+        value = self.value(s, at, {k: x.to(device_of(now)).clone() for k, x in t.items()}, common)
+        side = Named(value, name_of(role) or "")
         terms = terms_of(now)
         inner = total({r: e for r, e in terms.items() if name_of(r) is None})
         put = between((), inner, (side,)) if right else between((side,), inner, ())
         return Change({site: total({"base": put, **{r: e for r, e in terms.items() if name_of(r) is not None}})})
 
     def find(self, model: nn.Module, only: str | None) -> Found:
-        found = Found(rest=dict(expressions(model)))
-        for site, expr in expressions(model).items() if only is None else ():
-            if (parts := self.cut(expr)) is not None:
-                found.pieces[site] = Piece(places(model)[site], {"base": expr})
-                found.rest[site] = parts[2]
+        held = expressions(model)
+        found = Found(rest={n: e if only is None else terms_of(e).get("base", e) for n, e in held.items()})
+        for site, inner in [*found.rest.items()]:
+            if (parts := self.cut(inner, only)) is not None:
+                side, right, rest = parts
+                one = Product(rest, side) if right else Product(side, rest)
+                found.pieces[site] = Piece(places(model)[site], {"base": one})
+                found.rest[site] = rest
         return found
 
     def refusals(self, model: nn.Module, found: Found) -> list[WeftError]:
@@ -85,6 +103,7 @@ class Ia3(Sides):
     peft_type, method, settings = "IA3", "ia3", Ia3Settings
     note = "PEFT scales a key's or value's bias too: refused where weft did not"
     idle, parts = ("init_ia3_weights",), ("ia3_l",)
+    takes, left = Diagonal, True
 
     def shapes(self, s: Ia3Settings, at: At) -> dict[str, tuple[int, ...]]:
         return {self.parts[0]: (1, at.n) if self._fed(s, at) else (at.m, 1)}
@@ -112,15 +131,6 @@ class Ia3(Sides):
             bias = woven.model.get_parameter(at.bias)
             made.vectors[at.bias] = Dense(_times(t[self.parts[0]].flatten(), bias.detach())[None])
         return made
-
-    def cut(self, expr: Expr) -> tuple[Expr, bool, Expr] | None:
-        match tuple(expr.kids()) if isinstance(expr, Product) else ():
-            case (Diagonal() as side, *rest) if rest:
-                return side, False, _product(rest)
-            case (*rest, Diagonal() as side) if rest:
-                return side, True, _product(rest)
-            case _:
-                return None
 
     def find(self, model: nn.Module, only: str | None) -> Found:
         """With the biases that are scaled as PEFT scales them."""
@@ -193,6 +203,7 @@ class Oft(Sides):
     note = "exact rotations alone (`use_cayley_neumann` false, no `coft`); refused where no one block size gives all layers theirs"
     idle = ("module_dropout", "init_weights", "num_cayley_neumann_terms")
     parts, transposed = ("oft_R.weight",), False
+    takes = Cayley
 
     def lacks(self, s: OftSettings, found: Mapping[str, Entry], mine: Collection[At]) -> list[WeftError]:
         if (s.r == 0) != (s.oft_block_size == 0):
@@ -210,13 +221,6 @@ class Oft(Sides):
     def value(self, s: OftSettings, at: At, t: Held, common: Held) -> Expr:
         size, q = s.block(at.n), t[self.parts[0]]
         return Cayley(q.expand(at.n // size, -1).clone() if s.block_share else q, size)
-
-    def cut(self, expr: Expr) -> tuple[Expr, bool, Expr] | None:
-        match tuple(expr.kids()) if isinstance(expr, Product) else ():
-            case (*rest, Cayley() as side) if rest:
-                return side, True, _product(rest)
-            case _:
-                return None
 
     def content(
         self, model: nn.Module, sides: Mapping[str, tuple[Expr, bool]], found: Found

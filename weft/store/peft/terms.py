@@ -81,12 +81,16 @@ def opened(expr: Expr, only: str | None = None) -> tuple[dict[str, Expr], Tensor
     At their strengths; those of one adapter at full strength.
     """
     if isinstance(expr, WeightNorm):
-        held, _, rest = opened(expr.v)
-        names = {name_of(role) for role in held}
-        if not held or (only is not None and only not in names):
+        names = {name for role in terms_of(expr.v) if (name := name_of(role)) is not None}
+        if not expr.on and only not in names:
+            return opened(expr.v, only)
+        held, _, rest = opened(expr.v, only)
+        if not held:
             return {}, None, expr
         return (held, expr.g, rest) if len(names) == 1 else ({next(iter(held)): expr}, None, rest)
     terms = terms_of(expr)
+    if only is not None and isinstance(base := terms.get("base"), WeightNorm) and only not in map(name_of, terms):
+        return opened(base, only)
     mine = {r: t for r, t in terms.items() if name_of(r) is not None}
     rest = total({r: t for r, t in terms.items() if r not in mine}) if mine else expr
     if only is None:

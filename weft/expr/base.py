@@ -180,9 +180,10 @@ class Expr(nn.Module):
         return parts[0].rebuild(**changed)
 
     def row_slices(self, most: int | None = None) -> Iterator[slice]:
-        """Consecutive ranges of rows, none of more than `CHUNK` entries, nor than `most`."""
+        """Consecutive ranges of rows, none of more than `CHUNK` entries, nor than `most`; of many rows sixteens, as products like them."""
         m, n = self.shape
         step = max(1, min(CHUNK, most or CHUNK) // max(1, n))
+        step -= step % 16 if step > 16 else 0
         return (slice(i, min(i + step, m)) for i in range(0, m, step))
 
     def slices(self, most: int | None = None) -> Iterator[Expr]:

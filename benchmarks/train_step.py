@@ -135,10 +135,12 @@ def memory(name: str, way: str, length: int, side: str) -> int:
 def peak(name: str, way: str, length: int, side: str) -> int:
     """What this process holds at most beyond imports and the plain model, while it trains."""
     from weft.lab.timing import anonymous
+    from weft.memory import release
 
     torch.set_num_threads(1)
     model = ours(name, way) if side == "ours" else theirs(name, way)
     step, most, done = step_of(model, length), [0], threading.Event()
+    release(models=True)  # what making the model left behind is no room for the step
     before = anonymous()
 
     def watch() -> None:

@@ -96,6 +96,9 @@ def made(node: str, w: Tensor) -> Expr:
             return Sum({"base": Dense(w), "adapter:given": NODES[node](router, [thin, thin.rebuild()], 1)})
         case "Product":
             return NODES[node](NODES["Diagonal"](1 + 0.1 * torch.rand(N, generator=rng)), Dense(w))
+        case "Named":
+            side = NODES["Diagonal"](1 + 0.1 * torch.rand(N, generator=rng))
+            return NODES["Product"](Dense(w), NODES[node](side, "given"))
         case "Gated":
             return Sum({"base": Dense(w), "adapter:given": NODES[node](torch.full((1,), 0.5), thin)})
         case "Entrywise":

@@ -117,12 +117,12 @@ def test_an_interrupted_run_makes_only_what_was_not_made(stop: int, family: list
     count, real = len(expressions(base)), Sources.by_slices
     made: list[str] = []
 
-    def counted(s: Sources, make: Any) -> Dense:
+    def counted(s: Sources, make: Any, **given: Any) -> Dense:
         if s.name in expressions(base):
             if len(made) == stop:
                 raise KeyboardInterrupt
             made.append(s.name)
-        return real(s, make)
+        return real(s, make, **given)
 
     with mock.patch.object(Sources, "by_slices", counted), pytest.raises(KeyboardInterrupt):
         weft.combine_to(tmp_path / "out", two, "ties", base=base)
@@ -193,11 +193,11 @@ import os, signal, sys
 import weft
 from weft.model import Sources
 real, seen = Sources.by_slices, []
-def by_slices(s, make):
+def by_slices(s, make, **given):
     seen.append(s.name)
     if len(seen) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(s, make)
+    return real(s, make, **given)
 Sources.by_slices = by_slices
 base, *two = [weft.load(p) for p in sys.argv[3:]]
 weft.combine_to(sys.argv[2], two, "dare", base=base)

@@ -259,7 +259,6 @@ EXPRS: dict[str, Maker] = {
     "product-chain": chain,
     "named": named,
     "named-off": lambda m, n, g: named(m, n, g, on=False),
-    "lengths-off": lambda m, n, g: WeightNorm(randn(g, m), compensated(m, n, g), on=False),
 }
 
 
@@ -315,6 +314,7 @@ def _alone_and_among_others(name: str, make: Maker) -> dict[str, Maker]:
 _known = {type(make(*SHAPES[0], rng("known"))) for make in (*EXPRS.values(), *ROUTED.values())}
 for _cls in [c for c in NODES.values() if c not in _known]:
     EXPRS |= _alone_and_among_others(_cls.__name__, MAKERS.get(_cls.__name__, functools.partial(drawn, _cls)))
+EXPRS["lengths-off"] = lambda m, n, g: WeightNorm(randn(g, m), compensated(m, n, g), on=False)
 
 
 KINDS = {**EXPRS, **ROUTED}

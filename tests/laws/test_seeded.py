@@ -325,7 +325,9 @@ BUGS: dict[str, tuple[Callable[[], Bug], Callable[[], None]]] = {
         of(M.not_a_number_is_named, "ties"),
     ),
     "the dtype of a member": (
-        lambda: swap(Sources, "by_slices", lambda self, make: Dense(torch.cat([make(part) for part in self.slices()]))),
+        lambda: swap(
+            Sources, "by_slices", lambda s, make, light=False: Dense(torch.cat([make(part) for part in s.slices()]))
+        ),
         of(M.copies_give_it_back, "slerp"),
     ),
 }

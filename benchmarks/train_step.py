@@ -1,6 +1,6 @@
-"""A training step and its memory beside peft: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
+"""A training step and its memory beside peft, or Unsloth: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
 
-    python benchmarks/train_step.py [--model ref-lm] [--rounds 10] [--length 512] [--only lora] [--markdown FILE]
+    python benchmarks/train_step.py [--model ref-lm] [--peer peft] [--rounds 10] [--length 512] [--only lora] [--markdown FILE]
 
 Both adapt the same model with the same tensors, in float32: a step is a forward pass, a backward pass and one of AdamW, on one
 thread, the two timed in turns by the process's own clock; the ratio is the geometric mean over rounds with its 95 % interval. Memory is
@@ -10,6 +10,9 @@ step is of a process from its start, imports and all.
 
 Beside NF4 + LoRA stands peft's LoRA on the NF4 weights of bitsandbytes, where that is installed, else on dense weights; `make bench-peers`
 makes such an environment: `PYTHONPATH=. .venv-peers/bin/python benchmarks/train_step.py`.
+
+`--peer unsloth`, where that is installed: LoRA and DoRA, as it has them without a GPU. It changes transformers when it is imported, so both
+have a process of their own, and take turns step by step.
 """
 
 from __future__ import annotations
@@ -80,6 +83,23 @@ def theirs(name: str, way: str) -> nn.Module:
     return peft.get_peft_model(rounded(name) if way.startswith("nf4") and BITSANDBYTES else plain(name), config)
 
 
+def unsloth(name: str, way: str) -> nn.Module:
+    """The model with this adapter, by Unsloth, which is imported before transformers."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    from weft.lab import models
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain(name).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(models.resolve("ref-lm")).save_pretrained(folder)
+        model, _ = FastLanguageModel.from_pretrained(folder, dtype=torch.float32, load_in_4bit=False)
+    how = {"lora_alpha": RANK, "use_dora": way == "dora", "use_gradient_checkpointing": False}
+    return FastLanguageModel.get_peft_model(model, r=RANK, target_modules=LINEAR, **how)
+
+
+SIDES = {"ours": ours, "theirs": theirs, "unsloth": unsloth}
+
+
 def rounded(name: str) -> nn.Module:
     """The model with NF4 weights, by bitsandbytes."""
     how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
@@ -93,42 +113,86 @@ def rounded(name: str) -> nn.Module:
         )
 
 
-def step_of(model: nn.Module, length: int) -> Step:
-    """A step of training on one row of tokens."""
+def step_of(model: nn.Module, length: int, side: str) -> Step:
+    """A step of training on one row of tokens: weft's with the loss of `weft.train`, others' with the model's own."""
+    from weft.learn.likelihood import likelihood_of
+
     free = [p for p in model.parameters() if p.requires_grad]
     moves = torch.optim.AdamW(free, lr=1e-3)
     words = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     ids = torch.randint(0, words, (1, length), generator=torch.Generator().manual_seed(0))
     model.train()
+    likelihood = likelihood_of(model) if side == "ours" else None
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        if likelihood is None:
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            loss = likelihood(model, {"input_ids": ids}, ids, None, 0.0)
+        loss.backward()
         moves.step()
         moves.zero_grad()
 
     return step
 
 
-def times(name: str, way: str, length: int, rounds: int) -> dict[str, float]:
-    """Both in this process, in turns."""
+def times(name: str, way: str, length: int, rounds: int, side: str = "theirs") -> dict[str, float]:
+    """Both in this process, in turns; beside Unsloth in processes of their own."""
     from weft.lab.timing import paired
 
-    found = paired(
-        step_of(ours(name, way), length),
-        step_of(theirs(name, way), length),
-        rounds=rounds,
-        warm=2,
-        clock=time.process_time,
-    )
+    if side == "unsloth":
+        held = [Apart(name, way, length, s) for s in ("ours", side)]
+        found = paired(held[0].step, held[1].step, rounds=rounds, warm=2, clock=lambda: sum(h.spent for h in held))
+        for h in held:
+            h.process.kill()
+    else:
+        both = [step_of(SIDES[s](name, way), length, s) for s in ("ours", side)]
+        found = paired(both[0], both[1], rounds=rounds, warm=2, clock=time.process_time)
     r = found.ratio
     return {"ours": found.ours, "peft": found.baseline, "ratio": r.mean, "low": r.low, "high": r.high}
 
 
+def code(side: str, call: str) -> list[str]:
+    """A command that makes this call of a function here."""
+    first = "import unsloth; " if side == "unsloth" else ""
+    here = str(Path(__file__).parent)
+    return [sys.executable, "-c", f"{first}import sys; sys.path.insert(0, {here!r}); import train_step as t; {call}"]
+
+
+class Apart:
+    """A process that takes a step when it is asked to."""
+
+    def __init__(self, name: str, way: str, length: int, side: str) -> None:
+        command = code(side, f"t.serve({name!r}, {way!r}, {length}, {side!r})")
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.spent = 0.0
+
+    def step(self) -> None:
+        """A step, whose processor time is added to `spent`."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        while not (said := self.process.stdout.readline()).startswith("took "):
+            if not said:
+                raise SystemExit("a process that takes steps has ended")
+        self.spent += float(said.split()[1])
+
+
+def serve(name: str, way: str, length: int, side: str) -> None:
+    """Take a step for every line that is read, and tell the processor time that it took."""
+    torch.set_num_threads(1)
+    step = step_of(SIDES[side](name, way), length, side)
+    for _ in sys.stdin:
+        begun = time.process_time()
+        step()
+        print(f"took {time.process_time() - begun}", flush=True)
+
+
 def memory(name: str, way: str, length: int, side: str) -> int:
     """The peak that steps add, in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train_step as t; "
-    code += f"print(t.peak({name!r}, {way!r}, {length}, {side!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = code(side, f"print(t.peak({name!r}, {way!r}, {length}, {side!r}))")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
@@ -138,8 +202,8 @@ def peak(name: str, way: str, length: int, side: str) -> int:
     from weft.memory import release
 
     torch.set_num_threads(1)
-    model = ours(name, way) if side == "ours" else theirs(name, way)
-    step, most, done = step_of(model, length), [0], threading.Event()
+    model = SIDES[side](name, way)
+    step, most, done = step_of(model, length, side), [0], threading.Event()
     release(models=True)  # what making the model left behind is no room for the step
     before = anonymous()
 
@@ -158,10 +222,11 @@ def peak(name: str, way: str, length: int, side: str) -> int:
 
 def first(name: str, way: str, length: int, side: str) -> float:
     """Seconds from a process's start to the end of its first step."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1); "
-    code += f"import train_step as t; t.step_of(t.{side}({name!r}, {way!r}), {length})()"
+    command = code(
+        side, f"t.torch.set_num_threads(1); t.step_of(t.SIDES[{side!r}]({name!r}, {way!r}), {length}, {side!r})()"
+    )
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    subprocess.run(command, capture_output=True, check=True)
     return time.perf_counter() - begun
 
 
@@ -172,26 +237,30 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--tries", type=int, default=5, help="processes that memory is the median of")
-    options.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
+    options.add_argument("--peer", choices=("peft", "unsloth"), default="peft")
+    options.add_argument("--only", nargs="+", choices=WAYS)
     options.add_argument("--markdown", type=Path, help="write the table here, too")
     given = options.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    lines = [
-        "| adapter | weft, s a step | peft, s a step | ratio, 95 % | weft, MB | peft, MB | weft, first step s | peft, first step s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    heads = [
+        "adapter",
+        *(f"{who}, {what}" for what in ("s a step", "MB", "first step s") for who in ("weft", given.peer)),
     ]
-    for way in given.only:
-        t = times(given.model, way, given.length, given.rounds)
+    heads.insert(3, "ratio, 95 %")
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    peer = "theirs" if given.peer == "peft" else given.peer
+    for way in given.only or (WAYS if given.peer == "peft" else WAYS[:2]):
+        t = times(given.model, way, given.length, given.rounds, peer)
         held = {
             side: statistics.median(memory(given.model, way, given.length, side) / 1e6 for _ in range(given.tries))
-            for side in ("ours", "theirs")
+            for side in ("ours", peer)
         }
-        start = {side: first(given.model, way, given.length, side) for side in ("ours", "theirs")}
+        start = {side: first(given.model, way, given.length, side) for side in ("ours", peer)}
         lines.append(
             f"| {way} | {t['ours']:.3f} | {t['peft']:.3f} | {t['ratio']:.3f} ({t['low']:.3f} to {t['high']:.3f}) | {held['ours']:.0f} "
-            f"| {held['theirs']:.0f} | {start['ours']:.1f} | {start['theirs']:.1f} |"
+            f"| {held[peer]:.0f} | {start['ours']:.1f} | {start[peer]:.1f} |"
         )
         print(lines[-1], flush=True)
         print(json.dumps({"adapter": way, **t, **held}), file=sys.stderr)

@@ -19,7 +19,8 @@ from weft.learn.aim import Aim, Reference
 from weft.learn.batches import Collate, Ordered, Row, inputs, order, packed
 from weft.learn.data import Example, Pair, encode, reference
 from weft.learn.leaks import refuse_leaks
-from weft.learn.objective import contrasted, likelihood
+from weft.learn.likelihood import likelihood_of
+from weft.learn.objective import contrasted
 from weft.learn.schedule import Make
 from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
@@ -95,7 +96,8 @@ def train(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
             optimizers=(moved, None),
         )  # fmt: skip
-        run.loss_of, run.measure = _loss(model, isinstance(data[0], Pair), ref, how), getattr(moved, "measure", None)
+        run.loss_of = _loss(model, isinstance(data[0], Pair), ref, rewrites is not None, how)
+        run.measure = getattr(moved, "measure", None)
         run.follow(rewrites)
         run.within = _within(model, tasks)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
@@ -256,7 +258,7 @@ def _items(model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Train
     return packed(encoded, how.length) if how.pack else [(e,) for e in encoded]
 
 
-def _loss(model: nn.Module, pairs: bool, ref: Reference | None, how: Training) -> Loss:
+def _loss(model: nn.Module, pairs: bool, ref: Reference | None, watched: bool, how: Training) -> Loss:
     """The loss of a batch: that of its labels, or what an objective says of the reference."""
     goal = goal_of(model)
 
@@ -267,12 +269,12 @@ def _loss(model: nn.Module, pairs: bool, ref: Reference | None, how: Training) -
         queries, positives = (goal.vectors(forward(m, half), half) for half in halves)
         return contrasted(queries, positives, m.training, how.label_smoothing)
 
-    def fit(m: nn.Module, x: Mapping[str, Tensor], count: Any) -> Tensor:
-        if ref is not None:
-            return ref.tokens(m, x, count)
-        return likelihood(forward(m, inputs(x)), x["labels"], count, how.label_smoothing if m.training else 0.0)
-
-    return apart if pairs else fit
+    if pairs:
+        return apart
+    if ref is not None:
+        return ref.tokens
+    loss = likelihood_of(model, watched)
+    return lambda m, x, count: loss(m, inputs(x), x["labels"], count, how.label_smoothing if m.training else 0.0)
 
 
 def _half(x: Mapping[str, Tensor], which: int) -> dict[str, Tensor]:

@@ -10,14 +10,18 @@ import torch
 import transformers
 from model.zoo import CAUSAL, HEADS, MODELS, build
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
 from weft.engine.run import Step, apply
+from weft.expr import Hadamard
 from weft.learn import likelihood as parts
 from weft.learn.data import IGNORE
 from weft.learn.likelihood import head_of, likelihood_of
 from weft.learn.objective import likelihood
-from weft.model import per_row, weave
+from weft.model import per_row, set_taps, weave
+from weft.model.rounding import Rounding
+from weft.model.taps import Tap
 from weft.stats.walker import forward
 
 
@@ -29,15 +33,20 @@ def batch(count: int = 3, length: int = 11) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def full(model: nn.Module) -> nn.Module:
-    return model.requires_grad_()
+    """All trains but the head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    model.requires_grad_()
+    head.requires_grad_(False)
+    return model
 
 
-def adapted(*chain: Step, at: str = "all-linear") -> Callable[[nn.Module], nn.Module]:
-    """Makes a woven model with these steps."""
+def adapted(*chain: Step) -> Callable[[nn.Module], nn.Module]:
+    """Makes a woven model: these steps on every weight, then LoRA on the blocks'."""
 
     def made(model: nn.Module) -> nn.Module:
         woven = weave(model)
-        apply(woven, chain, at=at)
+        apply(woven, chain, at="*")
+        apply(woven, [Step.of("lora", rank=2)], at="all-linear")
         return woven
 
     return made
@@ -50,20 +59,31 @@ def prompted(model: nn.Module) -> nn.Module:
     return woven
 
 
+def turned(model: nn.Module) -> nn.Module:
+    """A head whose inputs are turned and rounded."""
+    woven = adapted()(model)
+    set_taps(woven, {"lm_head.weight": Tap((Hadamard.of(torch.ones(32)),), Rounding("int8"))})
+    return woven
+
+
 WAYS = {
     "full": ("llama", full),
     "tied": ("llama-tied", full),
-    "adapters": ("llama", adapted(Step.of("lora", rank=2))),
-    "a rounded head with an adapter": ("llama", adapted(Step.of("nf4"), Step.of("lora", rank=2, init="pissa"), at="*")),
+    "adapters": ("llama", adapted()),
+    "a rounded head": ("llama", adapted(Step.of("nf4"))),
+    "a head of many parts": (
+        "llama",
+        adapted(Step.of("magnitude"), Step.of("rtn", bits=3), Step.of("svd_residual", rank=2)),
+    ),
+    "a head with a tap": ("llama", turned),
     "tokens that stand before": ("llama", prompted),
 }
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four targets at a time."""
-    monkeypatch.setattr(parts, "_LOGITS", 0)
-    monkeypatch.setattr(parts, "_ROWS", 4)
+    """Seven words at a time."""
+    monkeypatch.setattr(parts, "_WORDS", 7)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -86,15 +106,31 @@ def test_it_is_the_likelihood_of_all_logits(
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7), name
 
 
-def test_no_more_logits_than_asked_for(few: None, tiny: Any) -> None:
-    """The head sees one token a row, and then targets alone, four at a time."""
-    model, (inputs, labels) = full(tiny("llama")), batch()
-    head, seen = model.get_output_embeddings(), list[int]()  # type: ignore[operator]
-    loss, forward_ = likelihood_of(model), head.forward
-    head.forward = lambda x: (seen.append(x[..., 0].numel()), forward_(x))[1]
-    loss(model, inputs, labels, None, 0.0)
-    targets = int((labels[:, 1:] != IGNORE).sum())
-    assert max(seen) <= 4 and sum(seen) == targets + 3
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that an operation made, beside the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own, self.most = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.own:
+                self.most = max(self.most, t.untyped_storage().nbytes())
+        return out
+
+
+def test_no_more_logits_than_asked_for(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """Those of one token, and of so many words for each target."""
+    monkeypatch.setattr(parts, "_WORDS", 256)
+    model, (inputs, labels) = adapted()(tiny("llama", vocab_size=8192)), batch()
+    targets, loss = int((labels[:, 1:] != IGNORE).sum()), likelihood_of(model)
+    with Largest(model) as whole:
+        likelihood(forward(model, inputs), labels, None).backward()
+    with Largest(model) as seen:
+        loss(model, inputs, labels, None, 0.0).backward()
+    assert whole.most >= 4 * 33 * 8192 and seen.most <= 4 * max(8192, 256 * targets)
 
 
 def test_without_gradients_and_without_targets(few: None, tiny: Any) -> None:
@@ -116,22 +152,26 @@ def test_autocast(few: None, tiny: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         whole = likelihood(forward(model, inputs), labels, None)
         part = likelihood_of(model)(model, inputs, labels, None, 0.0)
-    want, got = (torch.autograd.grad(x, tuple(model.parameters())) for x in (whole, part))
+    free = [p for p in model.parameters() if p.requires_grad]
+    want, got = (torch.autograd.grad(x, free) for x in (whole, part))
     assert float(part.detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
     assert all(float((a - b).norm()) <= 2e-2 * float(b.norm()) + 1e-6 for a, b in zip(got, want, strict=True))
 
 
 def test_whole_where_parts_would_be_something_else(tiny: Any) -> None:
-    """Rows that are told apart, and gradients that someone looks at."""
+    """Rows that are told apart, hooks, and heads that train."""
     woven = weave(tiny("llama"))
     apply(woven, [Step.of("lora", rank=2, name="a")], at="lm_head")
+    woven.requires_grad_(False)
     assert head_of(woven) is not None
     with per_row(woven, ["a", None]):
         assert head_of(woven) is None
-    with torch.no_grad():
-        inputs, labels = batch()
-        seen = likelihood_of(woven, watched=True)(woven, inputs, labels, None, 0.0)
-    assert float(seen) == float(likelihood(forward(woven, inputs), labels, None))
+    plain = tiny("llama")
+    assert head_of(plain.requires_grad_()) is None
+    head = plain.requires_grad_(False).get_output_embeddings()
+    assert head_of(plain) is head
+    head.register_forward_hook(lambda *given: given[-1] * 2)
+    assert head_of(plain) is None
 
 
 HEADLESS = {"t5", "whisper", "vit", "clip", "resnet", "flow", "cross", "unet", "unet-text", "dit"}
@@ -140,7 +180,7 @@ HEADLESS = {"t5", "whisper", "vit", "clip", "resnet", "flow", "cross", "unet", "
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(name: str, few: None) -> None:
     """Its head is known where it is the last thing on the way to the logits of tokens."""
-    model = build(name)
+    model = build(name).requires_grad_(False)
     assert (head_of(model) is None) == (name in HEADLESS)
     if name not in HEADLESS:
         inputs, labels = batch()

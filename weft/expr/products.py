@@ -21,7 +21,7 @@ SHORT = _KNOWN is not None and bool(_KNOWN())
 
 def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:
     """x times the transposed value, a slice of rows at a time."""
-    dtype, most, (m, n) = _arithmetic(x), _most(x), expr.shape
+    dtype, most, (m, n) = arithmetic(x), _most(x), expr.shape
     wide, slices = x.to(dtype), [*expr.row_slices(most)]
     if len(slices) < 2 or torch.is_autocast_enabled(x.device.type):
         parts = [F.linear(wide, part.dense().to(dtype)) for part in expr.slices(most)]
@@ -36,7 +36,7 @@ def product(x: Float[Tensor, "*b n"], expr: Expr) -> Float[Tensor, "*b m"]:
 
 def product_transposed(g: Float[Tensor, "*b m"], expr: Expr) -> Float[Tensor, "*b n"]:
     """g times the value, a slice of rows at a time."""
-    dtype, most, (m, n) = _arithmetic(g), _most(g), expr.shape
+    dtype, most, (m, n) = arithmetic(g), _most(g), expr.shape
     flat = g.to(dtype).reshape(-1, m)
     x = flat.new_empty(len(flat), n) if m else flat.new_zeros(len(flat), n)
     for rows, part in zip(expr.row_slices(most), expr.slices(most), strict=True):
@@ -49,7 +49,7 @@ def _most(x: Tensor) -> int | None:
     return CACHED if x.device.type == "cpu" else None
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
+def arithmetic(x: Tensor) -> torch.dtype:
     """What a product with x is computed in: its dtype, or float32 where a CPU has no arithmetic in bfloat16 and is slow in it."""
     slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not SHORT
     return torch.float32 if slow else x.dtype

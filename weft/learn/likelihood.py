@@ -1,8 +1,8 @@
-"""The likelihood that training lowers, with the logits of some targets at a time."""
+"""The likelihood that training lowers, with the logits of some words at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,89 +11,115 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.expr.gated import Gated
+from weft.expr.products import arithmetic
 from weft.learn.data import IGNORE
 from weft.learn.objective import likelihood
 from weft.model.branch import branches
-from weft.model.woven import Woven
+from weft.model.woven import WovenLinear
 from weft.stats.walker import forward
 
-_LOGITS, _ROWS = 2**24, 128
-"""As many logits at a time, but not fewer than those of so many targets, for which products with a head are still fast."""
+_WORDS, _LOGITS = 2048, 2**24
+"""Words at a time, whose logits lie in a CPU's caches; fewer for many targets, of whom not more logits are made than this."""
 Likelihood = Callable[[nn.Module, Mapping[str, Tensor], Int[Tensor, "b t"], "int | Tensor | None", float], Tensor]
 """`(model, batch, labels, count, smoothing) -> loss`, as `likelihood` of the model's logits"""
 
 
-def likelihood_of(model: nn.Module, watched: bool = False) -> Likelihood:
-    """How to take the likelihood of this model's targets. Where its head comes last, logits are made of targets alone, some at a time.
+def likelihood_of(model: nn.Module) -> Likelihood:
+    """How to take the likelihood of this model's targets: where its head is frozen and comes last, by some words at a time.
 
-    The logits of a large vocabulary, their softmax and gradient would be most of a step's memory. With `watched`, someone looks at
-    the gradients of trainable weights, each of which has to be whole.
+    The logits of a large vocabulary, their softmax and gradient would be most of a step's memory, and those of no target are not needed.
     """
     head = head_of(model)
-    if head is None or (watched and any(p.requires_grad for p in head.parameters())):
+    if head is None:
         return lambda m, batch, labels, count, smoothing: likelihood(forward(m, batch), labels, count, smoothing)
 
-    def by_parts(
+    def by_words(
         m: nn.Module, batch: Mapping[str, Tensor], labels: Tensor, count: int | Tensor | None, smoothing: float
     ) -> Float[Tensor, ""]:
         kept, found = labels[:, 1:] != IGNORE, list[Tensor]()
         targets = labels[:, 1:][kept]
 
-        def first(layer: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-            hidden, free = given[0], [p for p in layer.parameters() if p.requires_grad]
-            found.append(_Summed.apply(hidden[:, :-1][kept], layer, targets, smoothing, torch.is_grad_enabled(), *free))
-            return (hidden[:, :1],)
+        def first(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+            hidden = given[0][:, :-1][kept]
+            hidden = head.inputs(hidden) if isinstance(head, WovenLinear) else hidden
+            found.append(_Summed.apply(hidden, head, targets, smoothing, torch.is_grad_enabled()))
+            return (given[0][:1, :1],)
 
         with head.register_forward_pre_hook(first):
             forward(m, batch)
         return found[0] / (count if count is not None else max(1, len(targets)))
 
-    return by_parts
+    return by_words
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
-    """The linear layer whose output is the model's logits, token by token and with nothing after it; None where there is none."""
+    """The frozen linear layer whose output is the model's logits, token by token and with nothing after it; None where there is none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    config = getattr(model, "config", None)
-    if not isinstance(head, nn.Linear) or branches(head) or getattr(config, "is_encoder_decoder", False):
+    woven = isinstance(head, WovenLinear)
+    if not (woven or type(head) is nn.Linear) or branches(head) or any(p.requires_grad for p in head.parameters()):
         return None
-    if isinstance(head, Woven) and (not head.expr.is_matrix or any(isinstance(e, Gated) for e in head.expr.modules())):
+    if woven and (not head.expr.is_matrix or any(isinstance(e, Gated) for e in head.expr.modules())):
         return None  # what tells the rows of a batch
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
     made, was = list[tuple[Any, Any]](), model.training
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad(), head.register_forward_hook(lambda _, given, out: made.append((given, out))):
-        logits = forward(model.eval(), {"input_ids": ids})
-    model.train(was)
-    whole = [len(given) == 1 and given[0].shape[:2] == ids.shape and out is logits for given, out in made]
-    return head if whole == [True] else None
+    with torch.no_grad():
+        with head.register_forward_hook(lambda _, given, out: made.append((given, out))):
+            logits = forward(model.eval(), {"input_ids": ids})
+        model.train(was)
+        last = [out is logits and len(given) == 1 and given[0].shape[:2] == ids.shape for given, out in made] == [True]
+        return head if last and torch.equal(head.forward(made[0][0][0]), logits) else None
 
 
 class _Summed(torch.autograd.Function):
-    """Σ -log p(target) of hidden states [u d] through a head, whose gradients are taken where the logits are: none are kept."""
+    """Σ -log p(target) of what a frozen head multiplies [u n], and its gradient, in one pass over the rows W of the head [v n].
+
+    With logits l: log Σ exp l - (1 - s) l[target] - s mean l a row, and softmax(l) W - (1 - s) W[target] - s mean W. Σ exp l and
+    Σ exp l W are held relative to the highest logit so far, and scaled when it rises.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float, learns: bool, *free: Tensor
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float, learns: bool
     ) -> Float[Tensor, ""]:
-        rows = max(_ROWS, _LOGITS // head.out_features)
-        total = torch.zeros((), device=hidden.device)
-        sums = [torch.zeros_like(t) for t in (hidden, *free)] if learns else []
-        for at in range(0, len(hidden), rows):
-            part = slice(at, at + rows)
-            with torch.set_grad_enabled(learns):
-                x = hidden[part].detach().requires_grad_(learns)
-                logits = head.forward(x).float()  # its hooks have run
-                loss = F.cross_entropy(logits, targets[part], reduction="sum", label_smoothing=smoothing)
-                del logits
-            total += loss.detach()
+        x, ours = hidden.to(arithmetic(hidden)), _chosen(head, targets)
+        high = torch.full((len(x), 1), -torch.inf, device=x.device)
+        total, spread, pull, mean = torch.zeros_like(high), torch.zeros_like(high), torch.zeros_like(ours), 0.0
+        for w, bias in _words(head, max(1, min(_WORDS, _LOGITS // max(1, len(x)))), x.dtype):
+            logits = F.linear(x, w, bias).float()
+            if smoothing:
+                spread += logits.sum(1, keepdim=True) / head.out_features
+                mean = mean + w.float().sum(0) / head.out_features
+            risen = torch.maximum(high, logits.amax(1, keepdim=True))
+            fall, p, high = (high - risen).exp_(), logits.sub_(risen).exp_(), risen
+            total.mul_(fall).add_(p.sum(1, keepdim=True))
             if learns:
-                grads = torch.autograd.grad(loss, (x, *free), materialize_grads=True)
-                for whole, g in zip((sums[0][part], *sums[1:]), grads, strict=True):
-                    whole += g
-        ctx.save_for_backward(*sums)
-        return total
+                pull.mul_(fall).add_(p.to(w.dtype) @ w)
+        right = (x.float() * ours).sum(1, keepdim=True)
+        if head.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            right += head.bias[targets].unsqueeze(1)
+        if learns:
+            ctx.save_for_backward((pull / total - (1 - smoothing) * ours - smoothing * mean).to(hidden.dtype))
+        return (high + total.log() - (1 - smoothing) * right - smoothing * spread).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, *free = (g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, None, None, None, *free
+        return ctx.saved_tensors[0] * grads[0], None, None, None, None
+
+
+def _chosen(head: nn.Linear, words: Int[Tensor, "u"]) -> Float[Tensor, "u n"]:
+    """A head's rows of these words, in float32."""
+    return (head.expr.rows(words) if isinstance(head, WovenLinear) else head.weight[words]).float()
+
+
+def _words(head: nn.Linear, most: int, dtype: torch.dtype) -> Iterator[tuple[Float[Tensor, "k n"], Tensor | None]]:
+    """A head's rows and biases, at most so many at a time."""
+    n, start = head.in_features, 0
+    parts = (
+        (e.dense() for e in head.expr.slices(most * n)) if isinstance(head, WovenLinear) else head.weight.split(most)
+    )
+    for w in parts:
+        bias = None if head.bias is None else head.bias[start : start + len(w)].to(dtype)  # pyright: ignore[reportUnnecessaryComparison]
+        yield w.to(dtype), bias
+        start += len(w)

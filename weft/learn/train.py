@@ -96,8 +96,7 @@ def train(
             model=model, args=args, train_dataset=queue, data_collator=collate, eval_dataset=cast(Any, scored),
             optimizers=(moved, None),
         )  # fmt: skip
-        run.loss_of = _loss(model, isinstance(data[0], Pair), ref, rewrites is not None, how)
-        run.measure = getattr(moved, "measure", None)
+        run.loss_of, run.measure = _loss(model, isinstance(data[0], Pair), ref, how), getattr(moved, "measure", None)
         run.follow(rewrites)
         run.within = _within(model, tasks)
         run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
@@ -258,7 +257,7 @@ def _items(model: nn.Module, data: Sequence[Example], tokenizer: Any, how: Train
     return packed(encoded, how.length) if how.pack else [(e,) for e in encoded]
 
 
-def _loss(model: nn.Module, pairs: bool, ref: Reference | None, watched: bool, how: Training) -> Loss:
+def _loss(model: nn.Module, pairs: bool, ref: Reference | None, how: Training) -> Loss:
     """The loss of a batch: that of its labels, or what an objective says of the reference."""
     goal = goal_of(model)
 
@@ -273,7 +272,7 @@ def _loss(model: nn.Module, pairs: bool, ref: Reference | None, watched: bool, h
         return apart
     if ref is not None:
         return ref.tokens
-    loss = likelihood_of(model, watched)
+    loss = likelihood_of(model)
     return lambda m, x, count: loss(m, inputs(x), x["labels"], count, how.label_smoothing if m.training else 0.0)
 
 

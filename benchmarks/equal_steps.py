@@ -24,7 +24,7 @@ from weft.lab import metrics, models, tasks
 from weft.lab.bootstrap import interval
 from weft.lab.tuning import lowest
 
-RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
+RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2, 1.024e-1)
 TASK = "cpp"
 ROWS, LENGTH = 4, 128
 SELECT, TEST, PAGE = 24, 56, 512

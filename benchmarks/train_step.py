@@ -1,4 +1,4 @@
-"""A training step and its memory beside peft, or Unsloth: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
+"""A training step and its memory beside peft or Unsloth: LoRA, DoRA, IA3, and LoRA on 4-bit NormalFloat, in one run.
 
     python benchmarks/train_step.py [--model ref-lm] [--peer peft] [--rounds 10] [--length 512] [--only lora] [--markdown FILE]
 
@@ -11,8 +11,9 @@ step is of a process from its start, imports and all.
 Beside NF4 + LoRA stands peft's LoRA on the NF4 weights of bitsandbytes, where that is installed, else on dense weights; `make bench-peers`
 makes such an environment: `PYTHONPATH=. .venv-peers/bin/python benchmarks/train_step.py`.
 
-`--peer unsloth`, where that is installed: LoRA and DoRA, as it has them without a GPU. It changes transformers when it is imported, so both
-have a process of their own, and take turns step by step.
+`--peer unsloth`, where that is installed: what it has without a GPU, all but IA3. It changes transformers when it is imported, so both
+have a process of their own, and take turns step by step. Steps take the losses of `weft.train` and of Unsloth's trainer, which make a
+part of the logits at once; peft's takes the model's own, as transformers' trainer does.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def theirs(name: str, way: str) -> nn.Module:
 
 
 def unsloth(name: str, way: str) -> nn.Module:
-    """The model with this adapter, by Unsloth, which is imported before transformers."""
+    """The model with this adapter, by Unsloth, which is imported before transformers; its loss is that of its trainer."""
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     from weft.lab import models
@@ -92,9 +93,14 @@ def unsloth(name: str, way: str) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         plain(name).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(models.resolve("ref-lm")).save_pretrained(folder)
-        model, _ = FastLanguageModel.from_pretrained(folder, dtype=torch.float32, load_in_4bit=False)
+        model, _ = FastLanguageModel.from_pretrained(folder, dtype=torch.float32, load_in_4bit=way.startswith("nf4"))
     how = {"lora_alpha": RANK, "use_dora": way == "dora", "use_gradient_checkpointing": False}
-    return FastLanguageModel.get_peft_model(model, r=RANK, target_modules=LINEAR, **how)
+    model = FastLanguageModel.get_peft_model(model, r=RANK, target_modules=LINEAR, **how)
+    model.config.use_cache = False
+    for module in model.modules():
+        if "_unsloth_cpu_chunked_ce" in vars(module):
+            module._unsloth_cpu_chunked_ce_active = True  # in other steps than its trainer's it is off
+    return model
 
 
 SIDES = {"ours": ours, "theirs": theirs, "unsloth": unsloth}
@@ -114,7 +120,7 @@ def rounded(name: str) -> nn.Module:
 
 
 def step_of(model: nn.Module, length: int, side: str) -> Step:
-    """A step of training on one row of tokens: weft's with the loss of `weft.train`, others' with the model's own."""
+    """A step of training on one row of tokens: weft's with the loss of `weft.train`, others' with what the model gives."""
     from weft.learn.likelihood import likelihood_of
 
     free = [p for p in model.parameters() if p.requires_grad]
@@ -251,7 +257,7 @@ def main() -> None:
     heads.insert(3, "ratio, 95 %")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     peer = "theirs" if given.peer == "peft" else given.peer
-    for way in given.only or (WAYS if given.peer == "peft" else WAYS[:2]):
+    for way in given.only or (w for w in WAYS if given.peer == "peft" or w != "ia3"):
         t = times(given.model, way, given.length, given.rounds, peer)
         held = {
             side: statistics.median(memory(given.model, way, given.length, side) / 1e6 for _ in range(given.tries))

@@ -17,7 +17,7 @@ from weft.error import OptionError
 from weft.learn.data import Example
 from weft.learn.reader import Reader
 from weft.learn.settings import Reading, Training
-from weft.learn.tokenizer import tokenizer
+from weft.learn.tokenizer import opening, tokenizer
 from weft.learn.train import History
 from weft.learn.train import train as learn
 from weft.model import fork
@@ -78,15 +78,17 @@ def reader(model: nn.Module, method: str = "lora", *, start: int | None = None, 
     """Something to read or write one long text with, which learns each chunk of it into weights that last as long as the reader.
 
     `method` makes what learns, in a fork: the model itself never changes. `options` are its own, and those of
-    `weft.learn.settings.Reading`: chunk, window, epochs, lr, seed. `start`: the token before the first; if not given, the
-    tokenizer's end of text. Errors: OptionError; ConflictError for a model that predicts no text; PathError for one without a tokenizer.
+    `weft.learn.settings.Reading`: chunk, window, epochs, lr, seed. `start`: the token before the first; if not given, the one that the
+    tokenizer puts before texts, or its end of text. Errors: OptionError; ConflictError for a model that predicts no text; PathError for
+    one without a tokenizer.
     """
     how = Reading.of(**{k: options.pop(k) for k in list(options) if k in Reading.model_fields})
     own = fork(model).requires_grad_(False)
     apply(own, method, seed=how.seed, **options)
     if start is None:
         words = tokenizer(model)
-        start = words.eos_token_id if words.eos_token_id is not None else words.bos_token_id
+        found = [*opening(words)[-1:], words.eos_token_id, words.bos_token_id]
+        start = next((i for i in found if i is not None), None)
     if start is None:
         got, want, fix = "a tokenizer without an end of text", "the token before the first", "give start"
         raise OptionError("a text has nothing to begin with", where="start", got=got, want=want, fix=fix)

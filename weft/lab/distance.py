@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.error import NumericError
+from weft.learn.tokenizer import behind, opening
 from weft.stats import Objective, forward
 from weft.store.cache import Cache, key
 
@@ -155,19 +156,19 @@ def windows(
 ) -> list[dict[str, Tensor]]:
     """Batches of whole windows of `length` tokens, cut from the texts in order until about `tokens` are there.
 
-    `classes`: the model's, where it has more than its tokenizer has words.
+    Each begins as the tokenizer begins a text. `classes`: the model's, where it has more than its tokenizer has words.
     """
     batch = fewer(batch, length, max(classes, len(tokenizer)))
     ids: list[int] = []
-    end = tokenizer.eos_token_id
+    lead, end = opening(tokenizer), tokenizer.eos_token_id
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + (
-            [end] if end is not None else []
-        )
+        ids += behind(tokenizer, text, lead) + ([end] if end is not None else [])
         if len(ids) >= tokens:
             break
-    count = max(1, min(len(ids), tokens) // length)
-    rows = torch.tensor(ids[: count * length]).view(count, -1)
+    room = max(1, length - len(lead))
+    count = max(1, min(len(ids) // room, tokens // length))
+    rows = torch.tensor(ids[: count * room]).view(count, -1)
+    rows = torch.cat([torch.tensor(lead, dtype=rows.dtype).expand(count, -1), rows], 1)
     return [{"input_ids": r} for r in rows.split(batch)]
 
 

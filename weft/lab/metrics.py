@@ -16,6 +16,7 @@ from weft.error import FormatError, NumericError
 from weft.lab.distance import ROWS, classes, fewer, padded
 from weft.learn.data import IGNORE, Chat, Encoded, Example, Pair, Response, Text, encode
 from weft.learn.objective import TEMPERATURE
+from weft.learn.tokenizer import behind, opening
 from weft.stats import forward, objective
 
 Scores = tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]
@@ -25,18 +26,21 @@ Scores = tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]
 def bits_per_byte(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], *, length: int = 512, batch: int = 16
 ) -> Scores:
-    """Bits per UTF-8 byte of each text, and its bytes. Every token is predicted once, the first of a text from the end token.
+    """Bits per UTF-8 byte of each text, and its bytes. Every token is predicted once, the first from what the tokenizer puts before
+    texts, or from the end token.
 
-    Long texts are cut into windows of `length` tokens that share one token.
+    Long texts are cut into windows of `length` tokens, each behind that opening and the token before it.
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    lead, last = opening(tokenizer), tokenizer.eos_token_id
+    last = tokenizer.bos_token_id if last is None else last
+    start = lead or ([] if last is None else [last])
     windows: list[tuple[int, Encoded]] = []
     for k, text in enumerate(texts):
-        ids: list[int] = ([end] if end is not None else []) + tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        cuts = (ids[i : i + length + 1] for i in range(0, max(1, len(ids) - 1), length))
-        windows += [(k, Encoded(cut, [IGNORE, *cut[1:]])) for cut in cuts if len(cut) > 1]
+        ids = behind(tokenizer, text, lead)
+        for i in range(0, len(ids), length):
+            seen, cut = [*lead, ids[i - 1]] if i else start, ids[i : i + length]
+            if len(seen) + len(cut) > 1:
+                windows.append((k, Encoded(seen + cut, [IGNORE] * len(seen) + cut)))
     size = np.array([len(t.encode()) for t in texts], dtype=np.float64)
     return _bits(model, windows, len(texts), batch) / np.maximum(size, 1), size
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from weft.error import FormatError, OptionError
+from weft.learn.tokenizer import behind, opening
 
 IGNORE = -100
 
@@ -90,13 +91,15 @@ def fingerprint(examples: Sequence[Example]) -> str:
 def encode(examples: Sequence[Example], tokenizer: Any, *, length: int) -> list[Encoded]:
     """Tokens and targets of language-model examples, at most `length` tokens each.
 
-    Long plain texts are cut into windows; a long prompt loses its start, so that the response stays.
+    Texts and prompts begin as the tokenizer begins them, chats as its template does. Long plain texts are cut into windows, each of
+    which begins so; a long prompt or chat loses its start, so that the response stays.
     Errors: FormatError if no token at all is a target, or if the examples are pairs; OptionError for a length below 2.
     """
     if length < 2:
         want, fix = "at least 2: a token and the one after it", "raise it"
         raise OptionError("examples this short have no target", where="length", got=length, want=want, fix=fix)
-    made = [replace(e, task=example.task) for example in examples for e in _encode(example, tokenizer, length)]
+    lead = opening(tokenizer)
+    made = [replace(e, task=example.task) for example in examples for e in _encode(example, tokenizer, length, lead)]
     made = [e for e in made if any(label != IGNORE for label in e.labels[1:])]
     if not made:
         raise FormatError(
@@ -114,27 +117,25 @@ def _span(examples: Sequence[Example]) -> str:
     return " to ".join(dict.fromkeys(e.name for e in (*examples[:1], *examples[-1:]) if e.name)) or "training data"
 
 
-def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
+def _encode(example: Example, tokenizer: Any, length: int, lead: list[int]) -> list[Encoded]:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    room = max(1, length - len(lead))
 
     if isinstance(example, Text):
-        all_ids = ids(example.text) + end
-        parts = [all_ids[i : i + length] for i in range(0, len(all_ids), length)]
-        return [Encoded(p, p) for p in parts if len(p) > 1]
+        ids = behind(tokenizer, example.text, lead) + end
+        parts = [ids[i : i + room] for i in range(0, len(ids), room)]
+        return [Encoded(lead + p, [IGNORE] * len(lead) + p) for p in parts if len(lead + p) > 1]
     if isinstance(example, Response):
-        answer = ids(example.response)
+        answer = behind(tokenizer, example.response, lead)
         if not answer:
             return []
-        target = (answer + end)[:length]
+        target = (answer + end)[:room]
 
-        def behind(text: str) -> Encoded:
-            prompt = ids(text)[-(length - len(target)) :] if len(target) < length else []
-            return Encoded(prompt + target, [IGNORE] * len(prompt) + target)
+        def after(text: str) -> Encoded:
+            prompt = behind(tokenizer, text, lead)[-(room - len(target)) :] if len(target) < room else []
+            return Encoded(lead + prompt + target, [IGNORE] * len(lead + prompt) + target)
 
-        made, other = behind(example.prompt), behind(example.reference or example.prompt)
+        made, other = after(example.prompt), after(example.reference or example.prompt)
         if (len(made.labels) > len(target)) != (len(other.labels) > len(target)):
             want, fix = (
                 "a prompt and a reference of at least one token each",
@@ -144,7 +145,7 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
             raise FormatError(what, where=_span([example]), got=got, want=want, fix=fix)
         return [replace(made, reference=other) if example.reference else made]
     if isinstance(example, Chat):
-        return [_chat(example, tokenizer, length)]
+        return [_chat(example, tokenizer, length, lead)]
     raise FormatError(
         "pairs do not train a language model",
         where=_span([example]),
@@ -154,7 +155,7 @@ def _encode(example: Example, tokenizer: Any, length: int) -> list[Encoded]:
     )
 
 
-def _chat(example: Chat, tokenizer: Any, length: int) -> Encoded:
+def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> Encoded:
     """Render ever longer beginnings of the conversation; what an assistant's turn adds is a target."""
     ids: list[int] = []
     labels: list[int] = []
@@ -174,7 +175,8 @@ def _chat(example: Chat, tokenizer: Any, length: int) -> Encoded:
             )
         labels += whole[len(ids) :] if role == "assistant" else [IGNORE] * (len(whole) - len(ids))
         ids = list(whole)
-    return Encoded(ids[-length:], labels[-length:])
+    kept = len(lead) if len(ids) > length and ids[: len(lead)] == lead else 0
+    return Encoded(ids[:kept] + ids[kept:][kept - length :], labels[:kept] + labels[kept:][kept - length :])
 
 
 def render(example: Chat, tokenizer: Any, count: int | None = None, *, tokenize: bool = True, **how: Any) -> Any:

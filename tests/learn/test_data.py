@@ -298,11 +298,27 @@ def test_a_chat_without_an_assistant_has_no_target(chatty: Any) -> None:
         encode([Chat(TURNS[:1])], chatty, length=64)
 
 
-def test_a_template_that_rewrites_is_refused(chatty: Any) -> None:
-    """Where an earlier turn looks different later, targets cannot be told."""
-    chatty.chat_template = "{% if messages | length > 2 %}the {% endif %}" + TEMPLATE
-    with pytest.raises(FormatError):
+def test_where_a_template_rewrites_every_turn_is_learnt_as_it_was_written(chatty: Any) -> None:
+    """Thought before the last answer alone: earlier ones stand without it before later ones."""
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {% if loop.last and m['role'] == 'assistant' %}the {% endif %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %} <end>{% endif %} {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    first, second = encode([Chat(TURNS, task="a")], chatty, length=64)
+    asked = "user : the cat ? assistant :"
+    assert first.input_ids == ids(chatty, f"{asked} the yes . <end>")
+    assert second.input_ids == ids(chatty, f"{asked} yes . <end> user : a dog ? assistant : the no no . <end>")
+    for e, said in ((first, "the yes . <end>"), (second, "the no no . <end>")):
+        targets = ids(chatty, said)
+        assert e.labels == [IGNORE] * (len(e.input_ids) - len(targets)) + targets and e.task == "a"
+
+
+def test_a_template_that_asks_for_something_else_is_refused(chatty: Any) -> None:
+    """Where a turn does not begin as it is asked for, targets cannot be told."""
+    chatty.chat_template = TEMPLATE.replace("assistant : {% endif %}", "assistant : the {% endif %}")
+    with pytest.raises(FormatError, match="the") as e:
         encode([Chat(TURNS, "data.jsonl line 1")], chatty, length=64)
+    assert e.value.where == "data.jsonl line 1"
 
 
 def test_a_tokenizer_without_a_template_is_a_format_error(words: Any) -> None:

@@ -145,7 +145,7 @@ def _encode(example: Example, tokenizer: Any, length: int, lead: list[int]) -> l
             raise FormatError(what, where=_span([example]), got=got, want=want, fix=fix)
         return [replace(made, reference=other) if example.reference else made]
     if isinstance(example, Chat):
-        return [_chat(example, tokenizer, length, lead)]
+        return _chat(example, tokenizer, length, lead)
     raise FormatError(
         "pairs do not train a language model",
         where=_span([example]),
@@ -155,28 +155,39 @@ def _encode(example: Example, tokenizer: Any, length: int, lead: list[int]) -> l
     )
 
 
-def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> Encoded:
-    """Render ever longer beginnings of the conversation; what an assistant's turn adds is a target."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for i, (role, _) in enumerate(example.messages):
-        if role == "assistant":
-            asked = render(example, tokenizer, i, add_generation_prompt=True)
-            labels += [IGNORE] * (len(asked) - len(ids))
-            ids = list(asked)
-        whole = render(example, tokenizer, i + 1)
-        if list(whole[: len(ids)]) != ids:
-            raise FormatError(
-                "this chat template rewrites earlier turns",
-                where=_span([example]),
-                got="another beginning",
-                want="a template that only appends",
-                fix="give prompt and response records",
+def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> list[Encoded]:
+    """Render the conversation up to each of the assistant's turns, and with it: what it adds is a target.
+
+    Where a template rewrites earlier turns, as those do that leave out what was thought, what follows is a row of its own: every
+    turn is a target once, behind the conversation as it was when that turn was written.
+    """
+    made, ids, labels = list[Encoded](), list[int](), list[int]()
+    for i in (i for i, (role, _) in enumerate(example.messages) if role == "assistant"):
+        asked, whole = render(example, tokenizer, i, add_generation_prompt=True), render(example, tokenizer, i + 1)
+        if whole[: len(asked)] != asked:
+            what, where, want = (
+                "this chat template asks for other turns than it renders",
+                _span([example]),
+                "one beginning",
             )
-        labels += whole[len(ids) :] if role == "assistant" else [IGNORE] * (len(whole) - len(ids))
-        ids = list(whole)
-    kept = len(lead) if len(ids) > length and ids[: len(lead)] == lead else 0
-    return Encoded(ids[:kept] + ids[kept:][kept - length :], labels[:kept] + labels[kept:][kept - length :])
+            at = max(0, len(asked) - 8)
+            got = f"{tokenizer.decode(asked[at:])!r}, then {tokenizer.decode(whole[at : at + 8])!r}"
+            raise FormatError(what, where=where, got=got, want=want, fix="give prompt and response records")
+        if asked[: len(ids)] != ids:
+            made.append(Encoded(ids, labels))
+            labels = [IGNORE] * len(asked)
+        labels = labels + [IGNORE] * (len(asked) - len(labels)) + whole[len(asked) :]
+        ids = whole
+    return [_cut(e, length, lead) for e in (*made, Encoded(ids, labels))]
+
+
+def _cut(e: Encoded, length: int, lead: list[int]) -> Encoded:
+    """The last tokens, behind the opening if there is one."""
+    if len(e.input_ids) <= length:
+        return e
+    kept = len(lead) if e.input_ids[: len(lead)] == lead else 0
+    ids, labels = (row[:kept] + row[kept:][kept - length :] for row in (e.input_ids, e.labels))
+    return Encoded(ids, labels)
 
 
 def render(example: Chat, tokenizer: Any, count: int | None = None, *, tokenize: bool = True, **how: Any) -> Any:

@@ -13,7 +13,7 @@ from weft.error import ConflictError, NumericError, whole
 from weft.lab import metrics, tasks
 from weft.lab.answers import exact_match
 from weft.lab.bootstrap import interval
-from weft.learn.data import Example, Pair, Text
+from weft.learn.data import Chat, Example, Pair, Text, render
 from weft.learn.read import read
 from weft.learn.tokenizer import tokenizer
 from weft.stats import objective
@@ -81,10 +81,11 @@ def _generates(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)())
 
 
-def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options: Any) -> str:
+def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, *, chat: bool = False, **options: Any) -> str:
     """What the model writes after the prompt, greedily unless `options` of transformers' `generate` say otherwise.
 
-    Errors: ConflictError for a model that generates no text; OptionError.
+    `chat`: the prompt is what a user says, in the tokenizer's chat template.
+    Errors: ConflictError for a model that generates no text; FormatError for a chat without a template; OptionError.
     """
     whole(max_new_tokens=max_new_tokens)
     if not _generates(model):
@@ -96,7 +97,10 @@ def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, **options:
             fix="weft eval scores embedding models",
         )
     words = tokenizer(model)
-    inputs = words(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
+    said = render(Chat((("user", prompt),)), words, add_generation_prompt=True) if chat else words(prompt)["input_ids"]
+    asked = torch.tensor([said], device=next(model.parameters()).device)
+    how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens, "do_sample": False, **options}
     with torch.no_grad():
-        ids = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False, **options})  # type: ignore[operator]
-    return words.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = model.generate(asked, **how)[0]  # type: ignore[operator]
+    apart = getattr(model.config, "is_encoder_decoder", False)
+    return words.decode(ids if apart else ids[len(said) :], skip_special_tokens=True)

@@ -108,6 +108,24 @@ def test_greedy_text_is_that_of_the_plain_model(folder: MODELS) -> None:
     assert weft.generate(weft.load(place), "the cat", 8) == words.decode(want, skip_special_tokens=True)
 
 
+def test_a_chat_is_asked_in_the_template(folder: MODELS) -> None:
+    """As the template asks for an answer, whatever the tokenizer puts before texts; without a template it is refused."""
+    from transformers import AutoTokenizer
+
+    place = folder(dtype=torch.float32)
+    with pytest.raises(weft.WeftError, match="chat template"):
+        weft.generate(weft.load(place), "the cat", 8, chat=True)
+    words = AutoTokenizer.from_pretrained(place)
+    words.chat_template = (
+        "{{ messages[0]['role'] }} : {{ messages[0]['content'] }}{% if add_generation_prompt %} . a{% endif %}"
+    )
+    words.save_pretrained(place)
+    model = weft.load(place)
+    ids = words("user : the cat . a", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    want = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]  # type: ignore[operator]
+    assert weft.generate(model, "the cat", 8, chat=True) == words.decode(want, skip_special_tokens=True)
+
+
 def test_ref_lm_shrinks_and_still_writes(tmp_path: Path) -> None:
     model = weft.load("ref-lm")
     whole = sum(r.bytes for r in weft.show(model))

@@ -205,6 +205,7 @@ def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is what a user says, in the chat template.")] = False,
     mode: Mode = "memory",
 ) -> None:
     """Let a language model go on from a prompt, greedily."""
@@ -212,7 +213,7 @@ def generate(
 
     woven = load(model)
     weft.mode(woven, cast(Literal["memory", "speed"], mode))
-    typer.echo(weft.generate(woven, prompt, max_new_tokens))
+    typer.echo(weft.generate(woven, prompt, max_new_tokens, chat=chat))
     ran = weft.mode(woven)
     say(f"{ran.mode} mode: {ran.total} resident bytes, {ran.derived} of them derived")
 

@@ -15,8 +15,8 @@ from weft.lab.answers import exact_match
 from weft.lab.bootstrap import interval
 from weft.learn.data import Chat, Example, Pair, Text, render
 from weft.learn.read import read
+from weft.learn.suits import suits, writes
 from weft.learn.tokenizer import tokenizer
-from weft.stats import objective
 
 
 def examples(source: str, part: Literal["train", "test"], seed: int = 0) -> list[Example]:
@@ -38,7 +38,7 @@ def evaluate(
     found = (examples(task, "test") if isinstance(task, str) else list(task))[:limit]
     whole(examples=len(found))
     first, words = found[0], tokenizer(model)
-    _suits(model, first, said)
+    suits(model, first, said, "scored")
     more: dict[str, float] = {}
     if isinstance(first, Pair):
         cosines = metrics.similarities(model, words, found)
@@ -50,7 +50,7 @@ def evaluate(
     else:
         name = "bits per byte of the response"
         values, weights = metrics.response_bits(model, words, found, length=length)
-        if task in tasks.names() and _generates(model):
+        if task in tasks.names():
             more = {"exact match": float(exact_match(model, words, found, length=length)[0].mean())}
     if not np.isfinite(values).all():
         where, fix = f"{type(model).__name__} on {said}", "look for huge weights; weft verify checks the folder"
@@ -64,23 +64,6 @@ def evaluate(
     }
 
 
-def _suits(model: nn.Module, first: Example, task: str) -> None:
-    """Refuse pairs for a language model, and anything else for an embedding model."""
-    embeds = objective(model).embeds
-    if isinstance(first, Pair) != embeds:
-        raise ConflictError(
-            "this model cannot be scored on these examples",
-            where=task,
-            got=f"{type(first).__name__} examples, a model of {'embeddings' if embeds else 'text'}",
-            want="pairs for an embedding model; text, responses or messages for a language model",
-            fix="use a task of the other kind",
-        )
-
-
-def _generates(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
-
-
 def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, *, chat: bool = False, **options: Any) -> str:
     """What the model writes after the prompt, greedily unless `options` of transformers' `generate` say otherwise.
 
@@ -88,7 +71,7 @@ def generate(model: nn.Module, prompt: str, max_new_tokens: int = 64, *, chat: b
     Errors: ConflictError for a model that generates no text; FormatError for a chat without a template; OptionError.
     """
     whole(max_new_tokens=max_new_tokens)
-    if not _generates(model):
+    if not writes(model):
         raise ConflictError(
             "this model generates no text",
             where=type(model).__name__,

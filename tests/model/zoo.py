@@ -25,6 +25,11 @@ WHISPER = t.WhisperConfig(
     encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10, max_target_positions=16, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
 )  # fmt: skip
+BART = t.BartConfig(
+    vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    decoder_start_token_id=2, forced_eos_token_id=None,
+)  # fmt: skip
 EUROBERT = t.EuroBertConfig(**CAUSAL, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3)
 GEMMA = t.Gemma3TextConfig(**HEADS, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 CLIP = t.CLIPConfig(
@@ -76,6 +81,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: t.BertForMaskedLM(t.BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **SIZE)),
     "eurobert": lambda: t.EuroBertForMaskedLM(EUROBERT),
     "t5": lambda: t.T5ForConditionalGeneration(T5),
+    "bart": lambda: t.BartForConditionalGeneration(BART),
     "whisper": lambda: t.WhisperForConditionalGeneration(WHISPER),
     "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**IMAGE, num_labels=5)),
     "clip": lambda: t.CLIPModel(CLIP),
@@ -112,7 +118,7 @@ def batch(name: str) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(1)
     ids, images = torch.randint(3, VOCAB, (2, 7), generator=rng), torch.randn(2, 3, 16, 16, generator=rng)
     match name:
-        case "t5":
+        case "t5" | "bart":
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         case "whisper":
             return {"input_features": torch.randn(2, 8, 20, generator=rng), "decoder_input_ids": ids[:, :5]}

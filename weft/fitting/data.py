@@ -125,9 +125,11 @@ def batches(
 ) -> list[dict[str, Tensor]]:
     """Calibration batches of about `tokens` tokens: windows for language models, whole padded texts for embeddings.
 
-    Texts of white space alone are left out. Errors: OptionError for fewer than one token, FormatError for no text at all.
+    None is longer than the model's positions. Texts of white space alone are left out. Errors: OptionError for fewer than one token,
+    FormatError for no text at all.
     """
     whole(tokens=tokens, length=length)
+    length = min(length, getattr(getattr(model, "config", None), "max_position_embeddings", None) or length)
     found = [t for t in texts(examples, tokenizer) if t.strip()]
     if not found:
         where = examples[0].name if examples and examples[0].name else "calibration data"

@@ -27,6 +27,7 @@ from weft.fitting.settings import ADAPTER_SHARE, ARMS, RANKS, Settings
 from weft.lab.distance import Distance
 from weft.lab.metrics import Scores
 from weft.learn.data import Example, Pair, Text
+from weft.learn.suits import suits
 from weft.learn.tokenizer import tokenizer
 from weft.learn.train import train
 from weft.memory import release
@@ -107,6 +108,8 @@ class Work:
         if seed in self.runs:
             return self.runs[seed]
         s, data = self.settings, resolve(self.data, embeds=self.goal.embeds, seed=seed)
+        if data.kind != "distance":
+            suits(self.plain, data.train[0], str(self.data), "tuned")
         calibration = self._batches(data.calibration, s.tokens)
         with self.step("evidence", f"seed {seed}, {s.tokens} tokens"):
             stats = collect(self.plain, calibration, self.cache.folder / "evidence", seed=seed, progress=self.progress)

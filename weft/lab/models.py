@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from weft.error import ResourceError
+from weft.error import OptionError, ResourceError
 from weft.lab import made
 from weft.progress import Bars, Progress
 
@@ -23,8 +23,12 @@ def resolve(model: str | Path, progress: Progress | None = None) -> str:
     """The folder of a lab model's name; anything else (a folder, a hub id) as it is.
 
     Models of `made`, and stress variants, are made when they are first asked for, which takes minutes: bars on standard error say so where
-    no `progress` is given. Errors: ResourceError if minilm or a model's data are not installed; those of writing the cache.
+    no `progress` is given. Errors: ResourceError if minilm or a model's data are not installed; those of writing the cache; OptionError
+    for what is no name.
     """
+    if not isinstance(model, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        got, want, fix = type(model).__name__, "a lab model, a folder or a hub id", "weft.save it, and give the folder"
+        raise OptionError("a model is wanted by name", where="model", got=got, want=want, fix=fix)
     if str(model) == "ref-lm":
         return str(ASSETS / "ref-lm")
     if str(model) == "minilm":

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from weft.error import ConflictError, OptionError
 from weft.learn.settings import Reading
+from weft.learn.suits import writes
 from weft.learn.trainer import diverged, trainable
-from weft.stats.objective import objective
 from weft.stats.walker import forward
 
 
@@ -28,7 +28,7 @@ class Reader:
 
     def __init__(self, model: nn.Module, how: Reading, *, start: int) -> None:
         """`start`: the token before the first. Errors: OptionError if nothing is trainable; ConflictError if it is no language model."""
-        if objective(model).embeds or not hasattr(model, "generate"):
+        if not writes(model):
             got, fix = type(model).__name__, "read with a model that writes text"
             raise ConflictError("this model predicts no text", where="model", got=got, want="a language model", fix=fix)
         if not (free := trainable(model)):

@@ -24,12 +24,14 @@ from weft.learn.objective import contrasted
 from weft.learn.schedule import Make
 from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
+from weft.learn.suits import suits
 from weft.learn.trainer import Loss, Optimizer, Run, Watch, Within, arguments, diverged, last, trainable
 from weft.memory import peak
 from weft.model import activate, adapters, must_be_whole, per_row
 from weft.progress import Progress, Silent
+from weft.stats.inputs import in_vocabulary
 from weft.stats.objective import objective as goal_of
-from weft.stats.walker import forward, in_vocabulary
+from weft.stats.walker import forward
 from weft.store.files import told
 
 
@@ -238,6 +240,7 @@ def _may_train(
             want="one kind",
             fix="split the data",
         )
+    suits(model, data[0], "training data", "trained")
     _own(optimizer, how)
     if aim is not None and aim.aligns:
         _may_align([*data, *held_out], how)

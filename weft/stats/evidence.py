@@ -17,9 +17,10 @@ from weft.model import Evidence, expression, fingerprint, finite, places
 from weft.model.branch import refuse_branches
 from weft.progress import Progress, Silent
 from weft.stats.gradients import gradients, trim
+from weft.stats.inputs import may_read
 from weft.stats.objective import objective
 from weft.stats.sums import InputSums, OutputSums
-from weft.stats.walker import Batch, Edges, Walker, forward, in_vocabulary
+from weft.stats.walker import Batch, Edges, Walker, forward
 from weft.store.files import read_json, write_json
 from weft.store.tensors import read_tensors, write_tensors
 
@@ -133,9 +134,9 @@ def _tokens(model: nn.Module, batches: Sequence[Batch]) -> None:
         got, want, fix = "no batch", "at least one", "give more data"
         raise FormatError("there is nothing to calibrate on", where="batches", got=got, want=want, fix=fix)
     for i, batch in enumerate(batches):
+        may_read(model, batch)
         if "input_ids" not in batch:
             continue
-        in_vocabulary(model, batch["input_ids"])
         kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().any(1)
         if not bool(kept.all()):
             where, got, fix = f"batch {i}, sample {int(kept.int().argmin())}", "padding alone", "leave out empty texts"

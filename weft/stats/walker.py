@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.error import ConflictError, FormatError, NumericError
+from weft.error import ConflictError, NumericError
 from weft.model import places
 from weft.model.blocks import blocks
 from weft.model.branch import refuse_branches
+from weft.stats.inputs import main_output, may_read, reading
 from weft.stats.sums import InputSums
 
 Batch = Mapping[str, Tensor]
-OUTPUTS = ("logits", "logits_per_image", "sample", "last_hidden_state")
-"""What a model's main output is called, the first that there is."""
 
 
 @dataclass
@@ -183,10 +182,9 @@ def forwards(modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The model's main output: logits, of images by texts too, or the last hidden state of a model without a head.
 
-    Errors: FormatError for a token that the model's vocabulary does not have; ConflictError for a batch on another device.
+    Errors: those of `may_read`; ConflictError for a batch on another device.
     """
-    if "input_ids" in batch:
-        in_vocabulary(model, batch["input_ids"])
+    may_read(model, batch)
     here, there = next(iter(batch.values())).device, next(model.parameters()).device
     if here != there:
         raise ConflictError(
@@ -197,27 +195,9 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
             fix="model.cpu(), and back afterwards",
         )
     config = model.config if hasattr(model, "config") else cast(Any, model).module.config  # inside DDP
-    out = model(**batch, **({"use_cache": False} if getattr(config, "use_cache", False) else {}))
-    return next(made for name in OUTPUTS if (made := getattr(out, name, None)) is not None)
-
-
-def in_vocabulary(model: nn.Module, ids: Int[Tensor, "*t"]) -> None:
-    """Refuse token ids that the model has no embedding for, where it names its table. Errors: FormatError."""
-    try:
-        table = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # a model of several towers
-        return
-    if not isinstance(table, nn.Embedding) or not ids.numel():
-        return
-    low, high = (int(end) for end in ids.aminmax())
-    if low < 0 or high >= table.num_embeddings:
-        raise FormatError(
-            "a token is not in the model's vocabulary",
-            where=type(model).__name__,
-            got=f"token {low if low < 0 else high}",
-            want=f"0 to {table.num_embeddings - 1}",
-            fix="use the tokenizer that belongs to the model",
-        )
+    with reading(model, batch):
+        out = model(**batch, **({"use_cache": False} if getattr(config, "use_cache", False) else {}))
+    return main_output(model, out)
 
 
 class Edges:

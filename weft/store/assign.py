@@ -203,6 +203,8 @@ def _misfit(slot: Tensor, entry: Entry | None, where: str, spare: set[str]) -> F
 
 def tied(model: nn.Module, *, always: bool = False) -> dict[str, str]:
     """Names of weights that share another's value, to that other's name; `always`: also those that only could."""
+    if not always and hasattr(model, "get_expanded_tied_weights_keys"):
+        return dict(cast(Any, model).get_expanded_tied_weights_keys(all_submodels=True))  # those of parts, too
     keys = getattr(model, "_tied_weights_keys", None) or {}
     if not always and not getattr(model.config, "tie_word_embeddings", False):
         return {}

@@ -313,6 +313,26 @@ def test_where_a_template_rewrites_every_turn_is_learnt_as_it_was_written(chatty
         assert e.labels == [IGNORE] * (len(e.input_ids) - len(targets)) + targets and e.task == "a"
 
 
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}"])
+def test_what_a_template_marks_as_generated_is_the_target(tag: str, chatty: Any) -> None:
+    """And nothing else, whatever it asks answers by."""
+    end = tag.replace("generation", "endgeneration")
+    chatty.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'answer ' }}"
+        + tag
+        + "{{ m['content'] }}"
+        + end
+        + "{{ ' <end> ' }}"
+        "{% else %}question {{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}dog{% endif %}"
+    )
+    (e,) = encode([Chat(TURNS)], chatty, length=64)
+    assert e.input_ids == ids(chatty, "question the cat ? answer yes . <end> question a dog ? answer no no . <end>")
+    marked = [i for i, label in enumerate(e.labels) if label != IGNORE]
+    assert [e.labels[i] for i in marked] == [e.input_ids[i] for i in marked] == ids(chatty, "yes . no no .")
+    (short,) = encode([Chat(TURNS)], chatty, length=5)
+    assert short == Encoded(e.input_ids[-5:], e.labels[-5:])
+
+
 def test_a_template_that_asks_for_something_else_is_refused(chatty: Any) -> None:
     """Where a turn does not begin as it is asked for, targets cannot be told."""
     chatty.chat_template = TEMPLATE.replace("assistant : {% endif %}", "assistant : the {% endif %}")

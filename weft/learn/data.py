@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -155,12 +156,21 @@ def _encode(example: Example, tokenizer: Any, length: int, lead: list[int]) -> l
     )
 
 
+_MARKS = re.compile(r"\{%-?\s*generation\b")
+_MARK = "mark the assistant's part in the template with {% generation %}, or give prompt and response records"
+
+
 def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> list[Encoded]:
-    """Render the conversation up to each of the assistant's turns, and with it: what it adds is a target.
+    """What the template marks as generated is a target. Where it marks nothing: render the conversation up to each of the assistant's
+    turns, and with it, and what it adds is one.
 
     Where a template rewrites earlier turns, as those do that leave out what was thought, what follows is a row of its own: every
     turn is a target once, behind the conversation as it was when that turn was written.
     """
+    if _MARKS.search(str(tokenizer.chat_template)):
+        whole = render(example, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
+        ids, marks = whole["input_ids"], whole["assistant_masks"]
+        return [_cut(Encoded(ids, [i if m else IGNORE for i, m in zip(ids, marks, strict=True)]), length, lead)]
     made, ids, labels = list[Encoded](), list[int](), list[int]()
     for i in (i for i, (role, _) in enumerate(example.messages) if role == "assistant"):
         asked, whole = render(example, tokenizer, i, add_generation_prompt=True), render(example, tokenizer, i + 1)
@@ -172,7 +182,7 @@ def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> list[E
             )
             at = max(0, len(asked) - 8)
             got = f"{tokenizer.decode(asked[at:])!r}, then {tokenizer.decode(whole[at : at + 8])!r}"
-            raise FormatError(what, where=where, got=got, want=want, fix="give prompt and response records")
+            raise FormatError(what, where=where, got=got, want=want, fix=_MARK)
         if asked[: len(ids)] != ids:
             made.append(Encoded(ids, labels))
             labels = [IGNORE] * len(asked)
@@ -205,7 +215,7 @@ def render(example: Chat, tokenizer: Any, count: int | None = None, *, tokenize:
         )
     turns = [{"role": r, "content": c} for r, c in example.messages[:count]]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=tokenize, return_dict=False, **how)
+        return tokenizer.apply_chat_template(turns, tokenize=tokenize, **{"return_dict": False, **how})
     except Exception as e:  # a template is a program of its own
         raise FormatError(
             "the chat template refuses this conversation",

@@ -333,6 +333,71 @@ def test_what_a_template_marks_as_generated_is_the_target(tag: str, chatty: Any)
     assert short == Encoded(e.input_ids[-5:], e.labels[-5:])
 
 
+TOOLED = (*TURNS[:1], ("assistant", ""), ("tool", "a dog"), ("assistant", "no ."))
+CALL = {"tool_calls": [{"function": {"name": "cat", "arguments": {"on": "mat"}}}]}
+
+
+def test_calls_of_tools_are_what_the_template_makes_of_them(chatty: Any) -> None:
+    """A turn's calls are targets, the tools that there are stand before; a template that leaves them out is refused."""
+    example = Chat(TOOLED, more=("", json.dumps(CALL), "", ""), tools=json.dumps([{"name": "cat"}]))
+    with pytest.raises(FormatError, match="leaves tools out"):
+        encode([example], chatty, length=64)
+    chatty.chat_template = "{% for t in tools or [] %}question {{ t['name'] }} {% endfor %}" + TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{% set f = c['function'] %}{{ f['name'] }} on {{ f['arguments']['on'] }}"
+        "{% endfor %}",
+    )
+    (e,) = encode([example], chatty, length=64)
+    assert chatty.decode([t for t in e.labels if t != IGNORE]) == "cat on mat <end> no . <end>"
+    assert e.input_ids[:2] == ids(chatty, "question cat")
+
+
+SAID = (("user", "the cat ?"), ("assistant", "yes ."))
+FORMS: dict[str, tuple[dict[str, Any], Chat]] = {
+    "parts": (
+        {"messages": [
+            {"role": r, "content": [{"type": "text", "text": part} for part in c.split(maxsplit=1)]} for r, c in SAID
+        ]},
+        Chat(tuple((r, c.replace(" ", "", 1)) for r, c in SAID)),
+    ),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "the cat ?"}, {"from": "gpt", "value": "yes ."}]}, Chat(SAID)),
+    "calls": (
+        {"messages": [{"role": "user", "content": "the cat ?"}, {"role": "assistant", "content": None, **CALL}],
+         "tools": [{"name": "cat"}]},
+        Chat((SAID[0], ("assistant", "")), more=("", json.dumps(CALL)), tools=json.dumps([{"name": "cat"}])),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_in_other_forms(form: str, suffix: str, tmp_path: Path) -> None:
+    """Parts of text, the names of ShareGPT, calls of tools; in tables too, where what a turn has not is there as nothing."""
+    record, want = FORMS[form]
+    if suffix == ".jsonl":
+        path = put(tmp_path, "data.jsonl", jsonl(record))
+    else:
+        pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (it is in the test extra)")
+        import pyarrow as pa
+
+        pq.write_table(pa.Table.from_pylist([record]), path := tmp_path / "data.parquet")
+    assert [bare(e) for e in read(path)] == [want]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": [{"type": "image", "url": "x"}]}, {"role": "user", "content": 5}, {"content": "the"},
+        {"role": "assistant", "content": "yes .", "weight": 0}, {"role": "user"},
+    ],
+)  # fmt: skip
+def test_turns_that_are_no_text_are_refused(turn: dict[str, Any], tmp_path: Path) -> None:
+    """Images, a weight that no template says, nothing said."""
+    with pytest.raises(FormatError) as e:
+        read(put(tmp_path, "data.jsonl", jsonl({"messages": [turn, {"role": "assistant", "content": "no ."}]})))
+    assert e.value.where == "data.jsonl line 1"
+
+
 def test_a_template_that_asks_for_something_else_is_refused(chatty: Any) -> None:
     """Where a turn does not begin as it is asked for, targets cannot be told."""
     chatty.chat_template = TEMPLATE.replace("assistant : {% endif %}", "assistant : the {% endif %}")

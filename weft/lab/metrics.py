@@ -58,7 +58,8 @@ def _answer(e: Example) -> str:
     if isinstance(e, Response):
         return e.response
     if isinstance(e, Chat):
-        return "".join(c for r, c in e.messages if r == "assistant")
+        more = e.more or [""] * len(e.messages)
+        return "".join(c + m for (r, c), m in zip(e.messages, more, strict=True) if r == "assistant")
     want = "prompt and response, or messages"
     raise FormatError(
         "this example has no response", where=e.name, got=type(e).__name__, want=want, fix="use other data"

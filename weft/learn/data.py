@@ -43,6 +43,10 @@ class Chat:
     messages: tuple[tuple[str, str], ...]
     name: str = ""
     task: str = ""
+    more: tuple[str, ...] = ()
+    """What each turn holds besides, such as tool_calls, as JSON for the template; empty where none does."""
+    tools: str = ""
+    """The tools that there are, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,12 @@ def _chat(example: Chat, tokenizer: Any, length: int, lead: list[int]) -> list[E
     Where a template rewrites earlier turns, as those do that leave out what was thought, what follows is a row of its own: every
     turn is a target once, behind the conversation as it was when that turn was written.
     """
+    if ("tool_calls" in "".join(example.more) or example.tools) and render(example, tokenizer) == render(
+        replace(example, more=(), tools=""), tokenizer
+    ):
+        what, got, want = "the chat template leaves tools out", "the same tokens without them", "a template with tools"
+        fix = "use a tokenizer whose template has them, or give prompt and response records"
+        raise FormatError(what, where=_span([example]), got=got, want=want, fix=fix)
     if _MARKS.search(str(tokenizer.chat_template)):
         whole = render(example, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
         ids, marks = whole["input_ids"], whole["assistant_masks"]
@@ -213,9 +223,14 @@ def render(example: Chat, tokenizer: Any, count: int | None = None, *, tokenize:
             want="a chat template",
             fix="give prompt and response records",
         )
-    turns = [{"role": r, "content": c} for r, c in example.messages[:count]]
+    more = example.more or [""] * len(example.messages)
+    turns = [
+        {"role": r, "content": c, **(json.loads(m) if m else {})}
+        for (r, c), m in zip(example.messages[:count], more[:count], strict=True)
+    ]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=tokenize, **{"return_dict": False, **how})
+        tools = json.loads(example.tools) if example.tools else None
+        return tokenizer.apply_chat_template(turns, tools, tokenize=tokenize, **{"return_dict": False, **how})
     except Exception as e:  # a template is a program of its own
         raise FormatError(
             "the chat template refuses this conversation",

@@ -13,13 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from weft.error import FormatError, PathError, WeftError, raise_all
-from weft.learn.data import Chat, Example, Pair, Response, Text, content, reference
+from weft.learn.data import Example, Pair, Response, Text, content, reference
 from weft.learn.tables import rows
 from weft.learn.text import decode
+from weft.learn.turns import chat
 from weft.store.files import MAX_JSON, parse_json
 
 _SPLIT = re.compile(r"(train|test|validation|valid|dev)(?=[-_.]|$)")
-_FIELDS = ("text", "prompt", "response", "completion", "messages", "query", "positive", "task", "reference")
+_FIELDS = (
+    "text",
+    "prompt",
+    "response",
+    "completion",
+    "messages",
+    "conversations",
+    "tools",
+    "query",
+    "positive",
+    "task",
+    "reference",
+)
 
 
 def read(source: str | Path) -> list[Example]:
@@ -178,10 +191,8 @@ def _example(record: Any, where: str) -> Example:
             return Response(prompt, response, where, reference=other if isinstance(other, str) else "")
         case {"query": str(query), "positive": str(positive)}:
             return Pair(query, positive, where)
-        case {"messages": [*turns]} if turns and all(
-            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
-        ):
-            return Chat(tuple((t["role"], t["content"]) for t in turns), where)
+        case {"messages": _} | {"conversations": _} if made := chat(record, where):
+            return made
         case {"text": str(text)}:
             return Text(text, where)
         case _:

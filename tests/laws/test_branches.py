@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -69,6 +72,23 @@ def train(of: nn.Module) -> None:
                 assert p.grad is not None and bool(p.grad.isfinite().all())
                 assert bool(p.grad.any()) or not step or "weft_branches" not in n
                 p -= 0.5**step * p.grad / p.grad.norm().clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("method", [*BRANCHES, "lora", "nf4"])
+def test_a_pickle_is_the_model(method: str) -> None:
+    """As a deep copy is, with its methods, and none of them is the first one's."""
+    made = fork(model("llama"))
+    apply(made, [Step.of(method, **SHORT.get(method, {}))])
+    want = logits(stirred(made))
+    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert torch.equal(logits(other), want) and fingerprint(other) == fingerprint(made)
+        assert inspect.signature(other.forward) == inspect.signature(made.forward)
+        for b in branches(other):
+            b.on = False
+        if branches(other):
+            assert not torch.equal(logits(other), want) and torch.equal(logits(made), want)
+        with pytest.raises(ConflictError, match="resized"):
+            other.resize_token_embeddings(9)
 
 
 @pytest.mark.parametrize("name", MODELS)

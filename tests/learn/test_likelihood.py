@@ -174,7 +174,7 @@ def test_whole_where_parts_would_be_something_else(tiny: Any) -> None:
     assert head_of(plain) is None
 
 
-HEADLESS = {"t5", "whisper", "vit", "clip", "resnet", "flow", "cross", "unet", "unet-text", "dit"}
+HEADLESS = {"t5", "bart", "whisper", "vit", "clip", "resnet", "flow", "cross", "unet", "unet-text", "dit"}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -236,7 +236,7 @@ def test_checkpointing_needs_a_model_that_can(words: Any) -> None:
     model = weave(torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8)))
     apply(model, [Step.of("lora", rank=1)], at="*")
     with pytest.raises(ConflictError, match="computed again"):
-        train(model, [Text("a cat")], tokenizer=words, steps=1, checkpointing=True)
+        train(model, [Pair("a", "cat")], tokenizer=words, steps=1, checkpointing=True)
 
 
 @pytest.mark.parametrize("held", [None, HELD])

@@ -240,7 +240,8 @@ def _may_train(
             want="one kind",
             fix="split the data",
         )
-    suits(model, data[0], "training data", "trained")
+    for example in data[:1]:
+        suits(model, example, "training data", "trained")
     _own(optimizer, how)
     if aim is not None and aim.aligns:
         _may_align([*data, *held_out], how)

@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -117,7 +117,7 @@ def add_branch(model: nn.Module, *added: Branch) -> None:
         host = model.get_submodule(branch.at)
         if not _held(host):
             host.add_module(HELD, nn.ModuleList())
-            host.forward = types.MethodType(_through(type(host)), host)
+            host.forward = _through(host)
         device = next((p.device for p in host.parameters()), torch.device("cpu"))
         cast(nn.ModuleList, host.get_submodule(HELD)).append(branch.to(device))
 
@@ -237,23 +237,25 @@ def _held(host: nn.Module) -> Iterable[Branch]:
     return cast("Iterable[Branch]", host._modules.get(HELD) or ())  # pyright: ignore[reportPrivateUsage]
 
 
-def _through(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a host of this class, through its branches, with all arguments by name."""
-    signature = inspect.signature(cls.forward)
+def _through(host: nn.Module) -> Callable[..., Any]:
+    """The forward of a host through its branches, which is copied and pickled with it."""
+    own = types.MethodType(type(host).forward, host)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(p.name for p in inspect.signature(own).parameters.values() if p.kind in kinds)
+    made = functools.partial(_forward, host, names)
+    cast(Any, made).__wrapped__ = own  # whose signature it shows
+    return made
 
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
-        given = dict(signature.bind(self, *args, **named).arguments)
-        del given[next(iter(signature.parameters))]
-        for p in signature.parameters.values():
-            if p.kind is p.VAR_KEYWORD:
-                given |= given.pop(p.name, {})
-        call: Call = functools.partial(_plainly, self)
-        for branch in (b for b in _held(self) if b.on):
-            call = functools.partial(branch, self, call)
-        return call(given)
 
-    return forward
+def _forward(host: nn.Module, names: Sequence[str], /, *args: Any, **named: Any) -> Any:
+    """The host's output through its branches, with all arguments by name."""
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or given.keys() & named.keys():
+        inspect.signature(type(host).forward).bind(host, *args, **named)  # says what is wrong
+    call: Call = functools.partial(_plainly, host)
+    for branch in (b for b in _held(host) if b.on):
+        call = functools.partial(branch, host, call)
+    return call({**given, **named})
 
 
 def _plainly(host: nn.Module, given: dict[str, Any]) -> Any:

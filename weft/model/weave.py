@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -118,7 +118,7 @@ def weave(model: Model) -> Model:
     cast(Any, model)._weft, cast(Any, model)._weft_vectors = places, {}
     for name, method in METHODS.items():
         if hasattr(model, name):
-            object.__setattr__(model, name, types.MethodType(method, model))
+            object.__setattr__(model, name, partial(method, model))  # unpickled, a bound method would be the class's
     return model
 
 

@@ -77,10 +77,12 @@ def train(of: nn.Module) -> None:
 @pytest.mark.parametrize("method", [*BRANCHES, "lora", "nf4"])
 def test_a_pickle_is_the_model(method: str) -> None:
     """As a deep copy is, with its methods, and none of them is the first one's."""
-    made = fork(model("llama"))
-    apply(made, [Step.of(method, **SHORT.get(method, {}))])
-    want = logits(stirred(made))
-    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+    made = with_branch(method) if method in BRANCHES else fork(model("llama"))
+    if method not in BRANCHES:
+        apply(made, [Step.of(method)])
+    others = pickle.loads(pickle.dumps(stirred(made))), copy.deepcopy(made)
+    want = logits(made)
+    for other in others:
         assert torch.equal(logits(other), want) and fingerprint(other) == fingerprint(made)
         assert inspect.signature(other.forward) == inspect.signature(made.forward)
         for b in branches(other):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from model.zoo import CAUSAL, HEADS, MODELS, build
 from torch import Tensor, nn
@@ -156,6 +157,53 @@ def test_autocast(few: None, tiny: Any) -> None:
     want, got = (torch.autograd.grad(x, free) for x in (whole, part))
     assert float(part.detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
     assert all(float((a - b).norm()) <= 2e-2 * float(b.norm()) + 1e-6 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("sure", [0, 12, 20])
+def test_sure_targets_in_bfloat16(sure: float, few: None) -> None:
+    """The sum and its gradient are as near to those of float64 as with all logits, however likely the targets are."""
+    torch.manual_seed(0)
+    head, targets = nn.Linear(256, 1024, bias=False).requires_grad_(False), torch.arange(64)
+    nn.init.normal_(head.weight, std=0.08)
+    chosen = head.weight[targets]
+    hidden = sure * chosen / chosen.square().sum(1, keepdim=True) + torch.randn(64, 256) / 2
+    exact, whole, part = (hidden.to(d, copy=True).requires_grad_() for d in (torch.float64, *[torch.float32] * 2))
+    want = F.cross_entropy(F.linear(exact, head.weight.double()), targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.cross_entropy(head(whole).float(), targets, reduction="sum")
+        found = parts._Summed.apply(part, head, targets, 0.0, True)
+    for loss in (want, plain, found):
+        loss.backward()
+    found, plain = found.detach(), plain.detach()
+    assert float(found) == pytest.approx(float(plain), rel=1e-2, abs=1e-4) and float(found) >= 0
+    off, plainly = (float((x.grad - exact.grad).norm()) for x in (part, whole))
+    assert off <= 1.1 * plainly
+
+
+def test_words_that_cannot_be(few: None, tiny: Any) -> None:
+    """A bias of minus infinity for the first words, and rows that the head does not count."""
+    model, (inputs, labels) = full(tiny("llama")), batch()
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(104).index_fill_(0, torch.arange(20), -torch.inf), requires_grad=False)
+    head.weight = nn.Parameter(torch.cat([head.weight, head.weight[:8]]), requires_grad=False)
+    labels = labels.masked_fill((labels >= 0) & (labels < 20), 30)
+    whole = likelihood(forward(model, inputs), labels, None)
+    part = likelihood_of(model)(model, inputs, labels, None, 0.0)
+    assert float(part.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+    head.bias = None
+    whole = likelihood(forward(model, inputs), labels, None, 0.1)
+    part = likelihood_of(model)(model, inputs, labels, None, 0.1)
+    assert float(part.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+
+
+def test_numbers_that_are_none_are_seen(few: None, tiny: Any) -> None:
+    """NaN and infinite logits, of the target or of another word."""
+    for value in (torch.nan, torch.inf):
+        for word in (5, 90):
+            model, (inputs, _) = full(tiny("llama")), batch()
+            model.get_output_embeddings().weight.data[word] = value
+            found = likelihood_of(model)(model, inputs, torch.full_like(inputs["input_ids"], 5), None, 0.0)
+            assert not torch.isfinite(found)
 
 
 def test_whole_where_parts_would_be_something_else(tiny: Any) -> None:

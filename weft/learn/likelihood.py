@@ -75,37 +75,49 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 class _Summed(torch.autograd.Function):
     """Σ -log p(target) of what a frozen head multiplies [u n], and its gradient, in one pass over the rows W of the head [v n].
 
-    With logits l: log Σ exp l - (1 - s) l[target] - s mean l a row, and softmax(l) W - (1 - s) W[target] - s mean W. Σ exp l and
-    Σ exp l W are held relative to the highest logit so far, and scaled when it rises.
+    With logits l, r = l[target], o = log Σ exp l of the others, and q = 1 - p(target) = sigmoid(o - r): log(exp o + exp r) - r +
+    s (r - mean l) a row, and q (softmax of the others W - W[target]) + s (W[target] - mean W). So a target that is all but certain has
+    a gradient as exact as any other. The sums over the others are held relative to the highest so far, and scaled when it rises.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float, learns: bool
     ) -> Float[Tensor, ""]:
-        x, ours = hidden.to(arithmetic(hidden)), _chosen(head, targets)
-        high = torch.full((len(x), 1), -torch.inf, device=x.device)
-        total, spread, pull, mean = torch.zeros_like(high), torch.zeros_like(high), torch.zeros_like(ours), 0.0
+        x, count, mean = hidden.to(arithmetic(hidden)), 0, 0.0
+        right = torch.full((len(x), 1), torch.nan, device=x.device)
+        high, total = torch.full_like(right, torch.finfo(right.dtype).min), torch.zeros_like(right)
+        spread, pull = torch.zeros_like(right), torch.zeros(x.shape, device=x.device)
         for w, bias in _words(head, max(1, min(_WORDS, _LOGITS // max(1, len(x)))), x.dtype):
             logits = F.linear(x, w, bias).float()
             if smoothing:
-                spread += logits.sum(1, keepdim=True) / head.out_features
-                mean = mean + w.float().sum(0) / head.out_features
+                spread += logits.sum(1, keepdim=True)
+                mean = mean + w.float().sum(0)
+            right = _taken(logits, targets.unsqueeze(1) - count, right)
+            count += len(w)
             risen = torch.maximum(high, logits.amax(1, keepdim=True))
             fall, p, high = (high - risen).exp_(), logits.sub_(risen).exp_(), risen
             total.mul_(fall).add_(p.sum(1, keepdim=True))
             if learns:
                 pull.mul_(fall).add_(p.to(w.dtype) @ w)
-        right = (x.float() * ours).sum(1, keepdim=True)
-        if head.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
-            right += head.bias[targets].unsqueeze(1)
+        others = high + total.log()
         if learns:
-            ctx.save_for_backward((pull / total - (1 - smoothing) * ours - smoothing * mean).to(hidden.dtype))
-        return (high + total.log() - (1 - smoothing) * right - smoothing * spread).sum()
+            unsure = torch.sigmoid(others - right)
+            pull = pull.mul_(unsure / total.clamp(min=1)) + (smoothing - unsure) * _chosen(head, targets)
+            ctx.save_for_backward((pull - smoothing / count * mean).to(hidden.dtype))
+        return (torch.logaddexp(others, right) - right + smoothing * (right - spread / count)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.saved_tensors[0] * grads[0], None, None, None, None
+
+
+def _taken(logits: Float[Tensor, "u k"], at: Int[Tensor, "u 1"], found: Float[Tensor, "u 1"]) -> Float[Tensor, "u 1"]:
+    """The logits at these places, or what was found before where they are not of these words; -inf is left in their stead."""
+    here, at = (at >= 0) & (at < logits.shape[1]), at.clamp(0, logits.shape[1] - 1)
+    seen = logits.gather(1, at)
+    logits.scatter_(1, at, seen.masked_fill(here, -torch.inf))
+    return seen.where(here, found)
 
 
 def _chosen(head: nn.Linear, words: Int[Tensor, "u"]) -> Float[Tensor, "u n"]:

@@ -206,6 +206,44 @@ def test_numbers_that_are_none_are_seen(few: None, tiny: Any) -> None:
             assert not torch.isfinite(found)
 
 
+class Beside(nn.Module):
+    """A model whose logits are added to in place, by an adapter that is zero yet."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config, self.adapter = model, model.config, nn.Linear(32, 96, bias=False)
+        nn.init.zeros_(self.adapter.weight)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, **given: Any) -> Any:
+        out = self.model(**given, output_hidden_states=True)
+        out.logits += self.adapter(out.hidden_states[-1])
+        return out
+
+
+def test_whole_where_more_than_the_weight_makes_logits(tiny: Any) -> None:
+    """A forward of its own, adapters in hooks or behind the head that add nothing yet, and heads that are compiled."""
+    model = tiny("llama").requires_grad_(False)
+    assert head_of(model) is model.lm_head and head_of(Beside(model)) is None
+    model.lm_head.forward = lambda x: 2 * F.linear(x, model.lm_head.weight)
+    assert head_of(model) is None
+    del model.lm_head.forward
+    hook = model.lm_head.register_forward_hook(lambda _, given, out: out + Beside(model).adapter(given[0]))
+    assert head_of(model) is None
+    hook.remove()
+    assert head_of(torch.compile(model, backend="eager")) is None
+    own = model.forward
+    model.forward = torch.compile(own, backend="eager")
+    assert head_of(model) is None
+    model.forward = own
+    model.compile(backend="eager")
+    inputs, labels = batch()
+    found = likelihood_of(model)(model, inputs, labels, None, 0.0)
+    assert float(found) == pytest.approx(float(likelihood(forward(model, inputs), labels, None)), rel=1e-6)
+
+
 def test_whole_where_parts_would_be_something_else(tiny: Any) -> None:
     """Rows that are told apart, hooks, and heads that train."""
     woven = weave(tiny("llama"))

@@ -14,12 +14,13 @@ from weft.expr.gated import Gated
 from weft.expr.products import arithmetic
 from weft.learn.data import IGNORE
 from weft.learn.objective import likelihood
-from weft.model.branch import branches
 from weft.model.woven import WovenLinear
 from weft.stats.walker import forward
 
 _WORDS, _LOGITS = 2048, 2**24
 """Words at a time, whose logits lie in a CPU's caches; fewer for many targets, of whom not more logits are made than this."""
+_AROUND = "forward", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
+"""What a head has of its own where more than its weight and bias makes logits, or where someone looks at them."""
 Likelihood = Callable[[nn.Module, Mapping[str, Tensor], Int[Tensor, "b t"], "int | Tensor | None", float], Tensor]
 """`(model, batch, labels, count, smoothing) -> loss`, as `likelihood` of the model's logits"""
 
@@ -56,20 +57,33 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     """The frozen linear layer whose output is the model's logits, token by token and with nothing after it; None where there is none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     woven = isinstance(head, WovenLinear)
-    if not (woven or type(head) is nn.Linear) or branches(head) or any(p.requires_grad for p in head.parameters()):
+    if not (woven or type(head) is nn.Linear) or any(p.requires_grad for p in head.parameters()):
+        return None
+    if any(vars(head).get(around) for around in _AROUND) or _compiled(model, head):
         return None
     if woven and (not head.expr.is_matrix or any(isinstance(e, Gated) for e in head.expr.modules())):
         return None  # what tells the rows of a batch
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    made, was = list[tuple[Any, Any]](), model.training
+    made, was = list[tuple[Any, Any, int]](), model.training
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
-        with head.register_forward_hook(lambda _, given, out: made.append((given, out))):
+        with head.register_forward_hook(lambda _, given, out: made.append((given, out, out._version))):
             logits = forward(model.eval(), {"input_ids": ids})
         model.train(was)
-        last = [out is logits and len(given) == 1 and given[0].shape[:2] == ids.shape for given, out in made] == [True]
-        return head if last and torch.equal(head.forward(made[0][0][0]), logits) else None
+    last = [
+        out is logits and version == out._version and len(given) == 1 and given[0].shape[:2] == ids.shape
+        for given, out, version in made
+    ]
+    return head if last == [True] else None
+
+
+def _compiled(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the head runs in what is compiled, which sees no hook that comes later."""
+    around = (m for m in model.modules() if head in m.modules())
+    return any(
+        getattr(m, "_compiled_call_impl", None) or hasattr(m.forward, "_torchdynamo_orig_callable") for m in around
+    )
 
 
 class _Summed(torch.autograd.Function):

@@ -168,6 +168,7 @@ def test_a_step_of_muon_is_orthogonal() -> None:
     assert float((inside - inside.diagonal().diag()).abs().max()) < 0.02
     assert bool(((inside.diagonal() > 0.65) & (inside.diagonal() < 1.25)).all())
     assert torch.allclose(first("muon", 1e-6 * grad), first("muon", grad), atol=1e-5)
+    assert all(bool(first("muon", torch.full((40, 50), size)).isfinite().all()) for size in (1e-18, 1e-24, 1e-30))
 
 
 def test_a_step_of_galore_is_adams_in_the_projection() -> None:

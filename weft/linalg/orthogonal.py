@@ -6,8 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def orthogonal(x: Float[Tensor, "*e m n"], least: float = 1e-30) -> Float[Tensor, "*e m n"]:
-    """About U Vᵀ of x = U S Vᵀ: singular values between 0.7 and 1.2; zero for zero. Norms below `least` count as that.
+def orthogonal(x: Float[Tensor, "*e m n"], least: float = 1e-15) -> Float[Tensor, "*e m n"]:
+    """About U Vᵀ of x = U S Vᵀ: singular values between 0.7 and 1.2; zero for zero. Norms below `least`
+    count as that; those of float32 below 1e-15 may have squares that it cannot hold.
 
     Five steps of a Newton-Schulz iteration, whose gradient exists everywhere.
     """

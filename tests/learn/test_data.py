@@ -361,6 +361,7 @@ FORMS: dict[str, tuple[dict[str, Any], Chat]] = {
         Chat(tuple((r, c.replace(" ", "", 1)) for r, c in SAID)),
     ),
     "sharegpt": ({"conversations": [{"from": "human", "value": "the cat ?"}, {"from": "gpt", "value": "yes ."}]}, Chat(SAID)),
+    "tools as text": ({"messages": [{"role": r, "content": c} for r, c in SAID], "tools": "[]"}, Chat(SAID)),
     "calls": (
         {"messages": [{"role": "user", "content": "the cat ?"}, {"role": "assistant", "content": None, **CALL}],
          "tools": [{"name": "cat"}]},
@@ -388,7 +389,8 @@ def test_conversations_in_other_forms(form: str, suffix: str, tmp_path: Path) ->
     "turn",
     [
         {"role": "user", "content": [{"type": "image", "url": "x"}]}, {"role": "user", "content": 5}, {"content": "the"},
-        {"role": "assistant", "content": "yes .", "weight": 0}, {"role": "user"},
+        {"role": "assistant", "content": "yes .", "weight": 0}, {"role": "user"}, {"role": "assistant", "content": None},
+        {"from": ["user"], "value": "the"}, {"role": "", "content": "the"},
     ],
 )  # fmt: skip
 def test_turns_that_are_no_text_are_refused(turn: dict[str, Any], tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from weft.error import FormatError
 from weft.learn.data import Chat
+from weft.store.files import parse_json
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "function_call": ""}
-"""What ShareGPT calls them; one without a role cannot be read."""
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+"""What ShareGPT calls them."""
 
 
 def chat(record: dict[str, Any], where: str) -> Chat | None:
@@ -17,7 +18,7 @@ def chat(record: dict[str, Any], where: str) -> Chat | None:
 
     Turns hold `role` and `content`, or ShareGPT's `from` and `value`. A content may be a list of parts of text, or missing where there is
     something else, such as `tool_calls`: all that a turn holds besides, and the record's `tools`, is for the template.
-    Errors: FormatError for parts that are no text, and for a `weight`, which no template says.
+    Errors: FormatError for parts that are no text, for tools that are no JSON, and for a `weight`, which no template says.
     """
     turns = record.get("messages", record.get("conversations"))
     if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
@@ -25,20 +26,19 @@ def chat(record: dict[str, Any], where: str) -> Chat | None:
     said, more = list[tuple[str, str]](), list[str]()
     for turn in turns:
         held = _there(turn)
-        role = held.pop("role", None) or _ROLES.get(name := held.pop("from", None) or "", name)
-        text = held.pop("content", held.pop("value", None))
-        if not isinstance(role, str) or not role or (text is None and not held and role != "assistant"):
+        role, text = (held.pop(a, held.pop(b, None)) for a, b in (("role", "from"), ("content", "value")))
+        if not isinstance(role, str) or not role or (text is None and not held):
             return None
         if "weight" in held:
             got, want, fix = f"weight {held['weight']}", "none", "leave it out, or mark parts with {% generation %}"
             raise FormatError("a turn has a weight", where=where, got=got, want=want, fix=fix)
-        said.append((role, _text(text, where)))
+        said.append((_ROLES.get(role, role), _text(text, where)))
         more.append(json.dumps(held) if held else "")
-    tools = record.get("tools") or ""
+    tools = record.get("tools") or []
+    tools = parse_json(tools.encode(), f"{where}, tools") if isinstance(tools, str) else tools
     return Chat(
-        tuple(said), where, more=tuple(more) if any(more) else (),
-        tools=tools if isinstance(tools, str) else json.dumps(_there(tools)),
-    )  # fmt: skip
+        tuple(said), where, more=tuple(more) if any(more) else (), tools=json.dumps(_there(tools)) if tools else ""
+    )
 
 
 def _there(value: Any) -> Any:

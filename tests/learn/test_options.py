@@ -152,6 +152,15 @@ def test_the_best_of_held_out_scores_stays(tiny: Any, words: Any) -> None:
     assert again.losses[0][1] == pytest.approx(scores[said.best], rel=1e-4)
 
 
+def test_the_best_score_stays_between_checkpoints(tiny: Any, words: Any) -> None:
+    """Scored more often than saved, the best step is kept all the same."""
+    _, said = learnt(tiny, words, held_out=HELD, steps=8, lr=0.3, save_every=4, eval_every=1, schedule="constant")
+    assert len(said.held_out) == 8 and said.best == min(said.held_out, key=lambda s: s[1])[0]
+    assert said.best is not None and said.best % 4
+    _, said = learnt(tiny, words, held_out=HELD, steps=6, lr=0.3, eval_every=1, schedule="constant")
+    assert said.best == min(said.held_out, key=lambda s: s[1])[0]
+
+
 def test_held_out_pairs_are_scored(tiny: Any, words: Any) -> None:
     """A BERT is scored on held-out pairs."""
     held = [Pair(f"question {a} mat ?", f"the mat {a} flew .") for a in THINGS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -175,14 +177,18 @@ class Run(Trainer):
                 with self.within(batch), self.compute_loss_context_manager():
                     total += float(self.loss_of(model, here, None)) * targets
                 count += targets
-        scores = {"eval_loss": total / count}
+        (found,) = broadcast_object_list([total / count])  # all processes must choose the same step
+        scores = {"eval_loss": found}
+        if not math.isfinite(scores["eval_loss"]):
+            problem = diverged(f"step {self.state.global_step}", f"a held-out loss of {scores['eval_loss']}")
+            raise problem
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
 
 class Watch(transformers.TrainerCallback):
-    """Moves the progress bar, says how fast it goes, counts epochs, and has the last step scored and saved."""
+    """Moves the progress bar, says how fast it goes, counts epochs, and has the last step scored, and it and the best one saved."""
 
     def __init__(self, step: Step, per_epoch: float) -> None:
         self.move, self.per_epoch = step, per_epoch
@@ -199,6 +205,11 @@ class Watch(transformers.TrainerCallback):
         self.move(1, f"{speed:,.0f} tokens/s, {peak() / 1e9:.2f} GB")
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """The best step is kept, whether or not a checkpoint was due."""
+        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
+            control.should_save = True
 
 
 class Rewrite(transformers.TrainerCallback):

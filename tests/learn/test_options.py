@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from weft.engine.run import Step, apply
-from weft.error import ConflictError, OptionError, WeftError
+from weft.error import ConflictError, FormatError, OptionError, WeftError
 from weft.learn.batches import Collate, order, packed
 from weft.learn.data import IGNORE, Encoded, Pair, Response, Text, encode
 from weft.learn.settings import Training
@@ -92,6 +92,13 @@ def test_a_model_that_mixes_packed_examples_is_refused(tiny: Any, words: Any) ->
         train(model, LONG, tokenizer=words, steps=1, pack=True, length=64)
     with pytest.raises(OptionError, match="pack"):
         train(adapted(tiny, "bert"), PAIRS, tokenizer=words, steps=1, pack=True)
+
+
+@pytest.mark.parametrize(("family", "data", "held"), [("llama", TEXTS, PAIRS), ("bert", PAIRS, TEXTS)])
+def test_held_out_data_is_of_the_same_kind(family: str, data: Any, held: Any, tiny: Any, words: Any) -> None:
+    """A pair has no labels, and a text no other half."""
+    with pytest.raises(FormatError, match="one kind"):
+        train(adapted(tiny, family), data, held_out=held, tokenizer=words, steps=1)
 
 
 def test_order_is_a_shuffle_again_and_again() -> None:

@@ -174,6 +174,21 @@ def test_a_run_killed_while_it_saved_a_checkpoint_resumes(
     assert same(result(again), result(straight))
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"data": TEXTS[:-1]}, "data"), ({"lr": 1e-3}, "lr"), ({"optimizer": optimizers.named("muon")}, "optimizer")],
+)
+def test_a_run_does_not_go_on_from_another_one(
+    changed: dict[str, Any], named: str, tiny: Any, words: Any, tmp_path: Path
+) -> None:
+    """Other data or options in a folder that has checkpoints; a longer run with other checkpoints is the same one."""
+    given = {"data": TEXTS, "tokenizer": words, "steps": 2, "batch": 2, "out": tmp_path, "save_every": 2}
+    train(adapted(tiny), **given)
+    with pytest.raises(WeftError, match=f"(?s)another run is kept there.*got +other {named}"):
+        train(adapted(tiny), **{**given, "steps": 4, **changed})
+    assert len(train(adapted(tiny), **{**given, "steps": 4, "save_every": 1, "micro_batch": 1}).losses) == 4
+
+
 def test_a_checkpoint_of_another_model_is_refused(tiny: Any, words: Any, tmp_path: Path) -> None:
     """Other ranks or sites: FormatError, and nothing is put in place."""
     train(adapted(tiny), TEXTS, tokenizer=words, steps=2, batch=2, out=tmp_path, save_every=2)

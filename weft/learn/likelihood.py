@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from weft.expr.gated import Gated
 from weft.expr.products import arithmetic
@@ -122,6 +123,7 @@ class _Summed(torch.autograd.Function):
         return (torch.logaddexp(others, right) - right + smoothing * (right - spread / count)).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.saved_tensors[0] * grads[0], None, None, None, None
 

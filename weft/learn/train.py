@@ -21,11 +21,12 @@ from weft.learn.data import Example, Pair, encode, reference
 from weft.learn.leaks import refuse_leaks
 from weft.learn.likelihood import likelihood_of
 from weft.learn.objective import contrasted
+from weft.learn.resume import described, last, same_run
 from weft.learn.schedule import Make
 from weft.learn.scheduled import Scheduled
 from weft.learn.settings import Training
 from weft.learn.suits import suits
-from weft.learn.trainer import Loss, Optimizer, Run, Watch, Within, arguments, diverged, last, trainable
+from weft.learn.trainer import Loss, Optimizer, Run, Watch, Within, arguments, diverged, trainable
 from weft.memory import peak
 from weft.model import activate, adapters, must_be_whole, per_row
 from weft.progress import Progress, Silent
@@ -72,10 +73,11 @@ def train(
     other, as within `weft.per_row`; afterwards no task is active. With `out`, checkpoints are kept there, and a later call goes on from
     the last one, bit for bit. Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and
     number of processes. It trains on a CUDA device where there is one, and the model ends where it was.
-    Errors: OptionError for what is out of range, or if nothing is trainable; ConflictError for a model that fully_shard spread,
-    held-out data that is trained on, a model that cannot keep packed examples apart, a schedule without terms or gradients, a teacher
-    of another kind; FormatError if no token is a target, one is not in the vocabulary, or no prompt has a reference that an objective
-    reads; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out` or a reference.
+    Errors: OptionError for what is out of range, or if nothing trains; ConflictError for a model that fully_shard spread, or that cannot
+    learn from such data or keep packed examples apart, an `out` of other data or options, held-out data that is trained on, a schedule
+    without terms or gradients, a teacher of another kind; FormatError for data of two kinds, without targets, beyond the vocabulary, or
+    without a reference that is read; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out` or a
+    reference.
     """
     how = Training.of(**options)
     _may_train(model, data, held_out or (), optimizer, objective, how)
@@ -105,7 +107,9 @@ def train(
         here = ref.at(next(model.parameters()).device) if ref is not None else nullcontext()
         with here, (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
-            run.go(last(work, args) if out else None)
+            kinds = {"optimizer": type(moved).__name__, "objective": objective is not None}
+            about = described(data, held_out, tokenizer, how, **kinds)
+            run.go(same_run(work, last(work, args), args, about) if out else None)
     _must_be_finite(model.eval().to(device))
     return _history(run, time.monotonic() - start)
 
@@ -232,10 +236,10 @@ def _may_train(
             want="an adapter",
             fix='weft.apply(model, "lora") first',
         )
-    if len({isinstance(e, Pair) for e in data}) > 1:
+    if len({isinstance(e, Pair) for e in (*data, *held_out)}) > 1:
         raise FormatError(
             "data must be of one kind",
-            where="training data",
+            where="training and held-out data",
             got="pairs and others",
             want="one kind",
             fix="split the data",

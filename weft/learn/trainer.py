@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +15,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from weft.error import ConflictError, FormatError, NumericError, OptionError, WeftError
+from weft.error import ConflictError, FormatError, NumericError, OptionError
 from weft.learn.scheduled import Scheduled, refuse_scheduled
 from weft.learn.settings import Training
 from weft.memory import peak
 from weft.model.branch import begin_step
 from weft.progress import Step
-from weft.store.files import read_json
 from weft.store.tensors import read_tensors, write_tensors
 
 TRAINABLE = "trainable.safetensors"
@@ -278,19 +276,6 @@ def arguments(
         raise OptionError("processes cannot share the best model", where="out", got="nothing", want=want, fix=fix)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, each // micro
     return args
-
-
-def last(work: Path, args: transformers.TrainingArguments) -> str | None:
-    """The newest whole checkpoint; what a killed run left behind unfinished (its state file is written last) is removed."""
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2])):
-        try:
-            read_json(folder / "trainer_state.json")
-        except WeftError:
-            if args.process_index == 0:
-                shutil.rmtree(folder)
-        else:
-            return str(folder)
-    return None
 
 
 def diverged(where: str, got: str) -> NumericError:

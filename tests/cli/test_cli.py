@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -220,6 +220,40 @@ def test_train_eval_merge_export(model: Path, texts: Path, tmp_path: Path) -> No
     assert packed.exit_code == 0, packed.output
     said = weft_("generate", whole, "the cat", "--max-new-tokens", "4")
     assert said.exit_code == 0
+
+
+def test_train_starts_anew_on_what_has_changed(model: Path, texts: Path, tmp_path: Path) -> None:
+    """The same command gives the same bits, and others when its data or its model are others at the same place."""
+
+    def trained(name: str) -> Any:
+        how = [
+            "--rank",
+            "2",
+            "--steps",
+            "2",
+            "--batch",
+            "2",
+            "--length",
+            "32",
+            "--cache",
+            str(tmp_path / "cache"),
+            "-q",
+        ]
+        assert weft_("train", str(model), "--data", str(texts), "--out", str(tmp_path / name), *how).exit_code == 0
+        held = load_file(tmp_path / name / "weft.safetensors")
+        return {k: v for k, v in held.items() if "adapter" in k}
+
+    def same(a: Any, b: Any) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    first = trained("a")
+    assert first and same(first, trained("b"))
+    texts.write_text("".join(texts.read_text().splitlines(keepends=True)[:12]))
+    second = trained("c")
+    assert not same(first, second)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    assert not same(second, trained("d"))
 
 
 def test_train_takes_an_optimizer_with_its_options(model: Path, texts: Path, tmp_path: Path) -> None:

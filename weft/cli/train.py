@@ -101,7 +101,9 @@ def _train(
     import weft
     from weft.engine import get
     from weft.engine.run import Step
+    from weft.learn.data import fingerprint
     from weft.learn.settings import Training
+    from weft.model import fingerprint as values
     from weft.score import examples
     from weft.store.cache import default, key
 
@@ -109,16 +111,19 @@ def _train(
     learned = examples(data, "train", settings.seed)  # bad data shows before the model is loaded
     scored = examples(held_out, "test", settings.seed) if held_out else None
     woven = load(model, quiet)
+    guide = load(teacher, quiet) if teacher else None
+    # by content: files may change where they are
+    models, texts = [m and values(m) for m in (woven, guide)], [e and fingerprint(e) for e in (learned, scored)]
     seen: dict[str, Any] = {"data": data, "cache": cache, "progress": bars(quiet)}  # where evidence comes from
     made = weft.apply(woven, method, at=at, seed=settings.seed, **seen, **options)
     for place, what in made.fallbacks:
         say(f"fallback: {place}: {what}")
     weft.may_write(woven, out, replace=replace)
-    beside: dict[str, Any] = {"optimizer": optimizer, "during": during, "objective": objective, "teacher": teacher}
-    about = key(str(Path(model).absolute()), data, held_out, method, chosen, beside, of, at, settings.model_dump())
+    beside: dict[str, Any] = {"optimizer": optimizer, "during": during, "objective": objective}
+    about = key(models, texts, method, chosen, beside, of, at, settings.model_dump())
     work = (cache or default()) / "train" / about
     own = {f"{beside[word]}_{n}": v for word, held in of.items() for n, v in held.items()}
-    beside["optimizer"] = optimizer or made.optimizer
+    beside |= {"optimizer": optimizer or made.optimizer, "teacher": guide}
     history = weft.train(woven, learned, held_out=scored, out=work, progress=bars(quiet), **beside, **how, **own)
     if get(method).kind == "relax":
         weft.harden(woven)

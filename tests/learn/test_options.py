@@ -94,9 +94,11 @@ def test_a_model_that_mixes_packed_examples_is_refused(tiny: Any, words: Any) ->
         train(adapted(tiny, "bert"), PAIRS, tokenizer=words, steps=1, pack=True)
 
 
-@pytest.mark.parametrize(("family", "data", "held"), [("llama", TEXTS, PAIRS), ("bert", PAIRS, TEXTS)])
-def test_held_out_data_is_of_the_same_kind(family: str, data: Any, held: Any, tiny: Any, words: Any) -> None:
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_held_out_data_is_of_the_same_kind(family: str, tiny: Any, words: Any) -> None:
     """A pair has no labels, and a text no other half."""
+    kinds = [[Text("the cat sat .")] * 2, [Pair("a dog", "ran")] * 2]
+    data, held = kinds if family == "llama" else kinds[::-1]
     with pytest.raises(FormatError, match="one kind"):
         train(adapted(tiny, family), data, held_out=held, tokenizer=words, steps=1)
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from weft.error import ConflictError, WeftError
+from weft.learn.aim import Aim
 from weft.learn.data import Example, fingerprint
 from weft.learn.settings import Training
 from weft.store.cache import key
@@ -34,14 +36,20 @@ def last(work: Path, args: transformers.TrainingArguments) -> str | None:
 
 
 def described(
-    data: Sequence[Example], held_out: Sequence[Example] | None, tokenizer: Any, how: Training, **names: Any
+    data: Sequence[Example],
+    held_out: Sequence[Example] | None,
+    tokenizer: Any,
+    how: Training,
+    moved: torch.optim.Optimizer | None,
+    objective: Aim | None,
 ) -> dict[str, Any]:
     """What makes a run the one that it is, besides the model."""
     return {
         "data": fingerprint(data),
         "held_out": None if held_out is None else fingerprint(held_out),
         "chat_template": key(getattr(tokenizer, "chat_template", None)),
-        **names,
+        "optimizer": type(moved).__name__,
+        "objective": objective is not None,
         **how.model_dump(mode="json", exclude=FREE),
     }
 

@@ -73,11 +73,10 @@ def train(
     other, as within `weft.per_row`; afterwards no task is active. With `out`, checkpoints are kept there, and a later call goes on from
     the last one, bit for bit. Under torchrun every process trains a share of each batch. Deterministic for a seed on one machine and
     number of processes. It trains on a CUDA device where there is one, and the model ends where it was.
-    Errors: OptionError for what is out of range, or if nothing trains; ConflictError for a model that fully_shard spread, or that cannot
-    learn from such data or keep packed examples apart, an `out` of other data or options, held-out data that is trained on, a schedule
-    without terms or gradients, a teacher of another kind; FormatError for data of two kinds, without targets, beyond the vocabulary, or
-    without a reference that is read; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out` or a
-    reference.
+    Errors: OptionError for what is out of range, or if nothing trains; ConflictError for a model that fully_shard spread, that cannot learn
+    from such data or keep packed examples apart, an `out` of other data or options, held-out data that is trained on, a schedule without
+    terms or gradients, a teacher of another kind; FormatError for data of two kinds, without targets, beyond the vocabulary, or without a
+    reference; NumericError naming the step whose loss is not finite; PathError, ResourceError for `out` or a reference.
     """
     how = Training.of(**options)
     _may_train(model, data, held_out or (), optimizer, objective, how)
@@ -102,13 +101,11 @@ def train(
         )  # fmt: skip
         run.loss_of, run.measure = _loss(model, isinstance(data[0], Pair), ref, how), getattr(moved, "measure", None)
         run.follow(rewrites)
-        run.within = _within(model, tasks)
-        run.model_accepts_loss_kwargs = not isinstance(data[0], Pair)
+        run.within, run.model_accepts_loss_kwargs = _within(model, tasks), not isinstance(data[0], Pair)
         here = ref.at(next(model.parameters()).device) if ref is not None else nullcontext()
         with here, (progress or Silent()).bar("tune", steps) as step:
             run.add_callback(Watch(step, len(items) / batch))
-            kinds = {"optimizer": type(moved).__name__, "objective": objective is not None}
-            about = described(data, held_out, tokenizer, how, **kinds)
+            about = described(data, held_out, tokenizer, how, moved, objective)
             run.go(same_run(work, last(work, args), args, about) if out else None)
     _must_be_finite(model.eval().to(device))
     return _history(run, time.monotonic() - start)

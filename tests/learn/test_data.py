@@ -77,6 +77,17 @@ def test_csv(text: str, want: list[Any], tmp_path: Path) -> None:
     assert [bare(e) for e in read(put(tmp_path, "data.csv", text))] == want
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["prompt,response\na,yes, and no\n", 'prompt,response\na,"yes\n', 'prompt,response\na,"yes" no\n', "prompt,prompt,response\na,b,c\n"],
+)  # fmt: skip
+def test_a_table_that_would_be_cut_is_refused(text: str, tmp_path: Path) -> None:
+    """A comma outside quotes, a quote that is open or ends too soon, a column twice."""
+    with pytest.raises(FormatError) as e:
+        read(put(tmp_path, "data.csv", text))
+    assert e.value.where.startswith("data.csv")
+
+
 def test_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
     """As spreadsheets write it."""
     assert [bare(e) for e in read(put(tmp_path, "data.csv", "\ufefftext\na cat\n"))] == [Text("a cat")]

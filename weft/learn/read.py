@@ -149,8 +149,25 @@ def _array(path: Path) -> list[Example]:
 
 def _table(path: Path) -> list[Example]:
     csv.field_size_limit(1 << 30)
-    held = csv.DictReader(io.StringIO(decode(path)))
-    return _records(path, [(f"row {i}", partial(_itself, r)) for i, r in enumerate(held, 1)])
+    held = csv.DictReader(io.StringIO(decode(path)), strict=True)
+    try:
+        found, names = list(held), list(held.fieldnames or ())
+    except csv.Error as e:
+        where, fix = f"{path.name} line {held.line_num}", "write it with a CSV library, or as .jsonl"
+        want = "cells between commas, and every quote closed"
+        raise FormatError("a table cannot be read", where=where, got=str(e), want=want, fix=fix) from e
+    if twice := sorted({n for n in names if n in _FIELDS and names.count(n) > 1}):
+        got, want, fix = ", ".join(twice), "each column once", "rename one of them"
+        raise FormatError("a column is there twice", where=path.name, got=got, want=want, fix=fix)
+    return _records(path, [(f"row {i}", partial(_cells, r, f"{path.name} row {i}")) for i, r in enumerate(found, 1)])
+
+
+def _cells(row: dict[Any, Any], where: str) -> Any:
+    """The row. Errors: FormatError for more cells than columns: a comma outside quotes would cut a text."""
+    if more := [cell for cell in row.get(None) or () if cell]:
+        got, want = f"more cells than columns: {more[0][:40]!r}", "a cell for each column"
+        raise FormatError("a row is too long", where=where, got=got, want=want, fix="put texts with commas in quotes")
+    return row
 
 
 def _columns(path: Path) -> list[Example]:

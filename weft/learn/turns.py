@@ -29,8 +29,8 @@ def chat(record: dict[str, Any], where: str) -> Chat | None:
         role, text = (held.pop(a, held.pop(b, None)) for a, b in (("role", "from"), ("content", "value")))
         if not isinstance(role, str) or not role or (text is None and not held):
             return None
-        if "weight" in held:
-            got, want, fix = f"weight {held['weight']}", "none", "leave it out, or mark parts with {% generation %}"
+        if (weight := held.pop("weight", 1)) != 1:
+            got, want, fix = f"weight {weight}", "1", "leave it out, or mark parts with {% generation %}"
             raise FormatError("a turn has a weight", where=where, got=got, want=want, fix=fix)
         said.append((_ROLES.get(role, role), _text(text, where)))
         more.append(json.dumps(held) if held else "")
